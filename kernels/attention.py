@@ -1,0 +1,96 @@
+"""Scaled dot-product attention with one learned null key that every query may attend to."""
+
+import torch
+import torch.nn.functional as F
+
+from .dispatch import implementation as chosen
+
+
+def null_key_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    null_key: torch.Tensor,
+    null_value: torch.Tensor,
+    *,
+    heads: int,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """softmax(q [null_key, k]^T / sqrt(d)) [null_value, v], the softmax in float32.
+
+    Vaswani et al., "Attention Is All You Need" (2017), equation 1; with one key/value head shared by all query heads,
+    Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need" (2019).
+
+    Args:
+        q: Queries, shape (b, n, heads * d).
+        k: Keys, shape (b, m, heads * d), or (b, m, d) where all heads share them.
+        v: Values, shaped like ``k``.
+        null_key: The key that stands before all others in every head, shape (d,).
+        null_value: Its value, shape (d,).
+        heads: Number of query heads.
+        mask: Which keys may be attended to, bool, shape (b, m). The null key always may.
+        bias: Added to the scores, broadcast to (b, heads, n, 1 + m); column 0 belongs to the null key.
+        implementation: Overrides the policy of :mod:`.dispatch` for this call.
+
+    Returns:
+        Attended values, shape (b, n, heads * d), dtype of ``q``.
+
+    Raises:
+        ValueError: if the shapes do not fit together, or an implementation was asked for that cannot do the job.
+    """
+    if q.ndim != 3 or q.shape[-1] % heads:
+        raise ValueError(f"q must have shape (b, n, heads * d) with heads = {heads}; got {tuple(q.shape)}")
+    dim_head = q.shape[-1] // heads
+    if k.shape != v.shape or k.ndim != 3 or k.shape[0] != q.shape[0] or k.shape[-1] not in (dim_head, q.shape[-1]):
+        raise ValueError(
+            f"k and v must have one shape, (b, m, {q.shape[-1]}) or (b, m, {dim_head}) to go with q of shape"
+            f" {tuple(q.shape)}; got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    choice = chosen(implementation)
+    if choice == "sdpa" and bias is not None:
+        raise ValueError("implementation 'sdpa' takes no bias; use 'reference' or 'auto'")
+    run = _reference if choice == "reference" or bias is not None else _sdpa
+    return run(q, k, v, null_key, null_value, heads, mask, bias)
+
+
+def _with_null(null: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(b, m, g * d) to (b, 1 + m, g, d), the null entry first in each of the g heads."""
+    b, m, width = x.shape
+    groups = width // null.shape[0]
+    x = x.reshape(b, m, groups, -1)
+    return torch.cat((null.to(x.dtype).expand(b, 1, groups, -1), x), dim=1)
+
+
+def _visible(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """(b, m) to (b, 1, 1, 1 + m), the null key always visible."""
+    return None if mask is None else F.pad(mask.bool(), (1, 0), value=True)[:, None, None, :]
+
+
+def _reference(q, k, v, null_key, null_value, heads, mask, bias):
+    b, n, width = q.shape
+    k, v = _with_null(null_key, k), _with_null(null_value, v)
+    q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
+    k, v = k.expand(-1, -1, heads, -1), v.expand(-1, -1, heads, -1)
+    scores = torch.einsum("b n h d, b m h d -> b h n m", q, k)
+    if bias is not None:
+        scores = scores + bias
+    visible = _visible(mask)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.finfo(scores.dtype).max)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    return torch.einsum("b h n m, b m h d -> b n h d", weights, v).reshape(b, n, width)
+
+
+def _sdpa(q, k, v, null_key, null_value, heads, mask, bias):
+    assert bias is None
+    b, n, width = q.shape
+    k, v = _with_null(null_key, k).transpose(1, 2), _with_null(null_value, v).transpose(1, 2)
+    if k.shape[1] == 1:
+        # Heads that share keys are just more queries of one head, and (b, n, h * d) already lies that way in memory.
+        q = q.reshape(b, 1, n * heads, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(mask)).reshape(b, n, width)
+    q = q.reshape(b, n, heads, -1).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(mask))
+    return out.transpose(1, 2).reshape(b, n, width)

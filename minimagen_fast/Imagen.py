@@ -1,0 +1,607 @@
+"""Imagen: a text encoder and a cascade of U-Nets, trained one by one and sampled in a row.
+
+Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding" (2022),
+https://arxiv.org/abs/2205.11487.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from .diffusion_model import GaussianDiffusion
+from .helpers import (
+    cast_tuple,
+    default,
+    eval_decorator,
+    exists,
+    identity,
+    maybe,
+    module_device,
+    normalize_neg_one_to_one,
+    resize_image_to,
+    right_pad_dims_to,
+    unnormalize_zero_to_one,
+)
+from .quantile import quantile
+from .resize import noise_for
+from .t5 import get_encoded_dim, t5_encode_text
+from .Unet import Unet
+
+_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
+_PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def _one_for_each(name: str, value, number: int) -> tuple:
+    values = cast_tuple(value) if isinstance(value, list | tuple) else (value,) * number
+    if len(values) != number:
+        raise ValueError(f"{name} must be one value or {number}, one for each U-Net; got {len(values)} in {value!r}")
+    return values
+
+
+def to_pil_images(images: torch.Tensor) -> list[PIL.Image.Image]:
+    """Convert images in [0, 1], shape (b, c, h, w) with 1 to 4 channels, to 8-bit PIL images.
+
+    The modes are L, LA, RGB and RGBA for 1, 2, 3 and 4 channels.
+
+    Raises:
+        ValueError: for any other number of channels.
+    """
+    channels = images.shape[1]
+    if channels not in _PIL_MODES:
+        raise ValueError(f"PIL images have 1 to 4 channels, these have {channels}; use return_pil_images=False")
+    pixels = images.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    if channels == 1:
+        pixels = pixels[..., 0]
+    return [PIL.Image.fromarray(image) for image in pixels]
+
+
+class Imagen(nn.Module):
+    """A cascade of U-Nets that turns text into images.
+
+    Args:
+        unets: The U-Nets: first the base model, then the super-resolution models in ascending order. A U-Net that was
+            made with another ``lowres_cond``, ``text_embed_dim``, ``channels`` or ``channels_out`` than it needs at its
+            place is replaced by a new one, with a warning: see :attr:`unets` for those in use.
+        text_encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
+        image_sizes: Side length in pixels of the images of each U-Net.
+        text_embed_dim: Width of the text embeddings; taken from the text encoder if not given.
+        channels: Number of channels of the images.
+        timesteps: Number of diffusion steps, at least 20; one value or one for each U-Net.
+        cond_drop_prob: Probability with which a training image's text is dropped, in [0, 1]; more than 0 is needed for
+            classifier-free guidance.
+        loss_type: Loss between predicted and true noise: 'l1', 'l2' or 'huber'.
+        lowres_sample_noise_level: Noise added to the low-resolution images when sampling, as a share in [0, 1) of the
+            diffusion process (noise conditioning augmentation, section 2.3 of the paper).
+        auto_normalize_img: Whether images are given and returned in [0, 1]; otherwise in [-1, 1].
+        dynamic_thresholding_percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
+        only_train_unet_number: If given, the only U-Net (counted from 1) that may be trained.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong type, out of range, or does not fit the U-Nets.
+    """
+
+    def __init__(
+        self,
+        unets: Unet | list[Unet] | tuple[Unet, ...],
+        *,
+        text_encoder_name: str,
+        image_sizes: int | list[int] | tuple[int, ...],
+        text_embed_dim: int | None = None,
+        channels: int = 3,
+        timesteps: int | list[int] | tuple[int, ...] = 1000,
+        cond_drop_prob: float = 0.1,
+        loss_type: Literal["l1", "l2", "huber"] = "l2",
+        lowres_sample_noise_level: float = 0.2,
+        auto_normalize_img: bool = True,
+        dynamic_thresholding_percentile: float = 0.9,
+        only_train_unet_number: int | None = None,
+    ):
+        super().__init__()
+        unets = cast_tuple(tuple(unets) if isinstance(unets, nn.ModuleList) else unets)
+        if not unets or not all(isinstance(unet, Unet) for unet in unets):
+            raise TypeError(f"unets must be one Unet or a list of them, got {[type(unet).__name__ for unet in unets]}")
+        if len({id(unet) for unet in unets}) < len(unets):
+            raise ValueError("unets holds the same U-Net twice; every stage needs one of its own")
+        number = len(unets)
+        if isinstance(image_sizes, int):
+            image_sizes = (image_sizes,)
+        if len(image_sizes) != number:
+            raise ValueError(f"image_sizes must have {number} entries, one for each U-Net; got {image_sizes!r}")
+        if loss_type not in _LOSSES:
+            raise ValueError(f"loss_type must be one of {', '.join(_LOSSES)}; got {loss_type!r}")
+        for name, value, allowed in (
+            ("cond_drop_prob", cond_drop_prob, 0 <= cond_drop_prob <= 1),
+            (
+                "dynamic_thresholding_percentile",
+                dynamic_thresholding_percentile,
+                0 <= dynamic_thresholding_percentile <= 1,
+            ),
+        ):
+            if not allowed:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        self._check_noise_level(lowres_sample_noise_level)
+        if exists(only_train_unet_number) and only_train_unet_number not in range(1, number + 1):
+            raise ValueError(f"only_train_unet_number must lie in 1 to {number}, got {only_train_unet_number}")
+
+        self.loss_type = loss_type
+        self.loss_fn: Callable = _LOSSES[loss_type]
+        self.channels = channels
+        self.sample_channels = (channels,) * number
+        self.image_sizes = tuple(image_sizes)
+        timesteps = _one_for_each("timesteps", timesteps, number)
+        self.noise_schedulers = nn.ModuleList(GaussianDiffusion(timesteps=steps) for steps in timesteps)
+        # One schedule for all low-resolution images; the longest resolves the noise levels best.
+        self.lowres_noise_schedule = GaussianDiffusion(timesteps=max(timesteps))
+        self.text_encoder_name = text_encoder_name
+        self.text_embed_dim = default(text_embed_dim, lambda: get_encoded_dim(text_encoder_name))
+        self.only_train_unet_number = only_train_unet_number
+        self.lowres_sample_noise_level = lowres_sample_noise_level
+        self.cond_drop_prob = cond_drop_prob
+        self.can_classifier_guidance = cond_drop_prob > 0.0
+        self.normalize_img = normalize_neg_one_to_one if auto_normalize_img else identity
+        self.unnormalize_img = unnormalize_zero_to_one if auto_normalize_img else identity
+        self.input_image_range = (0.0 if auto_normalize_img else -1.0, 1.0)
+        self.dynamic_thresholding_percentile = dynamic_thresholding_percentile
+
+        self.unets = nn.ModuleList(self._fit_to_place(unet, place) for place, unet in enumerate(unets, start=1))
+        for unet, size in zip(self.unets, self.image_sizes, strict=True):
+            unet.check_image_size(size, size)
+
+        self.register_buffer("_temp", torch.zeros(1), persistent=False)  # knows the device
+        self.to(module_device(self.unets))
+
+    def _fit_to_place(self, unet: Unet, number: int) -> Unet:
+        wanted = {
+            "lowres_cond": number > 1,
+            "text_embed_dim": self.text_embed_dim,
+            "channels": self.channels,
+            "channels_out": self.channels,
+        }
+        fitted = unet._cast_model_parameters(**wanted)
+        if fitted is not unet:
+            changed = [
+                f"{name}={value} instead of {getattr(unet, name)}"
+                for name, value in wanted.items()
+                if getattr(unet, name) != value
+            ]
+            warnings.warn(
+                f"U-Net {number} was replaced by a new one with fresh weights, because its place in this Imagen needs"
+                f" {', '.join(changed)}. The one in use is imagen.unets[{number - 1}]; make it with these settings to"
+                " keep its weights",
+                stacklevel=4,
+            )
+        return fitted
+
+    @staticmethod
+    def _check_noise_level(level: float) -> None:
+        if not 0 <= level < 1:
+            raise ValueError(f"lowres_sample_noise_level must lie in [0, 1), got {level}")
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this instance; move it with ``to``."""
+        return self._temp.device
+
+    def _get_unet(self, unet_number: int | None) -> Unet:
+        """The U-Net with this number, counted from 1."""
+        number = len(self.unets)
+        if not exists(unet_number) and number > 1:
+            raise ValueError(f"unet_number must say which U-Net is meant, 1 to {number}")
+        unet_number = default(unet_number, 1)
+        if unet_number not in range(1, number + 1):
+            raise ValueError(f"unet_number must lie in 1 to {number}, got {unet_number!r}")
+        return self.unets[unet_number - 1]
+
+    def _reset_unets_all_one_device(self, device: torch.device | None = None) -> None:
+        """Place all U-Nets on one device, that of this instance if none is given."""
+        device = default(device, self.device)
+        for unet in self.unets:
+            if module_device(unet) != device:
+                unet.to(device)
+
+    def state_dict(self, *args, **kwargs):
+        """The state dict, after U-Nets that were moved elsewhere have been placed on this instance's device."""
+        self._reset_unets_all_one_device()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        """Load a state dict, after U-Nets that were moved elsewhere have been placed on this instance's device."""
+        self._reset_unets_all_one_device()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _text_condition(
+        self,
+        batch: int | None,
+        device: torch.device,
+        texts: list[str] | None,
+        text_embeds: torch.Tensor | None,
+        text_masks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text embeddings and mask on ``device``, from whichever was given."""
+        if not exists(text_embeds):
+            if not exists(texts):
+                raise ValueError("texts or text_embeds must be given")
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            if exists(batch) and len(texts) != batch:
+                raise ValueError(f"texts must hold one caption for each of the {batch} images, got {len(texts)}")
+            text_embeds, text_masks = t5_encode_text(texts, name=self.text_encoder_name, device=device)
+        if text_embeds.ndim != 3 or text_embeds.shape[-1] != self.text_embed_dim:
+            raise ValueError(
+                f"text_embeds must have shape (b, n, {self.text_embed_dim}) for the text encoder"
+                f" {self.text_encoder_name!r}, got {tuple(text_embeds.shape)}"
+            )
+        if exists(batch) and len(text_embeds) != batch:
+            raise ValueError(f"text_embeds must hold one entry for each of the {batch} images, got {len(text_embeds)}")
+        if exists(text_masks) and text_masks.shape != text_embeds.shape[:2]:
+            raise ValueError(
+                f"text_masks must have shape {tuple(text_embeds.shape[:2])} like text_embeds,"
+                f" got {tuple(text_masks.shape)}"
+            )
+        return text_embeds.to(device), maybe(lambda mask: mask.to(device))(text_masks)
+
+    # Training
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        texts: list[str] | None = None,
+        text_embeds: torch.Tensor | None = None,
+        text_masks: torch.Tensor | None = None,
+        unet_number: int | None = None,
+    ) -> torch.Tensor:
+        """Noise images and compare the noise that a U-Net predicts with the true one.
+
+        Args:
+            images: Floating point, in [0, 1] ([-1, 1] without ``auto_normalize_img``), shape (b, channels, h, w), each
+                side at least the U-Net's image size. They are resized to it, each axis on its own.
+            texts: Captions, one for each image.
+            text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions.
+            text_masks: Which of their tokens are text, bool, shape (b, n); all, if not given.
+            unet_number: Which U-Net to train, counted from 1; needed if there is more than one.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            TypeError, ValueError: if an argument is missing, out of range or of the wrong shape or type.
+        """
+        unet = self._get_unet(unet_number)
+        unet_number = default(unet_number, 1)
+        if exists(self.only_train_unet_number) and unet_number != self.only_train_unet_number:
+            raise ValueError(
+                f"unet_number is {unet_number}, but this Imagen was made with"
+                f" only_train_unet_number={self.only_train_unet_number}"
+            )
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point, got {images.dtype}; convert them first, e.g. images / 255")
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ValueError(f"images must have shape (b, {self.channels}, h, w), got {tuple(images.shape)}")
+        size = self.image_sizes[unet_number - 1]
+        if min(images.shape[-2:]) < size:
+            raise ValueError(
+                f"images must be at least {size}x{size} pixels for U-Net {unet_number},"
+                f" got {images.shape[-2]}x{images.shape[-1]}; enlarge them or choose smaller image_sizes"
+            )
+        batch, device = images.shape[0], images.device
+        noise_scheduler = self.noise_schedulers[unet_number - 1]
+
+        # Random numbers are drawn in the order of the original package, so that one seed gives one loss in both:
+        # times, augmentation time, noise, augmentation noise, conditional dropout.
+        times = noise_scheduler._sample_random_times(batch, device=device)
+        text_embeds, text_masks = self._text_condition(batch, device, texts, text_embeds, text_masks)
+
+        lowres_cond_img = lowres_aug_times = None
+        if unet_number > 1:
+            lowres_cond_img = resize_image_to(
+                images, self.image_sizes[unet_number - 2], clamp_range=self.input_image_range
+            )
+            lowres_cond_img = resize_image_to(lowres_cond_img, size, clamp_range=self.input_image_range)
+            # One level for the whole batch, as in the original.
+            lowres_aug_times = self.lowres_noise_schedule._sample_random_times(1, device=device).expand(batch)
+
+        x_start = resize_image_to(images, size)
+        return self._p_losses(
+            unet,
+            x_start,
+            times,
+            noise=noise_for(x_start, resized=x_start is not images),
+            noise_scheduler=noise_scheduler,
+            lowres_cond_img=lowres_cond_img,
+            lowres_aug_times=lowres_aug_times,
+            text_embeds=text_embeds,
+            text_mask=text_masks,
+        )
+
+    def _p_losses(
+        self,
+        unet: Unet,
+        x_start: torch.Tensor,
+        times: torch.Tensor,
+        *,
+        noise_scheduler: GaussianDiffusion,
+        lowres_cond_img: torch.Tensor | None = None,
+        lowres_aug_times: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of ``unet`` on un-noised images (b, c, s, s) at the given times (b,)."""
+        noise = default(noise, lambda: noise_for(x_start, resized=False))
+        x_noisy = noise_scheduler.q_sample(x_start=self.normalize_img(x_start), t=times, noise=noise)
+        if exists(lowres_cond_img):
+            lowres_aug_times = default(lowres_aug_times, times)
+            lowres_noise = noise_for(lowres_cond_img, resized=True)
+            lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise)
+        pred = unet.forward(
+            x_noisy,
+            times,
+            text_embeds=text_embeds,
+            text_mask=text_mask,
+            lowres_noise_times=lowres_aug_times,
+            lowres_cond_img=lowres_cond_img,
+            cond_drop_prob=self.cond_drop_prob,
+        )
+        return self.loss_fn(pred.float(), noise.float())
+
+    def _noise_lowres(self, images: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Noise conditioning augmentation: normalise low-resolution images, then noise them."""
+        return self.lowres_noise_schedule.q_sample(x_start=self.normalize_img(images), t=times, noise=noise)
+
+    # Sampling
+
+    def _p_mean_variance(
+        self,
+        unet: Unet,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        noise_scheduler: GaussianDiffusion,
+        text_embeds: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+        lowres_cond_img: torch.Tensor | None = None,
+        lowres_noise_times: torch.Tensor | None = None,
+        cond_scale: float = 1.0,
+        model_output: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, predicted x_0), see ``q_posterior``.
+
+        The noise is predicted by ``unet`` or given as ``model_output``; x_0 is dynamically thresholded.
+        """
+        pred = default(
+            model_output,
+            lambda: unet.forward_with_cond_scale(
+                x,
+                t,
+                text_embeds=text_embeds,
+                text_mask=text_mask,
+                cond_scale=cond_scale,
+                lowres_cond_img=lowres_cond_img,
+                lowres_noise_times=lowres_noise_times,
+            ),
+        )
+        x_start = noise_scheduler.predict_start_from_noise(x, t=t, noise=pred.float())
+        # Dynamic thresholding, section 2.3 of the paper: pixels beyond s = max(1, quantile) are clamped and all are
+        # scaled back into [-1, 1].
+        s = quantile(x_start.abs().flatten(1), self.dynamic_thresholding_percentile).clamp(min=1.0)
+        s = right_pad_dims_to(x_start, s)
+        x_start = x_start.clamp(-s, s) / s
+        return noise_scheduler.q_posterior(x_start=x_start, x_t=x, t=t)
+
+    @torch.no_grad()
+    def _p_sample(
+        self,
+        unet: Unet,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        noise_scheduler: GaussianDiffusion,
+        generator: torch.Generator | None = None,
+        **condition,
+    ) -> torch.Tensor:
+        """One step of ancestral sampling, from x_t to x_{t-1} (algorithm 2 of the DDPM paper)."""
+        mean, _, log_variance = self._p_mean_variance(unet, x, t, noise_scheduler=noise_scheduler, **condition)
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        not_last = right_pad_dims_to(x, (t > 0).float())
+        return mean + not_last * (0.5 * log_variance).exp() * noise
+
+    @torch.no_grad()
+    def _p_sample_loop(
+        self,
+        unet: Unet,
+        shape: tuple,
+        *,
+        noise_scheduler: GaussianDiffusion,
+        generator: torch.Generator | None = None,
+        description: str = "",
+        progress: bool = False,
+        after_step: Callable[[int, torch.Tensor], None] | None = None,
+        **condition,
+    ) -> torch.Tensor:
+        """Sample images of shape (b, c, s, s) with one U-Net, from pure noise to x_0, in the range of the training."""
+        img = torch.randn(shape, generator=generator, device=self.device)
+        timesteps = noise_scheduler._get_sampling_timesteps(shape[0], device=self.device)
+        for step, times in enumerate(tqdm(timesteps, desc=description, disable=not progress)):
+            img = self._p_sample(unet, img, times, noise_scheduler=noise_scheduler, generator=generator, **condition)
+            if exists(after_step):
+                after_step(step, self.unnormalize_img(img.clamp(-1.0, 1.0)))
+        return self.unnormalize_img(img.clamp(-1.0, 1.0))
+
+    @torch.no_grad()
+    @eval_decorator
+    def sample(
+        self,
+        texts: list[str] | None = None,
+        text_masks: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        cond_scale: float | list[float] | tuple[float, ...] = 1.0,
+        lowres_sample_noise_level: float | None = None,
+        return_pil_images: bool = False,
+        device: torch.device | str | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+        callback: Callable[[int, int, torch.Tensor], None] | None = None,
+        stop_at_unet_number: int | None = None,
+        start_image: torch.Tensor | None = None,
+        match_original: bool = False,
+        offload_idle_unets: bool = False,
+    ) -> torch.Tensor | list[PIL.Image.Image]:
+        """Make images from text.
+
+        Whatever ends the call, the model's modes, devices and gradients are left as they were.
+
+        Args:
+            texts: Captions.
+            text_masks: Which tokens of ``text_embeds`` are text, bool, shape (b, n); all, if not given.
+            text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions.
+            cond_scale: Guidance weight, see :meth:`.Unet.forward_with_cond_scale`; one value or one for each U-Net.
+            lowres_sample_noise_level: Overrides the instance's value, in [0, 1).
+            return_pil_images: Whether to return PIL images.
+            device: Where to sample, and where the images are returned; this instance's device if not given.
+            generator: Source of the random numbers, on the device; the global one if not given.
+            seed: Makes a generator: the same seed gives the same images, whatever ran before.
+            progress: Whether to show one progress bar for each U-Net.
+            callback: Called after every step with the number of the U-Net (from 1), the step (from 0) and the images so
+                far, in the range in which they are returned, shape (b, c, s, s). An exception ends the sampling.
+            stop_at_unet_number: The last U-Net to run; its images are returned.
+            start_image: Images in the range in which they are returned, shape (b, c, h, w), that stand for the base
+                model's: only the super-resolution U-Nets run. They are resized to the base model's size.
+            match_original: Noise low-resolution images before normalising them, as the original package did when
+                sampling (but not when training, which spoils the result): for reproducing its images.
+            offload_idle_unets: Keep only the U-Net at work on the device and the others in main memory.
+
+        Returns:
+            Images, float32 in [0, 1] ([-1, 1] without ``auto_normalize_img``), shape (b, c, s, s); or PIL images.
+
+        Raises:
+            TypeError, ValueError: if an argument is missing, out of range or of the wrong shape or type.
+        """
+        number = len(self.unets)
+        cond_scales = _one_for_each("cond_scale", cond_scale, number)
+        if not self.can_classifier_guidance and any(scale != 1 for scale in cond_scales):
+            raise ValueError(
+                f"cond_scale must be 1, got {cond_scale}: this Imagen was made with cond_drop_prob=0, so its U-Nets do"
+                " not know images without text"
+            )
+        level = default(lowres_sample_noise_level, self.lowres_sample_noise_level)
+        self._check_noise_level(level)
+        last = default(stop_at_unet_number, number)
+        if last not in range(1, number + 1):
+            raise ValueError(f"stop_at_unet_number must lie in 1 to {number}, got {stop_at_unet_number!r}")
+        if return_pil_images and self.channels not in _PIL_MODES:
+            raise ValueError(f"PIL images have 1 to 4 channels, these have {self.channels}")
+        device = self._usable_device(default(device, self.device))
+        generator = self._checked_generator(generator, seed, device)
+        first, img = self._checked_start(start_image, last, device)
+        text_embeds, text_masks = self._text_condition(
+            len(img) if exists(img) else None, device, texts, text_embeds, text_masks
+        )
+        batch = len(text_embeds)
+
+        with self._placed_on(device, offload_idle_unets):
+            for unet_number in range(first, last + 1):
+                unet, size = self.unets[unet_number - 1], self.image_sizes[unet_number - 1]
+                if offload_idle_unets:
+                    self._bring_only(unet, device)
+                lowres_cond_img = lowres_noise_times = None
+                if unet.lowres_cond:
+                    lowres_noise_times = self.lowres_noise_schedule._get_times(batch, level, device=device)
+                    img, smaller = resize_image_to(img, size), img
+                    noise = noise_for(img, img is not smaller, generator)
+                    if match_original:
+                        noised = self.lowres_noise_schedule.q_sample(x_start=img, t=lowres_noise_times, noise=noise)
+                        lowres_cond_img = self.normalize_img(noised)
+                    else:
+                        lowres_cond_img = self._noise_lowres(img, lowres_noise_times, noise)
+                img = self._p_sample_loop(
+                    unet,
+                    (batch, self.channels, size, size),
+                    noise_scheduler=self.noise_schedulers[unet_number - 1],
+                    generator=generator,
+                    description=f"U-Net {unet_number} of {number}, {size}x{size}",
+                    progress=progress,
+                    after_step=self._reporter(callback, unet_number),
+                    text_embeds=text_embeds,
+                    text_mask=text_masks,
+                    cond_scale=cond_scales[unet_number - 1],
+                    lowres_cond_img=lowres_cond_img,
+                    lowres_noise_times=lowres_noise_times,
+                )
+
+        if not return_pil_images:
+            return img
+        low, high = self.input_image_range
+        return to_pil_images((img - low) / (high - low))
+
+    @staticmethod
+    def _reporter(callback: Callable | None, unet_number: int) -> Callable[[int, torch.Tensor], None] | None:
+        return (lambda step, images: callback(unet_number, step, images)) if exists(callback) else None
+
+    @staticmethod
+    def _usable_device(device: torch.device | str) -> torch.device:
+        """The device, with its index, after seeing that it can hold a tensor."""
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
+
+    @staticmethod
+    def _checked_generator(
+        generator: torch.Generator | None, seed: int | None, device: torch.device
+    ) -> torch.Generator | None:
+        if exists(seed):
+            if exists(generator):
+                raise ValueError("give either seed or generator, not both")
+            return torch.Generator(device).manual_seed(seed)
+        if exists(generator) and generator.device.type != device.type:
+            raise ValueError(f"generator must be on the sampling device {device}, it is on {generator.device}")
+        return generator
+
+    def _checked_start(
+        self, start_image: torch.Tensor | None, last: int, device: torch.device
+    ) -> tuple[int, torch.Tensor | None]:
+        """Number of the first U-Net to run and the images it starts from."""
+        if not exists(start_image):
+            return 1, None
+        if last < 2:
+            raise ValueError("start_image needs a super-resolution U-Net to run on it, but there is none to run")
+        if not start_image.is_floating_point():
+            raise TypeError(
+                f"start_image must be floating point, got {start_image.dtype}; convert it, e.g. image / 255"
+            )
+        if start_image.ndim != 4 or start_image.shape[1] != self.channels:
+            raise ValueError(f"start_image must have shape (b, {self.channels}, h, w), got {tuple(start_image.shape)}")
+        start_image = start_image.to(device=device, dtype=torch.float32)
+        return 2, resize_image_to(start_image, self.image_sizes[0], clamp_range=self.input_image_range)
+
+    @contextmanager
+    def _placed_on(self, device: torch.device, offload_idle_unets: bool) -> Iterator[None]:
+        """Have everything on ``device`` (or the U-Nets in main memory); put it back, also after an error."""
+        home, unet_homes = self.device, [module_device(unet) for unet in self.unets]
+        try:
+            for scheduler in (*self.noise_schedulers, self.lowres_noise_schedule):
+                scheduler.to(device)
+            self._temp = self._temp.to(device)
+            self._reset_unets_all_one_device(torch.device("cpu") if offload_idle_unets else device)
+            yield
+        finally:
+            for scheduler in (*self.noise_schedulers, self.lowres_noise_schedule):
+                scheduler.to(home)
+            self._temp = self._temp.to(home)
+            for unet, unet_home in zip(self.unets, unet_homes, strict=True):
+                unet.to(unet_home)
+
+    def _bring_only(self, unet: Unet, device: torch.device) -> None:
+        for other in self.unets:
+            if other is not unet:
+                other.to("cpu")
+        unet.to(device)

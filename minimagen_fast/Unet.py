@@ -1,0 +1,577 @@
+"""The U-Net that predicts the noise in an image, and its four built-in sizes."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .helpers import cast_tuple, default, exists, prob_mask_like
+from .layers import (
+    Attention,
+    CrossEmbedLayer,
+    Downsample,
+    Identity,
+    Parallel,
+    Residual,
+    ResnetBlock,
+    SinusoidalPosEmb,
+    TransformerBlock,
+    Upsample,
+    _OverPixels,
+)
+from .t5 import MAX_LENGTH, get_encoded_dim
+
+ATTN_DIM_HEAD = 64
+NUM_TIME_TOKENS = 2
+RESNET_GROUPS = 8
+SKIP_CONNECT_SCALE = 2**-0.5
+
+
+def _per_level(name: str, value: Any, levels: int) -> tuple:
+    try:
+        return cast_tuple(value, levels)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be one value or {levels}, one for each entry of dim_mults; got {len(value)}: {value!r}"
+        ) from None
+
+
+def _check_int(name: str, value: Any, at_least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+class Unet(nn.Module):
+    """A U-Net conditioned on time, text and, for super-resolution, a low-resolution image.
+
+    Ronneberger et al., "U-Net" (2015); Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep
+    Language Understanding" (Imagen, 2022), appendix B.
+
+    Args:
+        dim: Channels at the highest resolution, a multiple of 8.
+        dim_mults: Channels of each level in multiples of ``dim``; each level halves height and width. The first must be
+            1 unless ``memory_efficient``.
+        channels: Channels of the input images.
+        channels_out: Channels of the output images; ``channels`` if not given.
+        cond_dim: Width of the conditioning tokens; ``dim`` if not given.
+        text_embed_dim: Width of the text embeddings, see :func:`.t5.get_encoded_dim`.
+        num_resnet_blocks: ResNet blocks of a level besides its first; one value or one for each level.
+        layer_attns: Whether a level ends with self attention; one value or one for each level.
+        layer_cross_attns: Whether a level's first ResNet block attends to the conditioning tokens; one value or one for
+            each level. The two blocks in the middle always do.
+        attn_heads: Number of heads of the self attention.
+        lowres_cond: Whether the U-Net is conditioned on a low-resolution image (super-resolution).
+        memory_efficient: Whether a level halves the image at its start and not at its end.
+        attend_at_middle: Whether there is self attention in the middle.
+
+    Raises:
+        TypeError: if a number is no int.
+        ValueError: if the sizes cannot be built; the message says what to change.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int = 128,
+        dim_mults: tuple = (1, 2, 4),
+        channels: int = 3,
+        channels_out: int | None = None,
+        cond_dim: int | None = None,
+        text_embed_dim=get_encoded_dim("t5_small"),
+        num_resnet_blocks: int | tuple = 1,
+        layer_attns: bool | tuple = True,
+        layer_cross_attns: bool | tuple = True,
+        attn_heads: int = 8,
+        lowres_cond: bool = False,
+        memory_efficient: bool = False,
+        attend_at_middle: bool = False,
+    ):
+        # Kept so that Imagen can build the same U-Net with other conditioning, see _cast_model_parameters.
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self._config = config
+
+        cond_dim = default(cond_dim, dim)
+        channels_out = default(channels_out, channels)
+        for name, value in (
+            ("dim", dim),
+            ("channels", channels),
+            ("channels_out", channels_out),
+            ("cond_dim", cond_dim),
+            ("text_embed_dim", text_embed_dim),
+            ("attn_heads", attn_heads),
+        ):
+            _check_int(name, value)
+        dim_mults = cast_tuple(dim_mults)
+        dims = self._level_dims(dim, dim_mults, memory_efficient)
+        levels = len(dim_mults)
+        num_resnet_blocks = _per_level("num_resnet_blocks", num_resnet_blocks, levels)
+        for blocks in num_resnet_blocks:
+            _check_int("num_resnet_blocks", blocks, at_least=0)
+        layer_attns = _per_level("layer_attns", layer_attns, levels)
+        layer_cross_attns = _per_level("layer_cross_attns", layer_cross_attns, levels)
+
+        self.channels = channels
+        self.channels_out = channels_out
+        self.lowres_cond = lowres_cond
+        self.text_embed_dim = text_embed_dim
+        self.max_text_len = MAX_LENGTH
+        self.skip_connect_scale = SKIP_CONNECT_SCALE
+        # Height and width must be multiples of this: every level halves them, the last only with memory_efficient.
+        self.downsampling_factor = 2 ** (levels if memory_efficient else levels - 1)
+
+        # The modules are made in a fixed order, so that one seed gives one set of initial weights.
+        time_cond_dim = dim * 4 * (2 if lowres_cond else 1)
+        self.to_time_hiddens, self.to_time_cond, self.to_time_tokens = self._time_layers(dim, time_cond_dim, cond_dim)
+        if lowres_cond:
+            self.to_lowres_time_hiddens, self.to_lowres_time_cond, self.to_lowres_time_tokens = self._time_layers(
+                dim, time_cond_dim, cond_dim
+            )
+
+        self.norm_cond = nn.LayerNorm(cond_dim)
+        self.text_to_cond = nn.Linear(text_embed_dim, cond_dim)
+        # What stands for dropped and missing text in classifier-free guidance, Ho and Salimans (2022).
+        self.null_text_embed = nn.Parameter(torch.randn(1, self.max_text_len, cond_dim))
+        self.null_text_hidden = nn.Parameter(torch.randn(1, time_cond_dim))
+        self.to_text_non_attn_cond = nn.Sequential(
+            nn.LayerNorm(cond_dim),
+            nn.Linear(cond_dim, time_cond_dim),
+            nn.SiLU(),
+            nn.Linear(time_cond_dim, time_cond_dim),
+        )
+
+        self.init_conv = CrossEmbedLayer(
+            channels * 2 if lowres_cond else channels, dim_out=dim, kernel_sizes=(3, 7, 15), stride=1
+        )
+
+        def first_block(dim_in: int, dim_out: int, cross_attend: bool) -> ResnetBlock:
+            return ResnetBlock(
+                dim_in,
+                dim_out,
+                cond_dim=cond_dim if cross_attend else None,
+                time_cond_dim=time_cond_dim,
+                groups=RESNET_GROUPS,
+            )
+
+        def further_blocks(number: int, dim_in: int, dim_out: int) -> nn.ModuleList:
+            return nn.ModuleList(first_block(dim_in, dim_out, cross_attend=False) for _ in range(number))
+
+        def self_attention(dim: int, attend: bool) -> nn.Module:
+            return TransformerBlock(dim, heads=attn_heads, dim_head=ATTN_DIM_HEAD) if attend else Identity()
+
+        level_settings = list(zip(dims[:-1], dims[1:], num_resnet_blocks, layer_attns, layer_cross_attns, strict=True))
+
+        self.downs = nn.ModuleList()
+        self.ups = nn.ModuleList()
+        skip_dims = []
+        for level, (dim_in, dim_out, blocks, attend, cross_attend) in enumerate(level_settings):
+            pre_downsample = Downsample(dim_in, dim_out) if memory_efficient else None
+            current = dim_out if memory_efficient else dim_in
+            skip_dims.append(current)
+            if memory_efficient:
+                post_downsample = None
+            elif level < levels - 1:
+                post_downsample = Downsample(current, dim_out)
+            else:
+                post_downsample = Parallel(nn.Conv2d(dim_in, dim_out, 3, padding=1), nn.Conv2d(dim_in, dim_out, 1))
+            # The order within the constructor call is the order in which the initial weights are drawn.
+            self.downs.append(
+                nn.ModuleList(
+                    [
+                        pre_downsample,
+                        first_block(current, current, cross_attend),
+                        further_blocks(blocks, current, current),
+                        self_attention(current, attend),
+                        post_downsample,
+                    ]
+                )
+            )
+
+        middle = dims[-1]
+        self.mid_block1 = first_block(middle, middle, cross_attend=True)
+        self.mid_attn = (
+            _OverPixels(Residual(Attention(middle, heads=attn_heads, dim_head=ATTN_DIM_HEAD)))
+            if attend_at_middle
+            else None
+        )
+        self.mid_block2 = first_block(middle, middle, cross_attend=True)
+
+        for dim_in, dim_out, blocks, attend, cross_attend in reversed(level_settings):
+            with_skip = dim_out + skip_dims.pop()
+            is_last = len(self.ups) == levels - 1
+            self.ups.append(
+                nn.ModuleList(
+                    [
+                        first_block(with_skip, dim_out, cross_attend),
+                        further_blocks(blocks, with_skip, dim_out),
+                        self_attention(dim_out, attend),
+                        Upsample(dim_out, dim_in) if memory_efficient or not is_last else Identity(),
+                    ]
+                )
+            )
+
+        self.final_res_block = first_block(dim, dim, cross_attend=False)
+        self.final_conv = nn.Conv2d(dim, channels_out, 3, padding=1)
+
+    @staticmethod
+    def _level_dims(dim: int, dim_mults: tuple, memory_efficient: bool) -> list[int]:
+        """Channels before the first level and after each, checked."""
+        if not dim_mults:
+            raise ValueError("dim_mults must have at least one entry, got none")
+        dims = [dim]
+        for mult in dim_mults:
+            if (
+                isinstance(mult, bool)
+                or not isinstance(mult, int | float)
+                or mult <= 0
+                or dim * mult != int(dim * mult)
+            ):
+                raise ValueError(
+                    f"dim_mults must be positive and give whole numbers of channels with dim={dim}; got {dim_mults}"
+                )
+            dims.append(int(dim * mult))
+        if wrong := [d for d in dims if d % RESNET_GROUPS]:
+            raise ValueError(
+                f"dim={dim} with dim_mults={dim_mults} gives levels of {dims[1:]} channels, but every level and dim"
+                f" itself must be a multiple of {RESNET_GROUPS}, the number of GroupNorm groups; {wrong[0]} is not."
+                f" Choose a dim that is a multiple of {RESNET_GROUPS}"
+            )
+        if dim_mults[0] != 1 and not memory_efficient:
+            raise ValueError(
+                f"dim_mults must start with 1 unless memory_efficient=True; got {dim_mults}. Multiply dim by"
+                f" {dim_mults[0]} and divide dim_mults by it, or set memory_efficient=True"
+            )
+        return dims
+
+    @staticmethod
+    def _time_layers(dim: int, time_cond_dim: int, cond_dim: int) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
+        """Timestep to hidden state, hidden state to time conditioning, hidden state to time tokens."""
+        return (
+            nn.Sequential(SinusoidalPosEmb(dim), nn.Linear(dim, time_cond_dim), nn.SiLU()),
+            nn.Sequential(nn.Linear(time_cond_dim, time_cond_dim)),
+            nn.Sequential(
+                nn.Linear(time_cond_dim, cond_dim * NUM_TIME_TOKENS), nn.Unflatten(1, (NUM_TIME_TOKENS, cond_dim))
+            ),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.final_conv.weight.dtype
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise a ValueError unless images of this size can pass through all levels."""
+        factor = self.downsampling_factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ValueError(
+                f"images of {height}x{width} pixels do not fit this U-Net, which halves them"
+                f" {factor.bit_length() - 1} times: height and width must be multiples of {factor}."
+                " Choose another image size, or fewer dim_mults"
+            )
+
+    def _cast_model_parameters(
+        self, *, lowres_cond: bool, text_embed_dim: int, channels: int, channels_out: int
+    ) -> "Unet":
+        """This U-Net if it has these settings, else a new one with new weights that has them and is alike otherwise."""
+        wanted = {
+            "lowres_cond": lowres_cond,
+            "text_embed_dim": text_embed_dim,
+            "channels": channels,
+            "channels_out": channels_out,
+        }
+        if all(getattr(self, name) == value for name, value in wanted.items()):
+            return self
+        new = type(self)(**{**self._config, **wanted})
+        return new.to(device=self.final_conv.weight.device, dtype=self.dtype).train(self.training)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        *,
+        lowres_cond_img: torch.Tensor | None = None,
+        lowres_noise_times: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+        cond_drop_prob: float = 0.0,
+    ) -> torch.Tensor:
+        """Predict the noise in images.
+
+        Args:
+            x: Noised images, shape (b, channels, h, w); h and w multiples of ``downsampling_factor``.
+            time: Timestep of each image, shape (b,).
+            lowres_cond_img: Low-resolution images, noised, enlarged to (b, channels, h, w); only with ``lowres_cond``.
+            lowres_noise_times: Timestep to which each of them was noised, shape (b,); with ``lowres_cond`` only.
+            text_embeds: Text embeddings, shape (b, n, text_embed_dim); tokens past the 256th are cut off. Without them
+                the U-Net is conditioned on time alone.
+            text_mask: Which tokens are text and not padding, bool, shape (b, n); all, if not given.
+            cond_drop_prob: Probability with which an image's text is dropped, in [0, 1].
+
+        Returns:
+            Predicted noise, shape (b, channels_out, h, w), in the dtype of the weights (of autocast, under autocast).
+
+        Raises:
+            ValueError: if shapes do not fit together or a low-resolution input is missing or not wanted.
+        """
+        self._check_inputs(x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob)
+        if exists(lowres_cond_img):
+            x = torch.cat((x, lowres_cond_img.to(x.dtype)), dim=1)
+
+        t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
+        t, c = self._text_condition(text_embeds, cond_drop_prob, text_mask, t, time_tokens)
+
+        x = self.init_conv(x.to(self.dtype))
+        hiddens = []
+        for pre_downsample, init_block, resnet_blocks, attn_block, post_downsample in self.downs:
+            if exists(pre_downsample):
+                x = pre_downsample(x)
+            x = init_block(x, t, c)
+            for resnet_block in resnet_blocks:
+                x = resnet_block(x, t)
+                hiddens.append(x)
+            x = attn_block(x)
+            hiddens.append(x)
+            if exists(post_downsample):
+                x = post_downsample(x)
+
+        x = self.mid_block1(x, t, c)
+        if exists(self.mid_attn):
+            x = self.mid_attn(x)
+        x = self.mid_block2(x, t, c)
+
+        def with_skip(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((x, hiddens.pop() * self.skip_connect_scale), dim=1)
+
+        for init_block, resnet_blocks, attn_block, upsample in self.ups:
+            x = init_block(with_skip(x), t, c)
+            for resnet_block in resnet_blocks:
+                x = resnet_block(with_skip(x), t)
+            x = upsample(attn_block(x))
+
+        return self.final_conv(self.final_res_block(x, t))
+
+    def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> torch.Tensor:
+        """Predict the noise in images with classifier-free guidance.
+
+        null + cond_scale * (conditional - null), Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022), eq. 6.
+
+        Args:
+            args: Passed on to :meth:`forward`.
+            cond_scale: 0 for the unconditional prediction, 1 for the conditional one; more than 1 follows the text more
+                closely, at the cost of diversity.
+            kwargs: Passed on to :meth:`forward`.
+
+        Returns:
+            Guided prediction, shape (b, channels_out, h, w).
+        """
+        if cond_scale == 1:
+            return self.forward(*args, **kwargs)
+        null = self.forward(*args, **{**kwargs, "cond_drop_prob": 1.0})
+        if cond_scale == 0:
+            return null
+        return null + (self.forward(*args, **kwargs) - null) * cond_scale
+
+    def _check_inputs(self, x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob):
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x must have shape (b, {self.channels}, h, w), got {tuple(x.shape)}")
+        batch = x.shape[0]
+        self.check_image_size(*x.shape[-2:])
+        if time.shape != (batch,):
+            raise ValueError(f"time must have shape ({batch},), one for each image; got {tuple(time.shape)}")
+        lowres = {"lowres_cond_img": lowres_cond_img, "lowres_noise_times": lowres_noise_times}
+        for name, value in lowres.items():
+            if exists(value) != bool(self.lowres_cond):
+                wanted = "needs" if self.lowres_cond else "takes no"
+                raise ValueError(f"a U-Net with lowres_cond={self.lowres_cond} {wanted} {name}")
+        if self.lowres_cond:
+            if lowres_cond_img.shape != x.shape:
+                raise ValueError(
+                    f"lowres_cond_img must have the shape of x, {tuple(x.shape)}; got {tuple(lowres_cond_img.shape)}."
+                    " Enlarge it first, see helpers.resize_image_to"
+                )
+            if lowres_noise_times.shape != (batch,):
+                raise ValueError(
+                    f"lowres_noise_times must have shape ({batch},), got {tuple(lowres_noise_times.shape)}"
+                )
+        if exists(text_embeds) and (
+            text_embeds.ndim != 3 or text_embeds.shape[0] != batch or text_embeds.shape[2] != self.text_embed_dim
+        ):
+            raise ValueError(
+                f"text_embeds must have shape ({batch}, n, {self.text_embed_dim}), got {tuple(text_embeds.shape)}"
+            )
+        if exists(text_embeds) and exists(text_mask) and text_mask.shape != text_embeds.shape[:2]:
+            raise ValueError(
+                f"text_mask must have shape {tuple(text_embeds.shape[:2])} like text_embeds,"
+                f" got {tuple(text_mask.shape)}"
+            )
+        if not 0 <= cond_drop_prob <= 1:
+            raise ValueError(f"cond_drop_prob must lie in [0, 1], got {cond_drop_prob}")
+
+    @staticmethod
+    def _embed_times(
+        layers: tuple[nn.Sequential, nn.Sequential, nn.Sequential], time: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Time conditioning (b, time_cond_dim) and time tokens (b, 2, cond_dim) of timesteps (b,)."""
+        to_hiddens, to_cond, to_tokens = layers
+        # The angles need float32: in half precision large timesteps would fall together.
+        hiddens = to_hiddens[1:](to_hiddens[0](time).to(dtype))
+        return to_cond(hiddens), to_tokens(hiddens)
+
+    def _generate_t_tokens(
+        self, time: torch.Tensor, lowres_noise_times: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Time conditioning (b, time_cond_dim) and time tokens (b, 2, cond_dim); 4 of them with ``lowres_cond``."""
+        t, tokens = self._embed_times((self.to_time_hiddens, self.to_time_cond, self.to_time_tokens), time, self.dtype)
+        if self.lowres_cond:
+            lowres_layers = (self.to_lowres_time_hiddens, self.to_lowres_time_cond, self.to_lowres_time_tokens)
+            lowres_t, lowres_tokens = self._embed_times(lowres_layers, lowres_noise_times, self.dtype)
+            t, tokens = t + lowres_t, torch.cat((tokens, lowres_tokens), dim=1)
+        return t, tokens
+
+    def _text_condition(
+        self,
+        text_embeds: torch.Tensor | None,
+        cond_drop_prob: float,
+        text_mask: torch.Tensor | None,
+        t: torch.Tensor,
+        time_tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the text to the time conditioning, and its tokens to the time tokens.
+
+        Args:
+            text_embeds: Text embeddings, shape (b, n, text_embed_dim), or None.
+            cond_drop_prob: Probability with which an image's text is replaced by the null text.
+            text_mask: Bool, shape (b, n), or None.
+            t: Time conditioning, shape (b, time_cond_dim).
+            time_tokens: Time tokens, shape (b, k, cond_dim).
+
+        Returns:
+            Conditioning (b, time_cond_dim) and normalised tokens, (b, k + 256, cond_dim) or, without text,
+            (b, k, cond_dim).
+        """
+        if not exists(text_embeds):
+            return t, self.norm_cond(time_tokens)
+
+        # Cut before the projection: no work on what is thrown away.
+        text_embeds = text_embeds[:, : self.max_text_len].to(self.dtype)
+        batch, words, _ = text_embeds.shape
+        padding = self.max_text_len - words
+        tokens = F.pad(self.text_to_cond(text_embeds), (0, 0, 0, padding))
+
+        keep = prob_mask_like((batch,), 1 - cond_drop_prob, device=tokens.device)
+        keep_token = keep[:, None, None]
+        if exists(text_mask):
+            text_mask = F.pad(text_mask[:, : self.max_text_len].bool(), (0, padding), value=False)
+            keep_token = keep_token & text_mask[:, :, None]
+        tokens = torch.where(keep_token, tokens, self.null_text_embed.to(tokens.dtype))
+
+        hidden = self.to_text_non_attn_cond(tokens.mean(dim=1))
+        hidden = torch.where(keep[:, None], hidden, self.null_text_hidden.to(hidden.dtype))
+        return t + hidden, self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
+
+
+class Base(Unet):
+    """The base U-Net of the Imagen paper, for 64x64 images.
+
+    - dim = 512
+    - dim_mults = (1, 2, 3, 4)
+    - num_resnet_blocks = 3
+    - layer_attns = (False, True, True, True)
+    - layer_cross_attns = (False, True, True, True)
+    - memory_efficient = False
+
+    Keyword arguments of :class:`Unet` override these.
+    """
+
+    defaults = dict(
+        dim=512,
+        dim_mults=(1, 2, 3, 4),
+        num_resnet_blocks=3,
+        layer_attns=(False, True, True, True),
+        layer_cross_attns=(False, True, True, True),
+        memory_efficient=False,
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**Base.defaults, **kwargs})
+
+
+class Super(Unet):
+    """The super-resolution U-Net of the Imagen paper ("Efficient U-Net").
+
+    - dim = 128
+    - dim_mults = (1, 2, 4, 8)
+    - num_resnet_blocks = (2, 4, 8, 8)
+    - layer_attns = (False, False, False, True)
+    - layer_cross_attns = (False, False, False, True)
+    - memory_efficient = True
+
+    Keyword arguments of :class:`Unet` override these.
+    """
+
+    defaults = dict(
+        dim=128,
+        dim_mults=(1, 2, 4, 8),
+        num_resnet_blocks=(2, 4, 8, 8),
+        layer_attns=(False, False, False, True),
+        layer_cross_attns=(False, False, False, True),
+        memory_efficient=True,
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**Super.defaults, **kwargs})
+
+
+class BaseTest(Unet):
+    """A tiny base U-Net for trying things out.
+
+    - dim = 8
+    - dim_mults = (1, 2)
+    - num_resnet_blocks = 1
+    - layer_attns = False
+    - layer_cross_attns = False
+    - memory_efficient = False
+
+    Keyword arguments of :class:`Unet` override these.
+    """
+
+    defaults = dict(
+        dim=8,
+        dim_mults=(1, 2),
+        num_resnet_blocks=1,
+        layer_attns=False,
+        layer_cross_attns=False,
+        memory_efficient=False,
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**BaseTest.defaults, **kwargs})
+
+
+class SuperTest(Unet):
+    """A tiny super-resolution U-Net for trying things out.
+
+    - dim = 8
+    - dim_mults = (1, 2)
+    - num_resnet_blocks = (1, 2)
+    - layer_attns = False
+    - layer_cross_attns = False
+    - memory_efficient = True
+
+    Keyword arguments of :class:`Unet` override these.
+    """
+
+    defaults = dict(
+        dim=8,
+        dim_mults=(1, 2),
+        num_resnet_blocks=(1, 2),
+        layer_attns=False,
+        layer_cross_attns=False,
+        memory_efficient=True,
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**SuperTest.defaults, **kwargs})

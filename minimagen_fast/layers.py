@@ -1,0 +1,413 @@
+"""The building blocks of the U-Net."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .helpers import default, exists
+from .kernels import null_key_attention
+
+
+class _OverPixels(nn.Module):
+    """Run a module on tokens over the pixels of an image: (b, c, h, w) -> (b, h*w, c) -> fn -> (b, c, h, w)."""
+
+    def __init__(self, fn: nn.Module):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        tokens = self.fn(rearrange(x, "b c h w -> b (h w) c"), **kwargs)
+        return rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Attention(nn.Module):
+    """Self attention whose query heads share one key/value head, with a learned null key.
+
+    Args:
+        dim: Width of the tokens.
+        dim_head: Width of a head.
+        heads: Number of query heads.
+        context_dim: Width of the context tokens to attend to besides the tokens themselves; none if not given.
+    """
+
+    def __init__(self, dim: int, *, dim_head: int = 64, heads: int = 8, context_dim: int | None = None):
+        super().__init__()
+        self.scale = dim_head**-0.5
+        self.heads = heads
+        self.norm = LayerNorm(dim)
+        self.null_kv = nn.Parameter(torch.randn(2, dim_head))
+        self.to_q = nn.Linear(dim, dim_head * heads, bias=False)
+        self.to_kv = nn.Linear(dim, dim_head * 2, bias=False)
+        self.to_context = (
+            nn.Sequential(nn.LayerNorm(context_dim), nn.Linear(context_dim, dim_head * 2))
+            if exists(context_dim)
+            else None
+        )
+        self.to_out = nn.Sequential(nn.Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        attn_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from every token to the null key, the context and the tokens.
+
+        Args:
+            x: Tokens, shape (b, n, dim).
+            context: Context tokens, shape (b, m, context_dim).
+            mask: Which keys may be attended to, bool, shape (b, m + n), the context's first.
+            attn_bias: Added to the scores, broadcast to (b, heads, n, 1 + m + n), the null key's column first.
+
+        Returns:
+            Tokens, shape (b, n, dim).
+
+        Raises:
+            ValueError: if a context is given to a module that was made without ``context_dim``.
+        """
+        x = self.norm(x)
+        q, (k, v) = self.to_q(x), self.to_kv(x).chunk(2, dim=-1)
+        if exists(context):
+            if not exists(self.to_context):
+                raise ValueError("context was given, but this Attention was made without context_dim")
+            ck, cv = self.to_context(context).chunk(2, dim=-1)
+            k, v = torch.cat((ck, k), dim=1), torch.cat((cv, v), dim=1)
+        null_key, null_value = self.null_kv
+        out = null_key_attention(q, k, v, null_key, null_value, heads=self.heads, mask=mask, bias=attn_bias)
+        return self.to_out(out)
+
+
+class Block(nn.Module):
+    """GroupNorm, optional scale and shift, SiLU, 3x3 convolution.
+
+    Args:
+        dim: Channels of the input.
+        dim_out: Channels of the output.
+        groups: Number of groups of the GroupNorm.
+        norm: Whether to normalise at all.
+    """
+
+    def __init__(self, dim: int, dim_out: int, groups: int = 8, norm: bool = True):
+        super().__init__()
+        self.groupnorm = nn.GroupNorm(groups, dim) if norm else Identity()
+        self.activation = nn.SiLU()
+        self.project = nn.Conv2d(dim, dim_out, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Map images (b, dim, h, w) to (b, dim_out, h, w).
+
+        Args:
+            x: Images.
+            scale_shift: Scale and shift of the normalised images, shape (b, dim, 1, 1) each: x * (scale + 1) + shift.
+        """
+        x = self.groupnorm(x)
+        if exists(scale_shift):
+            scale, shift = scale_shift
+            x = x * (scale + 1) + shift
+        return self.project(self.activation(x))
+
+
+def ChanFeedForward(dim: int, mult: int = 2) -> nn.Sequential:
+    """The feed-forward part of a :class:`TransformerBlock` on images: two 1x1 convolutions with a GELU between them.
+
+    Args:
+        dim: Channels of input and output.
+        mult: How many times wider the hidden layer is.
+    """
+    hidden_dim = int(dim * mult)
+    return nn.Sequential(
+        ChanLayerNorm(dim),
+        nn.Conv2d(dim, hidden_dim, 1, bias=False),
+        nn.GELU(),
+        ChanLayerNorm(hidden_dim),
+        nn.Conv2d(hidden_dim, dim, 1, bias=False),
+    )
+
+
+class ChanLayerNorm(nn.Module):
+    """LayerNorm over the channels of every pixel, with a gain and no bias.
+
+    Args:
+        dim: Number of channels.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.g = nn.Parameter(torch.ones(1, dim, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise images of shape (b, dim, h, w)."""
+        # Half precision keeps three digits of a mean: statistics need float32.
+        h = x.float()
+        var, mean = torch.var_mean(h, dim=1, correction=0, keepdim=True)
+        return ((h - mean) * torch.rsqrt(var + self.eps)).to(x.dtype) * self.g
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to context tokens and a learned null key, each head with its own keys and values.
+
+    Args:
+        dim: Width of the tokens.
+        context_dim: Width of the context tokens; ``dim`` if not given.
+        dim_head: Width of a head.
+        heads: Number of heads.
+        norm_context: Whether to normalise the context tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int | None = None,
+        dim_head: int = 64,
+        heads: int = 8,
+        norm_context: bool = False,
+    ):
+        super().__init__()
+        self.scale = dim_head**-0.5
+        self.heads = heads
+        context_dim = default(context_dim, dim)
+        self.norm = LayerNorm(dim)
+        self.norm_context = LayerNorm(context_dim) if norm_context else Identity()
+        self.null_kv = nn.Parameter(torch.randn(2, dim_head))
+        self.to_q = nn.Linear(dim, dim_head * heads, bias=False)
+        self.to_kv = nn.Linear(context_dim, dim_head * heads * 2, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend from every token to the null key and the context.
+
+        Args:
+            x: Tokens, shape (b, n, dim).
+            context: Context tokens, shape (b, m, context_dim).
+            mask: Which context tokens may be attended to, bool, shape (b, m).
+
+        Returns:
+            Tokens, shape (b, n, dim).
+        """
+        q = self.to_q(self.norm(x))
+        k, v = self.to_kv(self.norm_context(context)).chunk(2, dim=-1)
+        null_key, null_value = self.null_kv
+        return self.to_out(null_key_attention(q, k, v, null_key, null_value, heads=self.heads, mask=mask))
+
+
+class CrossEmbedLayer(nn.Module):
+    """Convolutions of several kernel sizes side by side, as in an Inception module.
+
+    The smallest kernel gets half of the output channels, the next a quarter and so on; the largest gets what is left.
+
+    Args:
+        dim_in: Channels of the input.
+        kernel_sizes: Kernel sizes in pixels, all odd or all even like ``stride``.
+        dim_out: Channels of the output; ``dim_in`` if not given.
+        stride: Stride in pixels.
+
+    Raises:
+        ValueError: if a kernel size and the stride are not both odd or both even: the results would not line up.
+    """
+
+    def __init__(self, dim_in: int, kernel_sizes: tuple[int, ...], dim_out: int | None = None, stride: int = 2):
+        super().__init__()
+        if any((kernel - stride) % 2 for kernel in kernel_sizes):
+            raise ValueError(
+                f"kernel_sizes must all be {'odd' if stride % 2 else 'even'} like the stride {stride};"
+                f" got {tuple(kernel_sizes)}"
+            )
+        dim_out = default(dim_out, dim_in)
+        kernel_sizes = sorted(kernel_sizes)
+        dims = [dim_out // 2**i for i in range(1, len(kernel_sizes))]
+        dims.append(dim_out - sum(dims))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(dim_in, dim, kernel, stride=stride, padding=(kernel - stride) // 2)
+            for kernel, dim in zip(kernel_sizes, dims, strict=True)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (b, dim_in, h, w) to (b, dim_out, h / stride, w / stride)."""
+        return torch.cat([conv(x) for conv in self.convs], dim=1)
+
+
+def Downsample(dim: int, dim_out: int | None = None) -> nn.Conv2d:
+    """A convolution that halves height and width.
+
+    Args:
+        dim: Channels of the input.
+        dim_out: Channels of the output; ``dim`` if not given.
+    """
+    return nn.Conv2d(dim, default(dim_out, dim), kernel_size=4, stride=2, padding=1)
+
+
+class Identity(nn.Module):
+    """Returns its first input; takes and ignores any other argument."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return x
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension with a learned gain; the bias is a constant zero.
+
+    Args:
+        dim: Size of the last dimension.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+        self.register_buffer("beta", torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise tokens of shape (..., dim)."""
+        return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
+
+
+class Parallel(nn.Module):
+    """The sum of several modules' results on the same input."""
+
+    def __init__(self, *fns: Callable):
+        super().__init__()
+        self.fns = nn.ModuleList(fns)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(fn(x) for fn in self.fns)
+
+
+class Residual(nn.Module):
+    """A module's result plus its input."""
+
+    def __init__(self, fn: Callable):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.fn(x, **kwargs) + x
+
+
+class ResnetBlock(nn.Module):
+    """Two :class:`Block`s with a residual connection, conditioned on time and optionally on tokens.
+
+    Args:
+        dim: Channels of the input.
+        dim_out: Channels of the output.
+        cond_dim: Width of the conditioning tokens to attend to between the blocks; no attention if not given.
+        time_cond_dim: Width of the time conditioning that scales and shifts the second block; none if not given.
+        groups: Number of groups of the GroupNorms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        *,
+        cond_dim: int | None = None,
+        time_cond_dim: int | None = None,
+        groups: int = 8,
+    ):
+        super().__init__()
+        self.time_mlp = (
+            nn.Sequential(nn.SiLU(), nn.Linear(time_cond_dim, dim_out * 2)) if exists(time_cond_dim) else None
+        )
+        self.cross_attn = _OverPixels(CrossAttention(dim=dim_out, context_dim=cond_dim)) if exists(cond_dim) else None
+        self.block1 = Block(dim, dim_out, groups=groups)
+        self.block2 = Block(dim_out, dim_out, groups=groups)
+        self.res_conv = nn.Conv2d(dim, dim_out, 1) if dim != dim_out else Identity()
+
+    def forward(
+        self, x: torch.Tensor, time_emb: torch.Tensor | None = None, cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Map images (b, dim, h, w) to (b, dim_out, h, w).
+
+        Args:
+            x: Images.
+            time_emb: Time conditioning, shape (b, time_cond_dim).
+            cond: Conditioning tokens, shape (b, m, cond_dim); needed if the block was made with ``cond_dim``.
+
+        Raises:
+            ValueError: if the block attends to tokens and none are given.
+        """
+        scale_shift = None
+        if exists(self.time_mlp) and exists(time_emb):
+            scale_shift = rearrange(self.time_mlp(time_emb), "b c -> b c 1 1").chunk(2, dim=1)
+
+        h = self.block1(x)
+        if exists(self.cross_attn):
+            if not exists(cond):
+                raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")
+            h = self.cross_attn(h, context=cond) + h
+        h = self.block2(h, scale_shift=scale_shift)
+        return h + self.res_conv(x)
+
+
+class SinusoidalPosEmb(nn.Module):
+    """Sinusoidal embedding of timesteps, Vaswani et al., "Attention Is All You Need" (2017), section 3.5.
+
+    Args:
+        dim: Width of the embedding: even and at least 4.
+
+    Raises:
+        ValueError: for any other width.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        if dim < 4 or dim % 2:
+            raise ValueError(f"dim of a sinusoidal embedding must be even and at least 4, got {dim}")
+        self.dim = dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed timesteps of shape (b,) as float32 of shape (b, dim): sines first, then cosines."""
+        half = self.dim // 2
+        frequencies = torch.exp(torch.arange(half, device=x.device) * (-math.log(10000) / (half - 1)))
+        angles = x[:, None] * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class TransformerBlock(nn.Module):
+    """Self attention over the pixels and a feed-forward, each with a residual connection.
+
+    Args:
+        dim: Channels of the images.
+        heads: Number of query heads.
+        dim_head: Width of a head.
+        ff_mult: How many times wider the feed-forward's hidden layer is.
+        context_dim: Width of context tokens to attend to as well; none if not given.
+    """
+
+    def __init__(
+        self, dim: int, *, heads: int = 8, dim_head: int = 32, ff_mult: int = 2, context_dim: int | None = None
+    ):
+        super().__init__()
+        self.attn = _OverPixels(Attention(dim=dim, heads=heads, dim_head=dim_head, context_dim=context_dim))
+        self.ff = ChanFeedForward(dim=dim, mult=ff_mult)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """Map images (b, dim, h, w) to the same shape.
+
+        Args:
+            x: Images.
+            context: Context tokens, shape (b, m, context_dim).
+        """
+        x = self.attn(x, context=context) + x
+        return self.ff(x) + x
+
+
+def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
+    """Doubles height and width by repeating pixels, then a 3x3 convolution.
+
+    Args:
+        dim: Channels of the input.
+        dim_out: Channels of the output; ``dim`` if not given.
+    """
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, default(dim_out, dim), 3, padding=1)
+    )

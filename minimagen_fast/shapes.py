@@ -1,0 +1,237 @@
+"""Built-in captioned picture set: "a red circle on black", at any size, seeded, as many as asked for.
+
+Every shape here is symmetric about a vertical axis and meets every horizontal line in at most one interval, so a shape
+is described by one function: its half-width at a given height. `shape_mask` turns that into antialiased pixel coverage;
+the pictures are drawn with it, and a judge that looks for shapes can match against the very same masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 70),
+    "blue": (50, 80, 220),
+    "yellow": (235, 210, 50),
+    "purple": (150, 60, 190),
+    "white": (240, 240, 240),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (20, 20, 20), "gray": (120, 120, 120)}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+
+# Bounds of a drawn shape's extent, as a share of the picture's side.
+MIN_EXTENT, MAX_EXTENT = 0.45, 0.75
+
+# Rows sampled per pixel; along a row the coverage is exact, so this alone sets the antialiasing error.
+ROWS_PER_PIXEL = 8
+
+_COMBINATIONS = tuple((c, s, b) for c in COLORS for s in SHAPES for b in BACKGROUNDS)
+
+
+def caption(color: str, shape: str, background: str) -> str:
+    """Returns the caption of a picture, such as ``"a red circle on black"``.
+
+    Raises:
+        ValueError: If a name is not one of `COLORS`, `SHAPES`, `BACKGROUNDS`.
+    """
+    _check_names(color, shape, background)
+    return f"a {color} {shape} on {background}"
+
+
+def all_combinations() -> list[tuple[str, str, str]]:
+    """Returns the 48 ``(color, shape, background)`` triples, colours slowest and backgrounds fastest."""
+    return list(_COMBINATIONS)
+
+
+def all_captions() -> list[str]:
+    """Returns the 48 captions in the order of `all_combinations`."""
+    return [caption(*names) for names in _COMBINATIONS]
+
+
+def shape_mask(shape: str, size: int, center: tuple[float, float], extent: float) -> np.ndarray:
+    """Computes how much of each pixel a shape covers.
+
+    Args:
+        shape: One of `SHAPES`. The triangle points up and is as high as it is wide; the arms of the cross (a plus sign)
+            are a third of its extent wide.
+        size: Side of the picture in pixels.
+        center: ``(x, y)`` of the middle of the shape's bounding box in pixels, from the picture's upper left corner;
+            the middle of the first pixel is (0.5, 0.5). Parts outside the picture are cut off.
+        extent: Side of the shape's (square) bounding box in pixels, greater than 0.
+
+    Returns:
+        Array of shape (size, size), rows from top to bottom, float32 in [0, 1].
+
+    Raises:
+        ValueError: If `shape` is unknown, or `size` or `extent` is not positive.
+    """
+    if shape not in _HALF_WIDTHS:
+        raise ValueError(f"shape is {shape!r}, but must be one of {', '.join(SHAPES)}.")
+    if size < 1 or not extent > 0:
+        raise ValueError(f"size and extent must be positive, but size is {size!r} and extent is {extent!r}.")
+    radius = extent / 2
+    rows = (np.arange(size * ROWS_PER_PIXEL, dtype=np.float32) + 0.5) / ROWS_PER_PIXEL
+    heights = (rows - center[1]) / radius
+    half_widths = np.where(np.abs(heights) <= 1, _HALF_WIDTHS[shape](heights), 0.0).astype(np.float32) * radius
+    # Covered length left of each pixel edge; the difference over a pixel is the covered part of that pixel.
+    edges = np.arange(size + 1, dtype=np.float32) - np.float32(center[0])
+    covered = np.minimum(np.maximum(edges, -half_widths[:, None]), half_widths[:, None])
+    covered = covered.reshape(size, ROWS_PER_PIXEL, size + 1).sum(axis=1)
+    return np.clip(np.diff(covered, axis=1) / ROWS_PER_PIXEL, 0.0, 1.0)
+
+
+def draw(color: str, shape: str, background: str, size: int, rng: np.random.Generator) -> Image.Image:
+    """Draws one picture, with the shape's size and position taken from `rng`.
+
+    The extent is uniform in [0.45, 0.75] of the side, and the position uniform among those where the shape lies wholly
+    inside the picture.
+
+    Args:
+        color: Colour of the shape, a key of `COLORS`.
+        shape: One of `SHAPES`.
+        background: A key of `BACKGROUNDS`.
+        size: Side of the picture in pixels, at least 1.
+        rng: Source of the random numbers; three are drawn.
+
+    Returns:
+        RGB image of `size` x `size` pixels.
+
+    Raises:
+        ValueError: If a name is unknown or `size` is not positive.
+    """
+    return Image.fromarray(_draw_array(color, shape, background, size, rng))
+
+
+class ShapesDataset(torch.utils.data.Dataset):
+    """Captioned pictures of shapes for training, drawn on demand.
+
+    Item i depends on (`seed`, i) alone, so any length costs nothing, and the same item comes back in every process. An
+    item is ``{'image': (3, side_length, side_length) float32 in [0, 1], 'encoding': (1, n, dim) float, 'mask': (1, n)
+    bool}`` with n the number of tokens of its caption. The 48 captions are encoded together, on the CPU, once per
+    process and encoder, when the first item is asked for; items share these tensors, so do not change them in place.
+
+    Args:
+        length: Number of items.
+        side_length: Side of the pictures in pixels.
+        seed: Chooses the pictures; an integer of at least 0.
+        encoder_name: Text encoder, as in `minimagen_fast.t5.t5_encode_text`.
+        max_length: Largest number of tokens of a caption; longer ones are cut.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        length: int = 10_000,
+        *,
+        side_length: int,
+        seed: int = 0,
+        encoder_name: str = "t5_tiny",
+        max_length: int = 64,
+    ) -> None:
+        for name, value, least in (
+            ("length", length, 1),
+            ("side_length", side_length, 1),
+            ("seed", seed, 0),
+            ("max_length", max_length, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}.")
+        self.length = length
+        self.side_length = side_length
+        self.seed = seed
+        self.encoder_name = encoder_name
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        combination, pixels = self._pixels(index)
+        encoding, mask = _encoded_captions(self.encoder_name, self.max_length)[combination]
+        return {"image": _to_tensor(pixels), "encoding": encoding, "mask": mask}
+
+    def raw(self, index: int) -> tuple[Image.Image, str]:
+        """Returns picture `index` as an RGB image, and its caption.
+
+        Raises:
+            IndexError: If `index` is not in [-length, length).
+        """
+        combination, pixels = self._pixels(index)
+        return Image.fromarray(pixels), caption(*_COMBINATIONS[combination])
+
+    def images_and_captions(self, indices: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
+        """Returns several pictures at once.
+
+        Args:
+            indices: Item numbers, at least one.
+
+        Returns:
+            Images of shape (len(indices), 3, side_length, side_length), float32 in [0, 1], and their captions.
+        """
+        drawn = [self._pixels(index) for index in indices]
+        images = torch.stack([_to_tensor(pixels) for _, pixels in drawn])
+        return images, [caption(*_COMBINATIONS[combination]) for combination, _ in drawn]
+
+    def _pixels(self, index: int) -> tuple[int, np.ndarray]:
+        index = int(index)
+        if not -self.length <= index < self.length:
+            raise IndexError(f"index is {index}, but the data set has {self.length} items.")
+        rng = np.random.default_rng((self.seed, index % self.length))
+        combination = int(rng.integers(len(_COMBINATIONS)))
+        return combination, _draw_array(*_COMBINATIONS[combination], self.side_length, rng)
+
+
+def _draw_array(color: str, shape: str, background: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws as `draw` does, into an array of shape (size, size, 3), uint8."""
+    _check_names(color, shape, background)
+    extent = rng.uniform(MIN_EXTENT, MAX_EXTENT) * size
+    center = (rng.uniform(extent / 2, size - extent / 2), rng.uniform(extent / 2, size - extent / 2))
+    mask = shape_mask(shape, size, center, extent)[..., None]
+    front, back = np.float32(COLORS[color]), np.float32(BACKGROUNDS[background])
+    return np.rint(back + mask * (front - back)).astype(np.uint8)
+
+
+def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """Turns (h, w, 3) uint8 into (3, h, w) float32 in [0, 1]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def _check_names(color: str, shape: str, background: str) -> None:
+    for argument, name, known in (
+        ("color", color, COLORS),
+        ("shape", shape, SHAPES),
+        ("background", background, BACKGROUNDS),
+    ):
+        if name not in known:
+            raise ValueError(f"{argument} is {name!r}, but must be one of {', '.join(known)}.")
+
+
+def _cross_half_width(height: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(height) <= 1 / 3, 1.0, 1 / 3)
+
+
+# Half-width of each shape at a height between -1 (top) and 1 (bottom), in units of half its extent.
+_HALF_WIDTHS = {
+    "circle": lambda height: np.sqrt(np.maximum(1 - height**2, 0.0)),
+    "square": np.ones_like,
+    "triangle": lambda height: (height + 1) / 2,
+    "cross": _cross_half_width,
+}
+
+
+@lru_cache(maxsize=8)
+def _encoded_captions(encoder_name: str, max_length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Encodes all captions, each without the padding that the longest one caused."""
+    from minimagen_fast.t5 import t5_encode_text
+
+    encodings, masks = t5_encode_text(all_captions(), encoder_name, max_length, device="cpu")
+    lengths = masks.sum(dim=1).clamp(min=1).tolist()
+    return [(encodings[i : i + 1, :n].clone(), masks[i : i + 1, :n].clone()) for i, n in enumerate(lengths)]

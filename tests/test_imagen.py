@@ -1,0 +1,372 @@
+"""Imagen: the faults of the original that are fixed here, and what is new in sampling."""
+
+import warnings
+
+import PIL.Image
+import pytest
+import torch
+
+from minimagen_fast.Imagen import Imagen, to_pil_images
+from minimagen_fast.t5 import register_text_encoder
+from minimagen_fast.Unet import BaseTest, SuperTest
+
+SIZES = (8, 16)
+STEPS = 20
+
+
+def make_imagen(stages=2, **arguments):
+    torch.manual_seed(0)
+    channels = arguments.get("channels", 3)
+    unets = [BaseTest(channels=channels), *(SuperTest(lowres_cond=True, channels=channels) for _ in range(stages - 1))]
+    defaults = dict(text_encoder_name="t5_small", image_sizes=tuple(8 * 2**i for i in range(stages)), timesteps=STEPS)
+    return Imagen(unets, **{**defaults, **arguments})
+
+
+@pytest.fixture(scope="module")
+def imagen():
+    return make_imagen()
+
+
+@pytest.fixture
+def words():
+    torch.manual_seed(1)
+    return dict(text_embeds=torch.randn(2, 4, 512), text_masks=torch.ones(2, 4, dtype=torch.bool))
+
+
+def snapshot(imagen):
+    return (
+        {name: (p.device, p.data_ptr(), p.requires_grad, p.grad) for name, p in imagen.named_parameters()},
+        {name: module.training for name, module in imagen.named_modules()},
+        imagen.device,
+    )
+
+
+# Making one
+
+
+def test_parameters_are_there_after_a_training_step(words):
+    # The original unregisters its U-Nets in the first training step: clipping and optimizers then see nothing.
+    imagen = make_imagen()
+    before = list(imagen.parameters())
+    imagen(torch.rand(2, 3, 16, 16), **words, unet_number=2).backward()
+    assert [id(p) for p in imagen.parameters()] == [id(p) for p in before] and len(before) > 100
+    assert isinstance(imagen.unets, torch.nn.ModuleList)
+    assert any(p.grad is not None for p in imagen.parameters())
+
+
+def test_a_replaced_unet_is_said():
+    with pytest.warns(UserWarning, match="U-Net 2 was replaced by a new one.*lowres_cond=True instead of False"):
+        imagen = Imagen([BaseTest(), SuperTest()], text_encoder_name="t5_small", image_sizes=SIZES)
+    assert isinstance(imagen.unets[1], SuperTest) and imagen.unets[1].lowres_cond
+
+
+def test_a_fitting_unet_is_kept():
+    unets = [BaseTest(), SuperTest(lowres_cond=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        imagen = Imagen(unets, text_encoder_name="t5_small", image_sizes=SIZES)
+    assert list(imagen.unets) == unets
+
+
+def test_a_replaced_unet_keeps_dtype_and_mode():
+    with pytest.warns(UserWarning, match="text_embed_dim=768 instead of 512"):
+        imagen = Imagen(BaseTest().bfloat16().eval(), text_encoder_name="t5_base", image_sizes=8)
+    assert imagen.unets[0].dtype == torch.bfloat16 and not imagen.unets[0].training
+
+
+def test_one_size_may_be_an_int():
+    assert Imagen(BaseTest(), text_encoder_name="t5_small", image_sizes=8).image_sizes == (8,)
+
+
+def test_timesteps_may_be_given_for_each_unet(words):
+    imagen = make_imagen(timesteps=(20, 25))
+    assert [scheduler.num_timesteps for scheduler in imagen.noise_schedulers] == [20, 25]
+    assert imagen.lowres_noise_schedule.num_timesteps == 25
+    steps = []
+    imagen.sample(**words, progress=False, callback=lambda unet, step, images: steps.append((unet, step)))
+    assert steps == [(1, i) for i in range(20)] + [(2, i) for i in range(25)]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(image_sizes=(8,)), ValueError, "image_sizes must have 2 entries"),
+        (dict(image_sizes=(8, 15)), ValueError, "must be multiples of 4"),
+        (dict(timesteps=(20, 20, 20)), ValueError, "timesteps must be one value or 2"),
+        (dict(timesteps=10), ValueError, "timesteps must be at least 20"),
+        (dict(loss_type="l3"), ValueError, "loss_type must be one of l1, l2, huber"),
+        (dict(cond_drop_prob=1.2), ValueError, "cond_drop_prob must lie in"),
+        (dict(lowres_sample_noise_level=1.0), ValueError, "lowres_sample_noise_level must lie in"),
+        (dict(dynamic_thresholding_percentile=95), ValueError, "dynamic_thresholding_percentile must lie in"),
+        (dict(only_train_unet_number=3), ValueError, "only_train_unet_number must lie in 1 to 2"),
+        (dict(text_encoder_name="t6"), ValueError, "t6"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, error, message):
+    with pytest.raises(error, match=message):
+        make_imagen(**arguments)
+
+
+def test_unets_that_cannot_be():
+    unet = BaseTest()
+    with pytest.raises(TypeError, match="unets must be"):
+        Imagen([unet, "unet"], text_encoder_name="t5_small", image_sizes=SIZES)
+    with pytest.raises(ValueError, match="same U-Net twice"):
+        Imagen([unet, unet], text_encoder_name="t5_small", image_sizes=SIZES)
+
+
+def test_state_dict_round_trip():
+    imagen, other = make_imagen(), make_imagen()
+    for p in other.parameters():
+        torch.nn.init.normal_(p)
+    other.load_state_dict(imagen.state_dict())
+    for a, b in zip(imagen.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# Training
+
+
+def test_images_need_not_be_square(imagen, words):
+    for number in (1, 2):
+        assert imagen(torch.rand(2, 3, 24, 17), **words, unet_number=number).isfinite()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_one_to_four_channels(channels, words):
+    imagen = make_imagen(channels=channels)
+    assert imagen(torch.rand(2, channels, 16, 16), **words, unet_number=2).isfinite()
+    images = imagen.sample(**words, progress=False, return_pil_images=True)
+    assert [image.mode for image in images] == [{1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype, words):
+    imagen = make_imagen().to(dtype)
+    assert imagen.noise_schedulers[0].betas.dtype == torch.float32
+    for number in (1, 2):
+        imagen(torch.rand(2, 3, 16, 16), **words, unet_number=number).backward()
+    images = imagen.sample(**words, progress=False, cond_scale=2.0)
+    assert images.dtype == torch.float32 and images.isfinite().all()
+
+
+def test_autocast(words):
+    imagen = make_imagen()
+    images = torch.rand(2, 3, 16, 16)
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(imagen(images, **words, unet_number=2))
+    assert losses[1].dtype == torch.float32
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert imagen.sample(**words, progress=False).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(unet_number=None), ValueError, "unet_number must say which U-Net"),
+        (dict(unet_number=3), ValueError, "unet_number must lie in 1 to 2"),
+        (dict(unet_number=0), ValueError, "unet_number must lie in 1 to 2"),
+        (dict(images=torch.rand(2, 3, 12, 20)), ValueError, "at least 16x16 pixels for U-Net 2, got 12x20"),
+        (dict(images=torch.rand(2, 4, 16, 16)), ValueError, "images must have shape"),
+        (dict(images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8)), TypeError, "must be floating point"),
+        (dict(text_embeds=None), ValueError, "texts or text_embeds must be given"),
+        (dict(text_embeds=None, texts=["one"]), ValueError, "one caption for each of the 2 images, got 1"),
+        (dict(text_embeds=torch.zeros(2, 4, 100)), ValueError, "text_embeds must have shape"),
+        (dict(text_embeds=torch.zeros(3, 4, 512)), ValueError, "one entry for each of the 2 images, got 3"),
+        (dict(text_masks=torch.ones(2, 5).bool()), ValueError, "text_masks must have shape"),
+    ],
+)
+def test_training_input_that_cannot_be(imagen, words, change, error, message):
+    arguments = dict(images=torch.rand(2, 3, 16, 16), **words, unet_number=2)
+    with pytest.raises(error, match=message):
+        imagen(**{**arguments, **change})
+
+
+def test_only_one_unet_may_be_trained(words):
+    imagen = make_imagen(only_train_unet_number=1)
+    with pytest.raises(ValueError, match="only_train_unet_number=1"):
+        imagen(torch.rand(2, 3, 16, 16), **words, unet_number=2)
+
+
+def test_captions_are_encoded_by_the_named_encoder():
+    def encode(captions, max_length, device):
+        lengths = torch.tensor([len(caption.split()) for caption in captions])
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        return mask[:, :, None].float().expand(-1, -1, 6), mask
+
+    register_text_encoder("counting", encode, 6)
+    unet = BaseTest(text_embed_dim=6)
+    imagen = Imagen(unet, text_encoder_name="counting", image_sizes=8, timesteps=STEPS)
+    texts = ["a b", "a b c"]
+    embeds, masks = encode(texts, 256, torch.device("cpu"))
+    losses = []
+    for given in (dict(texts=texts), dict(text_embeds=embeds, text_masks=masks)):
+        torch.manual_seed(0)
+        losses.append(imagen(torch.full((2, 3, 8, 8), 0.3), **given))
+    assert torch.equal(*losses)
+    by_text = imagen.sample(texts=texts, seed=1, progress=False)
+    assert torch.equal(by_text, imagen.sample(text_embeds=embeds, text_masks=masks, seed=1, progress=False))
+
+
+# Sampling
+
+
+def test_one_seed_gives_one_set_of_images(imagen, words):
+    first = imagen.sample(**words, seed=5, progress=False)
+    torch.rand(7)
+    state = torch.get_rng_state()
+    second = imagen.sample(**words, seed=5, progress=False)
+    assert torch.equal(torch.get_rng_state(), state), "a seeded call leaves the global random state alone"
+    third = imagen.sample(**words, generator=torch.Generator().manual_seed(5), progress=False)
+    assert torch.equal(first, second) and torch.equal(first, third)
+    assert not torch.equal(first, imagen.sample(**words, seed=6, progress=False))
+    assert first.shape == (2, 3, 16, 16) and first.min() >= 0 and first.max() <= 1
+
+
+def test_images_without_normalisation_lie_in_their_own_range(words):
+    imagen = make_imagen(auto_normalize_img=False)
+    images = imagen.sample(**words, seed=0, progress=False)
+    assert images.min() < 0 and images.min() >= -1
+    pil = imagen.sample(**words, seed=0, progress=False, return_pil_images=True)
+    assert pil[0].tobytes() == to_pil_images((images + 1) / 2)[0].tobytes()
+
+
+def test_low_resolution_images_are_noised_after_normalising(words):
+    imagen = make_imagen()
+    seen = []
+    unet = imagen.unets[1]
+    original = unet.forward
+    unet.forward = lambda *args, **kwargs: seen.append(kwargs["lowres_cond_img"]) or original(*args, **kwargs)
+    start = torch.full((2, 3, 8, 8), 0.5)
+    level = 0.4
+    for match_original in (False, True):
+        imagen.sample(
+            **words,
+            seed=3,
+            progress=False,
+            start_image=start,
+            lowres_sample_noise_level=level,
+            match_original=match_original,
+        )
+    right, as_original = seen[0], seen[-1]
+    schedule, t = imagen.lowres_noise_schedule, int(STEPS * level)
+    signal, noise = schedule.sqrt_alphas_cumprod[t], schedule.sqrt_one_minus_alphas_cumprod[t]
+    # Grey is 0 once it is normalised: only noise of the level's own strength is left.
+    assert right.mean().abs() < 0.1
+    assert right.std().item() == pytest.approx(noise.item(), rel=0.1)
+    assert as_original.std().item() == pytest.approx(2 * noise.item(), rel=0.1)
+    assert as_original.mean().item() == pytest.approx(signal.item() - 1, abs=0.1)
+
+
+def test_guidance_may_differ_by_unet(imagen, words):
+    guided = imagen.sample(**words, seed=0, progress=False, cond_scale=(3.0, 1.0), stop_at_unet_number=1)
+    assert torch.equal(guided, imagen.sample(**words, seed=0, progress=False, cond_scale=3.0, stop_at_unet_number=1))
+    both = imagen.sample(**words, seed=0, progress=False, cond_scale=3.0)
+    first_only = imagen.sample(**words, seed=0, progress=False, cond_scale=[3.0, 1.0])
+    assert not torch.equal(both, first_only)
+
+
+def test_stop_and_start(imagen, words):
+    small = imagen.sample(**words, seed=0, progress=False, stop_at_unet_number=1)
+    assert small.shape == (2, 3, 8, 8)
+    calls = []
+    large = imagen.sample(
+        **words, seed=0, progress=False, start_image=small, callback=lambda unet, step, images: calls.append(unet)
+    )
+    assert large.shape == (2, 3, 16, 16) and set(calls) == {2}
+    # A start image of any size is brought to the base model's.
+    other = imagen.sample(**words, seed=0, progress=False, start_image=torch.rand(2, 3, 20, 12))
+    assert other.shape == (2, 3, 16, 16)
+
+
+def test_callback_sees_images_that_can_be_shown(imagen, words):
+    seen = []
+    final = imagen.sample(**words, progress=False, callback=lambda *call: seen.append(call))
+    assert [(unet, step) for unet, step, _ in seen] == [(u, s) for u in (1, 2) for s in range(STEPS)]
+    assert all(images.min() >= 0 and images.max() <= 1 for _, _, images in seen)
+    assert torch.equal(seen[-1][2], final)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_failed_sample_leaves_the_model_as_it_was(words, failure, offload):
+    imagen = make_imagen()
+    imagen.train()
+    imagen.unets[0].mid_block1.eval()
+    before = snapshot(imagen)
+
+    def fail(unet, step, images):
+        if (unet, step) == (2, 3):
+            raise failure("stop")
+
+    with pytest.raises(failure, match="stop"):
+        imagen.sample(**words, progress=False, callback=fail, offload_idle_unets=offload)
+    assert snapshot(imagen) == before
+    imagen.sample(**words, progress=False, device="cpu")
+    assert snapshot(imagen) == before
+
+
+def test_progress_is_one_bar_for_each_unet_and_can_be_silenced(imagen, words, capfd):
+    imagen.sample(**words)
+    shown = capfd.readouterr().err
+    bars = {line.split(":")[0].strip() for line in shown.replace("\r", "\n").splitlines() if line.strip()}
+    assert bars == {"U-Net 1 of 2, 8x8", "U-Net 2 of 2, 16x16"}
+    imagen.sample(**words, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(cond_scale=(1.0, 2.0, 3.0)), ValueError, "cond_scale must be one value or 2"),
+        (dict(stop_at_unet_number=3), ValueError, "stop_at_unet_number must lie in 1 to 2"),
+        (dict(lowres_sample_noise_level=-0.1), ValueError, "lowres_sample_noise_level must lie in"),
+        (dict(seed=1, generator=torch.Generator()), ValueError, "either seed or generator"),
+        (dict(start_image=torch.rand(2, 4, 8, 8)), ValueError, "start_image must have shape"),
+        (dict(start_image=torch.zeros(2, 3, 8, 8).byte()), TypeError, "start_image must be floating point"),
+        (dict(start_image=torch.rand(3, 3, 8, 8)), ValueError, "one entry for each of the 3 images, got 2"),
+        (dict(start_image=torch.rand(2, 3, 8, 8), stop_at_unet_number=1), ValueError, "needs a super-resolution U-Net"),
+        (dict(text_embeds=None, text_masks=None), ValueError, "texts or text_embeds must be given"),
+        (dict(device="nowhere"), ValueError, "device 'nowhere' cannot be used here"),
+    ],
+)
+def test_sampling_arguments_that_cannot_be(imagen, words, change, error, message):
+    with pytest.raises(error, match=message):
+        imagen.sample(**{**words, "progress": False, **change})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused(imagen, words):
+    with pytest.raises(ValueError, match="device 'cuda' cannot be used here"):
+        imagen.sample(**words, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_sampling_on_another_device_brings_the_model_back(words):
+    imagen = make_imagen()
+    before = snapshot(imagen)[1:]
+    for offload in (False, True):
+        images = imagen.sample(**words, progress=False, device="cuda", seed=0, offload_idle_unets=offload)
+        assert images.is_cuda
+    assert snapshot(imagen)[1:] == before
+    assert all(p.device.type == "cpu" for p in imagen.parameters())
+
+
+def test_guidance_needs_training_without_text(words):
+    imagen = make_imagen(cond_drop_prob=0.0)
+    with pytest.raises(ValueError, match="cond_drop_prob=0"):
+        imagen.sample(**words, cond_scale=2.0)
+    assert imagen.sample(**words, progress=False).isfinite().all()
+
+
+def test_pil_images_round_to_the_nearest():
+    images = torch.tensor([0.0, 0.5, 1.0, 254.6 / 255]).reshape(1, 1, 2, 2)
+    (image,) = to_pil_images(images)
+    assert isinstance(image, PIL.Image.Image) and list(image.tobytes()) == [0, 128, 255, 255]
+    with pytest.raises(ValueError, match="1 to 4 channels"):
+        to_pil_images(torch.zeros(1, 5, 2, 2))

@@ -1,0 +1,108 @@
+"""Attention with a null key: every implementation against the formula, written out with loops."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minimagen_fast.kernels import implementation, null_key_attention, use_implementation
+
+
+def _by_hand(q, k, v, null_key, null_value, heads, mask=None, bias=None):
+    b, n, width = q.shape
+    d = width // heads
+    out = torch.zeros_like(q)
+    for i in range(b):
+        for h in range(heads):
+            shared = k.shape[-1] == d
+            head = slice(0, d) if shared else slice(h * d, (h + 1) * d)
+            keys = torch.cat((null_key[None], k[i, :, head]))
+            values = torch.cat((null_value[None], v[i, :, head]))
+            scores = q[i, :, h * d : (h + 1) * d] @ keys.T / d**0.5
+            if bias is not None:
+                scores = scores + bias[i, h]
+            if mask is not None:
+                visible = torch.cat((torch.ones(1, dtype=torch.bool), mask[i]))
+                scores = scores.masked_fill(~visible, -torch.inf)
+            out[i, :, h * d : (h + 1) * d] = scores.softmax(-1) @ values
+    return out
+
+
+def _case(shared, heads=3, d=8, b=2, n=5, m=7):
+    torch.manual_seed(0)
+    width = d if shared else heads * d
+    shapes = [(b, n, heads * d), (b, m, width), (b, m, width), (d,), (d,)]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference", "sdpa"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_matches_the_formula(choice, shared, masked):
+    tensors = _case(shared)
+    mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(1)) < 0.5 if masked else None
+    out = null_key_attention(*tensors, heads=3, mask=mask, implementation=choice)
+    expected = _by_hand(*tensors, heads=3, mask=mask)
+    # The reference's softmax is float32 whatever the input.
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weight).sum(), tensors)
+    for gradient, by_hand in zip(gradients, torch.autograd.grad((expected * weight).sum(), tensors), strict=True):
+        torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_bias():
+    tensors = _case(shared=True)
+    bias = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    out = null_key_attention(*tensors, heads=3, bias=bias)
+    torch.testing.assert_close(out, _by_hand(*tensors, heads=3, bias=bias), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="'sdpa' takes no bias"):
+        null_key_attention(*tensors, heads=3, bias=bias, implementation="sdpa")
+
+
+def test_with_every_key_masked_the_null_key_is_left():
+    q, k, v, null_key, null_value = _case(shared=False)
+    for choice in ("reference", "sdpa"):
+        out = null_key_attention(
+            q, k, v, null_key, null_value, heads=3, mask=torch.zeros(2, 7).bool(), implementation=choice
+        )
+        torch.testing.assert_close(out, null_value.repeat(3).expand_as(out))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(heads=5), "q must have shape"),
+        (dict(k=torch.zeros(2, 7, 12)), "k and v must have one shape"),
+        (dict(v=torch.zeros(2, 6, 24)), "k and v must have one shape"),
+        (dict(implementation="fastest"), "implementation must be one of auto, reference, sdpa"),
+    ],
+)
+def test_refusals(change, message):
+    q, k, v, null_key, null_value = _case(shared=False)
+    arguments = dict(q=q, k=k, v=v, null_key=null_key, null_value=null_value, heads=3)
+    with pytest.raises(ValueError, match=message):
+        null_key_attention(**{**arguments, **change})
+
+
+def test_the_policy_is_restored_after_an_error():
+    before = implementation()
+    with pytest.raises(RuntimeError), use_implementation("reference"):
+        assert implementation() == "reference"
+        raise RuntimeError
+    assert implementation() == before
+    with pytest.raises(ValueError, match="must be one of"), use_implementation("quickest"):
+        pass
+
+
+@pytest.mark.parametrize("value, outcome", [("reference", "reference"), ("", "auto"), ("best", "ValueError")])
+def test_the_environment_sets_the_policy(value, outcome):
+    run = subprocess.run(
+        [sys.executable, "-c", "from minimagen_fast.kernels import implementation; print(implementation())"],
+        env={**os.environ, "MINIMAGEN_FAST_KERNELS": value},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome in run.stdout + run.stderr

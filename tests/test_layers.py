@@ -1,0 +1,91 @@
+"""Building blocks on their own."""
+
+import pytest
+import torch
+
+from minimagen_fast import layers
+
+
+def test_cross_embed_splits_its_channels():
+    layer = layers.CrossEmbedLayer(3, kernel_sizes=(7, 3, 15), dim_out=10, stride=1)
+    assert [conv.out_channels for conv in layer.convs] == [5, 2, 3]
+    assert [conv.kernel_size[0] for conv in layer.convs] == [3, 7, 15]
+    assert layer(torch.zeros(1, 3, 8, 8)).shape == (1, 10, 8, 8)
+
+
+def test_cross_embed_kernels_must_line_up():
+    with pytest.raises(ValueError, match="must all be even like the stride 2"):
+        layers.CrossEmbedLayer(3, kernel_sizes=(3, 4))
+
+
+def test_sinusoids():
+    embedding = layers.SinusoidalPosEmb(6)(torch.tensor([0, 7]))
+    frequencies = torch.tensor([1.0, 0.01, 0.0001])
+    torch.testing.assert_close(embedding[1], torch.cat(((7 * frequencies).sin(), (7 * frequencies).cos())))
+    for dim in (2, 5):
+        with pytest.raises(ValueError, match="even and at least 4"):
+            layers.SinusoidalPosEmb(dim)
+
+
+def test_channel_layer_norm_is_a_layer_norm_over_channels():
+    norm = layers.ChanLayerNorm(6)
+    torch.nn.init.normal_(norm.g)
+    x = torch.randn(2, 6, 4, 5) * 3 + 2
+    expected = torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), (6,), norm.g.flatten())
+    torch.testing.assert_close(norm(x), expected.permute(0, 3, 1, 2))
+
+
+def test_channel_layer_norm_keeps_its_precision_in_half():
+    x = 100 + torch.randn(1, 64, 4, 4)
+    norm = layers.ChanLayerNorm(64)
+    expected = norm(x.half().float())
+    torch.testing.assert_close(norm.half()(x.half()).float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_block_without_norm():
+    block = layers.Block(5, 7, norm=False)
+    assert block(torch.zeros(1, 5, 4, 4)).shape == (1, 7, 4, 4)
+
+
+def test_resnet_block_needs_the_tokens_it_attends_to():
+    block = layers.ResnetBlock(8, 8, cond_dim=6, time_cond_dim=4)
+    assert block(torch.zeros(1, 8, 4, 4), torch.zeros(1, 4), torch.zeros(1, 3, 6)).shape == (1, 8, 4, 4)
+    with pytest.raises(ValueError, match="cond must be given"):
+        block(torch.zeros(1, 8, 4, 4), torch.zeros(1, 4))
+
+
+def test_self_attention_with_context_and_mask():
+    attention = layers.Attention(8, dim_head=4, heads=2, context_dim=6)
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 3, 6)
+    mask = torch.ones(2, 3 + 5, dtype=torch.bool)
+    everything = attention(x, context)
+    torch.testing.assert_close(attention(x, context, mask=mask), everything)
+    mask[:, :3] = False
+    torch.testing.assert_close(attention(x, context, mask=mask), attention(x))
+    assert not torch.allclose(everything, attention(x))
+    with pytest.raises(ValueError, match="without context_dim"):
+        layers.Attention(8)(x, context)
+
+
+def test_cross_attention_mask():
+    attention = layers.CrossAttention(8, context_dim=6, norm_context=True)
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 3, 6)
+    mask = torch.tensor([[True, True, False]] * 2)
+    torch.testing.assert_close(attention(x, context, mask=mask), attention(x, context[:, :2]))
+
+
+def test_transformer_block_with_context():
+    block = layers.TransformerBlock(8, context_dim=6)
+    assert block(torch.randn(1, 8, 4, 4), torch.randn(1, 3, 6)).shape == (1, 8, 4, 4)
+
+
+def test_sums():
+    x = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(layers.Residual(layers.Identity())(x), 2 * x)
+    torch.testing.assert_close(layers.Parallel(layers.Identity(), layers.Identity())(x), 2 * x)
+
+
+def test_up_and_downsampling():
+    x = torch.randn(1, 4, 8, 6)
+    assert layers.Downsample(4, 6)(x).shape == (1, 6, 4, 3)
+    assert layers.Upsample(4)(x).shape == (1, 4, 16, 12)

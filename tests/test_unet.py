@@ -1,0 +1,208 @@
+"""The U-Net beyond the golden vectors: sizes that work, sizes that are refused, dtypes, channels, text lengths."""
+
+import pytest
+import torch
+
+from minimagen_fast.Unet import BaseTest, Super, SuperTest, Unet
+
+TINY = dict(dim=8, dim_mults=(1, 2), layer_attns=False, layer_cross_attns=False)
+
+
+def _inputs(unet, batch=2, side=16, words=5, dtype=torch.float32):
+    torch.manual_seed(0)
+    inputs = dict(
+        x=torch.randn(batch, unet.channels, side, side, dtype=dtype),
+        time=torch.randint(0, 1000, (batch,)),
+        text_embeds=torch.randn(batch, words, unet.text_embed_dim, dtype=dtype),
+        text_mask=torch.ones(batch, words, dtype=torch.bool),
+    )
+    if unet.lowres_cond:
+        inputs["lowres_cond_img"] = torch.randn(batch, unet.channels, side, side, dtype=dtype)
+        inputs["lowres_noise_times"] = torch.randint(0, 1000, (batch,))
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(dim=9), "multiple of 8"),
+        (dict(dim=4), "multiple of 8"),
+        (dict(dim=0), "at least 1"),
+        (dict(dim=8, dim_mults=(1, 1.3)), "whole numbers of channels"),
+        (dict(dim=8, dim_mults=(1, 1.5)), "multiple of 8"),
+        (dict(dim=8, dim_mults=()), "at least one entry"),
+        (dict(dim=8, dim_mults=(2, 4)), "must start with 1 unless memory_efficient"),
+        (dict(dim=8, dim_mults=(1, 2), layer_attns=(True,)), "layer_attns must be one value or 2"),
+        (dict(dim=8, dim_mults=(1, 2), num_resnet_blocks=(1, 2, 3)), "num_resnet_blocks must be one value or 2"),
+        (dict(dim=8, attn_heads=0), "attn_heads must be at least 1"),
+        (dict(dim=8, channels=0), "channels must be at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        Unet(**config)
+
+
+def test_a_number_that_is_no_int_is_refused():
+    with pytest.raises(TypeError, match="dim must be an int"):
+        Unet(dim=8.0)
+
+
+def test_memory_efficient_may_start_with_another_multiple():
+    unet = Unet(**{**TINY, "dim_mults": (2, 3)}, memory_efficient=True)
+    inputs = _inputs(unet)
+    assert unet(**inputs).shape == inputs["x"].shape
+
+
+@pytest.mark.parametrize("memory_efficient, fits, fails", [(False, 6, 7), (True, 8, 6)])
+def test_image_sizes_must_fit_the_levels(memory_efficient, fits, fails):
+    unet = Unet(**TINY, memory_efficient=memory_efficient)
+    assert unet(**_inputs(unet, side=fits)).shape[-1] == fits
+    with pytest.raises(ValueError, match="must be multiples of"):
+        unet(**_inputs(unet, side=fails))
+
+
+def test_images_need_not_be_square():
+    unet = Unet(**TINY)
+    inputs = _inputs(unet)
+    inputs["x"] = torch.randn(2, 3, 8, 12)
+    assert unet(**inputs).shape == (2, 3, 8, 12)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("lowres_cond", [False, True])
+def test_one_to_four_channels(channels, lowres_cond):
+    unet = Unet(**TINY, channels=channels, lowres_cond=lowres_cond)
+    inputs = _inputs(unet)
+    assert unet(**inputs).shape == inputs["x"].shape
+
+
+def test_other_output_channels():
+    unet = Unet(**TINY, channels=3, channels_out=6)
+    assert unet(**_inputs(unet)).shape == (2, 6, 16, 16)
+
+
+def test_no_further_blocks():
+    unet = Unet(**TINY, num_resnet_blocks=0)
+    assert unet(**_inputs(unet)).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("unet_class", [BaseTest, SuperTest])
+def test_half_precision_weights(unet_class, dtype):
+    torch.manual_seed(0)
+    unet = unet_class(lowres_cond=unet_class is SuperTest, attend_at_middle=True, layer_attns=(False, True))
+    inputs = _inputs(unet)
+    expected = unet(**inputs)
+    out = unet.to(dtype)(**inputs)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+    out.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in unet.parameters() if p.grad is not None)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    unet = BaseTest(attend_at_middle=True, layer_attns=(False, True), layer_cross_attns=True)
+    inputs = _inputs(unet)
+    expected = unet(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = unet(**inputs)
+        loss = out.float().square().mean()
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in unet.parameters() if p.grad is not None)
+
+
+def test_large_timesteps_stay_apart_in_half_precision():
+    # bfloat16 has no 999: a time that was cast before its sinusoids would be embedded as 1000.
+    unet = BaseTest().to(torch.bfloat16)
+    inputs = _inputs(unet)
+    inputs["x"] = inputs["x"][:1].expand(2, -1, -1, -1)
+    inputs["text_embeds"] = inputs["text_embeds"][:1].expand(2, -1, -1)
+    inputs["time"] = torch.tensor([999, 1000])
+    first, second = unet(**inputs)
+    assert not torch.equal(first, second)
+
+
+def test_text_is_cut_at_256_tokens():
+    unet = BaseTest()
+    inputs = _inputs(unet, words=300)
+    cut = {**inputs, "text_embeds": inputs["text_embeds"][:, :256], "text_mask": inputs["text_mask"][:, :256]}
+    torch.testing.assert_close(unet(**inputs), unet(**cut))
+
+
+def test_an_integer_mask_is_a_mask():
+    unet = BaseTest()
+    inputs = _inputs(unet)
+    inputs["text_mask"][:, 3:] = False
+    torch.testing.assert_close(unet(**{**inputs, "text_mask": inputs["text_mask"].long()}), unet(**inputs))
+
+
+def test_masked_tokens_have_no_influence_and_others_have():
+    unet = BaseTest()
+    inputs = _inputs(unet)
+    inputs["text_mask"][:, 3:] = False
+    expected = unet(**inputs)
+    inputs["text_embeds"][:, 3:] += 1.0
+    torch.testing.assert_close(unet(**inputs), expected)
+    inputs["text_embeds"][:, 2] += 1.0
+    assert not torch.allclose(unet(**inputs), expected)
+
+
+def test_guidance_scales():
+    unet = BaseTest()
+    inputs = _inputs(unet)
+    conditional, null = unet(**inputs), unet(**inputs, cond_drop_prob=1.0)
+    assert not torch.allclose(conditional, null)
+    torch.testing.assert_close(unet.forward_with_cond_scale(**inputs, cond_scale=0.0), null)
+    torch.testing.assert_close(unet.forward_with_cond_scale(**inputs), conditional)
+    guided = unet.forward_with_cond_scale(**inputs, cond_scale=2.5)
+    torch.testing.assert_close(guided, null + 2.5 * (conditional - null))
+    # The original fails when the probability is given as well.
+    assert torch.equal(unet.forward_with_cond_scale(**inputs, cond_scale=2.5, cond_drop_prob=0.0), guided)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 4, 16, 16)), "x must have shape"),
+        (dict(time=torch.zeros(3)), "time must have shape"),
+        (dict(text_embeds=torch.zeros(2, 5, 7)), "text_embeds must have shape"),
+        (dict(text_mask=torch.ones(2, 6).bool()), "text_mask must have shape"),
+        (dict(lowres_cond_img=torch.zeros(2, 3, 16, 16)), "takes no lowres_cond_img"),
+        (dict(cond_drop_prob=1.5), "cond_drop_prob must lie in"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+    unet = BaseTest()
+    with pytest.raises(ValueError, match=message):
+        unet(**{**_inputs(unet), **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lowres_cond_img=None), "needs lowres_cond_img"),
+        (dict(lowres_noise_times=None), "needs lowres_noise_times"),
+        (dict(lowres_cond_img=torch.zeros(2, 3, 8, 8)), "lowres_cond_img must have the shape of x"),
+        (dict(lowres_noise_times=torch.zeros(1)), "lowres_noise_times must have shape"),
+    ],
+)
+def test_low_resolution_inputs_that_do_not_fit_are_refused(change, message):
+    unet = SuperTest(lowres_cond=True)
+    with pytest.raises(ValueError, match=message):
+        unet(**{**_inputs(unet), **change})
+
+
+def test_built_in_sizes_take_overrides():
+    with torch.device("meta"):
+        unet = Super(dim=64, lowres_cond=True)
+    assert unet.init_conv.convs[0].weight.shape[:2] == (32, 6)
+
+
+def test_lists_stand_for_tuples():
+    # A training directory's JSON files have lists.
+    lists = dict(dim_mults=[1, 2], num_resnet_blocks=[1, 2], layer_attns=[False, True], layer_cross_attns=[True, False])
+    unet = Unet(dim=8, **lists)
+    assert unet(**_inputs(unet)).shape == (2, 3, 16, 16)

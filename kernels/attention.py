@@ -55,12 +55,60 @@ def null_key_attention(
     return run(q, k, v, null_key, null_value, heads, mask, bias)
 
 
-def _with_null(null: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(b, m, g * d) to (b, 1 + m, g, d), the null entry first in each of the g heads."""
-    b, m, width = x.shape
-    groups = width // null.shape[0]
-    x = x.reshape(b, m, groups, -1)
-    return torch.cat((null.to(x.dtype).expand(b, 1, groups, -1), x), dim=1)
+def null_key_cross_attention(
+    q: torch.Tensor,
+    context: torch.Tensor,
+    to_kv: torch.Tensor,
+    null_key: torch.Tensor,
+    null_value: torch.Tensor,
+    *,
+    heads: int,
+    mask: torch.Tensor | None = None,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """:func:`null_key_attention` to keys and values that are linear in context tokens.
+
+    On a CPU, where it takes fewer multiplications, the queries and the attended tokens go through the two projections
+    instead of the context: q (W c)^T = (q W) c^T. Then no keys and values are ever made.
+
+    Args:
+        q: Queries, shape (b, n, heads * d).
+        context: Context tokens, shape (b, m, c).
+        to_kv: Weight of the projection to keys (first half) and values, shape (2 * heads * d, c).
+        null_key: The key that stands before all others in every head, shape (d,).
+        null_value: Its value, shape (d,).
+        heads: Number of heads.
+        mask: Which context tokens may be attended to, bool, shape (b, m).
+        implementation: Overrides the policy of :mod:`.dispatch` for this call.
+
+    Returns:
+        Attended values, shape (b, n, heads * d).
+    """
+    if chosen(implementation) == "auto" and q.device.type == "cpu" and _fewer_by_query(q, context, heads):
+        return _by_query(q, context, to_kv, null_key, null_value, heads, mask)
+    k, v = F.linear(context, to_kv).chunk(2, dim=-1)
+    return null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
+
+
+def _fewer_by_query(q: torch.Tensor, context: torch.Tensor, heads: int) -> bool:
+    (_, n, width), (_, m, c) = q.shape, context.shape
+    by_key = m * c * width + n * m * width
+    by_query = n * c * width + n * m * heads * c
+    return by_query < by_key
+
+
+def _softmax(
+    null_scores: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of the null key (b, h, n, 1) and of the others (b, h, n, m), from their scores."""
+    dtype, scores = scores.dtype, torch.cat((null_scores[..., None].to(scores.dtype), scores), dim=-1)
+    if bias is not None:
+        scores = scores + bias
+    visible = _visible(mask)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.finfo(scores.dtype).max)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(dtype)
+    return weights[..., :1], weights[..., 1:]
 
 
 def _visible(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -70,23 +118,40 @@ def _visible(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 def _reference(q, k, v, null_key, null_value, heads, mask, bias):
     b, n, width = q.shape
-    k, v = _with_null(null_key, k), _with_null(null_value, v)
     q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
-    k, v = k.expand(-1, -1, heads, -1), v.expand(-1, -1, heads, -1)
+    k, v = (x.reshape(b, x.shape[1], -1, q.shape[-1]).expand(-1, -1, heads, -1) for x in (k, v))
+    null_scores = torch.einsum("b n h d, d -> b h n", q, null_key.to(q.dtype))
     scores = torch.einsum("b n h d, b m h d -> b h n m", q, k)
-    if bias is not None:
-        scores = scores + bias
-    visible = _visible(mask)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.finfo(scores.dtype).max)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-    return torch.einsum("b h n m, b m h d -> b n h d", weights, v).reshape(b, n, width)
+    null_weight, weights = _softmax(null_scores, scores, bias, mask)
+    out = torch.einsum("b h n m, b m h d -> b n h d", weights, v)
+    return (out + null_weight.transpose(1, 2) * null_value.to(out.dtype)).reshape(b, n, width)
+
+
+def _by_query(q, context, to_kv, null_key, null_value, heads, mask):
+    (b, n, width), c = q.shape, context.shape[-1]
+    q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
+    to_key, to_value = to_kv.reshape(2, heads, -1, c)
+    null_scores = torch.einsum("b n h d, d -> b h n", q, null_key.to(q.dtype))
+    projected = torch.einsum("b n h d, h d c -> b h n c", q, to_key)
+    scores = (projected.reshape(b, heads * n, c) @ context.transpose(1, 2)).reshape(b, heads, n, -1)
+    null_weight, weights = _softmax(null_scores, scores, None, mask)
+    attended = (weights.reshape(b, heads * n, -1) @ context).reshape(b, heads, n, c)
+    out = torch.einsum("b h n c, h d c -> b n h d", attended, to_value)
+    return (out + null_weight.transpose(1, 2) * null_value.to(out.dtype)).reshape(b, n, width)
+
+
+def _with_null(null: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(b, m, g * d) to (b, g, 1 + m, d), the null entry first in each of the g heads."""
+    b, m, width = x.shape
+    groups = width // null.shape[0]
+    x = x.reshape(b, m, groups, -1)
+    return torch.cat((null.to(x.dtype).expand(b, 1, groups, -1), x), dim=1).transpose(1, 2)
 
 
 def _sdpa(q, k, v, null_key, null_value, heads, mask, bias):
     assert bias is None
     b, n, width = q.shape
-    k, v = _with_null(null_key, k).transpose(1, 2), _with_null(null_value, v).transpose(1, 2)
+    k, v = _with_null(null_key, k), _with_null(null_value, v)
     if k.shape[1] == 1:
         # Heads that share keys are just more queries of one head, and (b, n, h * d) already lies that way in memory.
         q = q.reshape(b, 1, n * heads, -1)

@@ -26,6 +26,7 @@ ATTN_DIM_HEAD = 64
 NUM_TIME_TOKENS = 2
 RESNET_GROUPS = 8
 SKIP_CONNECT_SCALE = 2**-0.5
+T5_SMALL_DIM = get_encoded_dim("t5_small")
 
 
 def _per_level(name: str, value: Any, levels: int) -> tuple:
@@ -80,7 +81,7 @@ class Unet(nn.Module):
         channels: int = 3,
         channels_out: int | None = None,
         cond_dim: int | None = None,
-        text_embed_dim=get_encoded_dim("t5_small"),
+        text_embed_dim=T5_SMALL_DIM,
         num_resnet_blocks: int | tuple = 1,
         layer_attns: bool | tuple = True,
         layer_cross_attns: bool | tuple = True,
@@ -171,8 +172,9 @@ class Unet(nn.Module):
             pre_downsample = Downsample(dim_in, dim_out) if memory_efficient else None
             current = dim_out if memory_efficient else dim_in
             skip_dims.append(current)
+            post_downsample: nn.Module | None = None
             if memory_efficient:
-                post_downsample = None
+                pass
             elif level < levels - 1:
                 post_downsample = Downsample(current, dim_out)
             else:

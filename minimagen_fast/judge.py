@@ -98,7 +98,7 @@ def _without_specks(inside: np.ndarray) -> np.ndarray:
 
 
 def _nearest(color: np.ndarray, known: dict[str, tuple[int, int, int]]) -> str | None:
-    distances = {name: float(np.linalg.norm(color - np.float32(rgb))) for name, rgb in known.items()}
+    distances = {name: float(np.linalg.norm(color - np.array(rgb, dtype=np.float32))) for name, rgb in known.items()}
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= MAX_COLOR_DISTANCE else None
 
@@ -111,7 +111,7 @@ def _fitting_shape(coverage: np.ndarray, inside: np.ndarray) -> str | None:
     best_misfit, best_shape = MAX_MISFIT, None
     step = max(size / 64, 0.5)
     offsets = np.arange(-2, 3) * step
-    extents = [e for e in extent + np.arange(-4, 3) * step if 0.8 * MIN_EXTENT <= e / size <= 1.2 * MAX_EXTENT]
+    extents = [e for e in extent + np.arange(-3, 5) * step if 0.8 * MIN_EXTENT <= e / size <= 1.2 * MAX_EXTENT]
     for shape in SHAPES:
         for extent in extents:
             for dy in offsets:

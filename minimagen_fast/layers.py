@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from .helpers import default, exists
-from .kernels import null_key_attention
+from .kernels import null_key_attention, null_key_cross_attention
 
 
 class _OverPixels(nn.Module):
@@ -105,6 +105,9 @@ class Block(nn.Module):
             x: Images.
             scale_shift: Scale and shift of the normalised images, shape (b, dim, 1, 1) each: x * (scale + 1) + shift.
         """
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # On CUDA autocast normalises in float32. On a CPU it does not, which is less exact and slower.
+            x = x.float()
         x = self.groupnorm(x)
         if exists(scale_shift):
             scale, shift = scale_shift
@@ -192,10 +195,10 @@ class CrossAttention(nn.Module):
         Returns:
             Tokens, shape (b, n, dim).
         """
-        q = self.to_q(self.norm(x))
-        k, v = self.to_kv(self.norm_context(context)).chunk(2, dim=-1)
+        q, context = self.to_q(self.norm(x)), self.norm_context(context)
         null_key, null_value = self.null_kv
-        return self.to_out(null_key_attention(q, k, v, null_key, null_value, heads=self.heads, mask=mask))
+        out = null_key_cross_attention(q, context, self.to_kv.weight, null_key, null_value, heads=self.heads, mask=mask)
+        return self.to_out(out)
 
 
 class CrossEmbedLayer(nn.Module):
@@ -221,12 +224,12 @@ class CrossEmbedLayer(nn.Module):
                 f" got {tuple(kernel_sizes)}"
             )
         dim_out = default(dim_out, dim_in)
-        kernel_sizes = sorted(kernel_sizes)
-        dims = [dim_out // 2**i for i in range(1, len(kernel_sizes))]
+        ascending = sorted(kernel_sizes)
+        dims = [dim_out // 2**i for i in range(1, len(ascending))]
         dims.append(dim_out - sum(dims))
         self.convs = nn.ModuleList(
             nn.Conv2d(dim_in, dim, kernel, stride=stride, padding=(kernel - stride) // 2)
-            for kernel, dim in zip(kernel_sizes, dims, strict=True)
+            for kernel, dim in zip(ascending, dims, strict=True)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

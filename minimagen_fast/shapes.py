@@ -7,7 +7,7 @@ the pictures are drawn with it, and a judge that looks for shapes can match agai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -195,7 +195,7 @@ def _draw_array(color: str, shape: str, background: str, size: int, rng: np.rand
     extent = rng.uniform(MIN_EXTENT, MAX_EXTENT) * size
     center = (rng.uniform(extent / 2, size - extent / 2), rng.uniform(extent / 2, size - extent / 2))
     mask = shape_mask(shape, size, center, extent)[..., None]
-    front, back = np.float32(COLORS[color]), np.float32(BACKGROUNDS[background])
+    front, back = (np.array(rgb, dtype=np.float32) for rgb in (COLORS[color], BACKGROUNDS[background]))
     return np.rint(back + mask * (front - back)).astype(np.uint8)
 
 
@@ -219,7 +219,7 @@ def _cross_half_width(height: np.ndarray) -> np.ndarray:
 
 
 # Half-width of each shape at a height between -1 (top) and 1 (bottom), in units of half its extent.
-_HALF_WIDTHS = {
+_HALF_WIDTHS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "circle": lambda height: np.sqrt(np.maximum(1 - height**2, 0.0)),
     "square": np.ones_like,
     "triangle": lambda height: (height + 1) / 2,

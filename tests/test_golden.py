@@ -15,7 +15,7 @@ IMAGENS = sorted(path.stem for path in GOLDEN.glob("imagen_*.npz"))
 DIFFUSIONS = sorted(path.stem for path in GOLDEN.glob("diffusion_*.npz"))
 
 
-@pytest.fixture(params=["reference", "sdpa"])
+@pytest.fixture(params=["reference", "sdpa", "auto"])
 def implementation(request):
     with use_implementation(request.param):
         yield request.param

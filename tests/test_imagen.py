@@ -346,7 +346,6 @@ def test_a_device_that_is_not_there_is_refused(imagen, words):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_sampling_on_another_device_brings_the_model_back(words):
     imagen = make_imagen()
     before = snapshot(imagen)[1:]

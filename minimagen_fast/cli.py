@@ -1,0 +1,140 @@
+"""The command line: ``minimagen-fast`` and ``python -m minimagen_fast``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+# The status of a program that was stopped by Ctrl-C, and of one that was called wrongly.
+INTERRUPTED, MISUSED = 130, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The words after the program's name; those of this process if not given.
+
+    Returns:
+        The exit status: 0, 2 after a user's error, 130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(words[:1] == ["train"])
+    args = parser.parse_args(words)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        # Errors of this package are written for the user; a traceback would only hide them.
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return MISUSED
+
+
+def _parser(for_training: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minimagen-fast", description="Train Imagen text-to-image models and sample from them."
+    )
+    parser.add_argument("--version", action="version", version=f"minimagen_fast {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_quickstart(commands)
+    _add_train(commands, for_training)
+    _add_sample(commands)
+    doctor = commands.add_parser("doctor", help="say what is installed, what can be used, and why not")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_quickstart(commands) -> None:
+    command = commands.add_parser(
+        "quickstart",
+        help="train a small cascade on pictures drawn on the spot, sample it, judge the result",
+        description="Train a small cascade on pictures of shapes drawn on the spot, sample it, judge the result.",
+    )
+    command.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for the results (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and samples (%(default)s)")
+    command.add_argument("--minutes", type=float, help="about how long it may take; more gives better pictures")
+    command.set_defaults(run=_quickstart)
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from .quickstart import DEFAULT_MINUTES, run_quickstart
+
+    return run_quickstart(args.out, args.seed, DEFAULT_MINUTES if args.minutes is None else args.minutes)
+
+
+def _add_train(commands, with_arguments: bool) -> None:
+    command = commands.add_parser("train", help="train a cascade on captioned pictures")
+    if with_arguments:  # they live with the training, and importing that takes seconds
+        from .train_command import add_train_arguments
+
+        add_train_arguments(command)
+    command.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .train_command import run_train
+
+    return run_train(args)
+
+
+def _add_sample(commands) -> None:
+    command = commands.add_parser("sample", help="make pictures with a trained cascade")
+    add = command.add_argument
+    add("-d", "--TRAINING_DIRECTORY", required=True, type=Path, help="training directory to load the cascade from")
+    add("-c", "--CAPTIONS", required=True, help="a caption, or a .txt file with one caption a line")
+    add("--cond-scale", type=float, default=1.0, help="guidance weight: more follows the text more (%(default)s)")
+    add("--seed", type=int, help="the same seed makes the same pictures")
+    add("--out", type=Path, help="folder for the pictures (generated_images_ and the time)")
+    add("--grid", action="store_true", help="also save all pictures in one, with their captions, as grid.png")
+    add("--device", help="where to sample, such as cpu or cuda:1 (cuda if there is one)")
+    command.set_defaults(run=_sample)
+
+
+def _captions(words: str) -> list[str]:
+    if not words.endswith(".txt"):
+        return [words]
+    path = Path(words)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: give a caption, or a .txt file with one caption a line")
+    captions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not captions:
+        raise ValueError(f"{path} holds no caption")
+    return captions
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from datetime import datetime
+
+    from PIL import Image
+
+    from .generate import sample_and_save
+    from .pictures import captioned_grid
+
+    captions = _captions(args.CAPTIONS)
+    out = args.out or Path(datetime.now().strftime("generated_images_%Y%m%d_%H%M%S"))
+    sample_and_save(
+        captions,
+        training_directory=args.TRAINING_DIRECTORY,
+        save_directory=out,
+        sample_args={"cond_scale": args.cond_scale, "seed": args.seed},
+        device=args.device,
+    )
+    print(f"{len(captions)} pictures in {out / 'generated_images'}")
+    if args.grid:
+        images = [Image.open(out / "generated_images" / f"image_{index}.png") for index in range(len(captions))]
+        captioned_grid(images, captions).save(out / "grid.png")
+        for image in images:
+            image.close()
+        print(f"All in one: {out / 'grid.png'}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import diagnosis
+
+    print(diagnosis())
+    return 0

@@ -1,0 +1,407 @@
+"""Captioned pictures for training: from the web, from a folder; splitting and collating them."""
+
+import csv
+import json
+import multiprocessing
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import get_spawning_popen
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset, Subset, default_collate, get_worker_info, random_split
+
+from .decode import REASONS, ImageError, decode_image
+from .fetch import RETRIES, TIMEOUT_SECONDS, fetch_image
+from .helpers import resize_image_to
+from .t5 import MAX_LENGTH, t5_encode_text
+
+CONCEPTUAL_CAPTIONS = "google-research-datasets/conceptual_captions"
+SMALL_ROWS = 16
+SPLIT_SEED = 0
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+Item = dict[str, torch.Tensor]
+
+
+class _FailureCounts:
+    """How many pictures could not be had, by reason: counted by worker processes, read by the parent."""
+
+    def __init__(self, counts: Sequence[int] | None = None):
+        self._counts: Any = multiprocessing.Array("q", counts or [0] * len(REASONS))
+
+    def add(self, reason: str) -> None:
+        with self._counts.get_lock():
+            self._counts[REASONS.index(reason)] += 1
+
+    def as_dict(self) -> dict[str, int]:
+        return {reason: count for reason, count in zip(REASONS, self._counts, strict=True) if count}
+
+    def __getstate__(self) -> Any:
+        # Shared memory can only be handed to a process that is being started; any other copy counts for itself.
+        return self._counts if get_spawning_popen() is not None else list(self._counts)
+
+    def __setstate__(self, state: Any) -> None:
+        self._counts = multiprocessing.Array("q", state) if isinstance(state, list) else state
+
+
+class _CaptionedPictures(Dataset):
+    """Items of a picture and its encoded caption; what cannot be had is counted and becomes None."""
+
+    def __init__(self, *, side_length: int, encoder_name: str, max_length: int):
+        for name, value in (("side_length", side_length), ("max_length", max_length)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self.side_length = side_length
+        self.encoder_name = encoder_name
+        self.max_length = max_length
+        self._failures = _FailureCounts()
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many items could not be had so far, by reason, those of worker processes included."""
+        return self._failures.as_dict()
+
+    def _picture(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def _caption(self, index: int) -> Any:
+        raise NotImplementedError
+
+    def _to_tensor(self, picture: Image.Image) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Item | None:
+        index = int(index)
+        try:
+            caption = self._caption(index)
+            if not isinstance(caption, str):
+                raise ImageError("caption", f"a caption must be a string, got {caption!r}")
+            image = self._to_tensor(self._picture(index))
+        except ImageError as error:
+            self._failures.add(error.reason)
+            return None
+        encoding, mask = t5_encode_text([caption], self.encoder_name, self.max_length)
+        return {"image": image, "encoding": encoding, "mask": mask}
+
+
+def _tensor(picture: Image.Image) -> torch.Tensor:
+    """(1, 3, h, w), float32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float().div(255)
+
+
+class MinimagenDataset(_CaptionedPictures):
+    """Captioned pictures from the web.
+
+    An item is ``{'image': (3, side_length, side_length) float32 in [0, 1], 'encoding': (1, n, dim), 'mask': (1, n)
+    bool}``, or None where the picture or the caption could not be had; :attr:`failures` counts these. A picture is
+    scaled to a square, each axis on its own, and its values are stretched to fill [0, 1].
+
+    Args:
+        hf_dataset: A Hugging Face ``DatasetDict``, or a mapping with the keys 'train' and 'validation' and below each
+            'image_url' and 'caption', lists of one length.
+        encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
+        max_length: Number of tokens after which a caption is cut off.
+        side_length: Side length in pixels to scale the pictures to.
+        train: Whether to take the split 'train' (else 'validation').
+        img_transform: Applied to the finished image tensor.
+        timeout: Seconds for one attempt to fetch a picture.
+        retries: How often to try again after an error that may pass.
+
+    Raises:
+        ValueError: if the split is missing, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        hf_dataset: Any,
+        *,
+        encoder_name: str,
+        max_length: int,
+        side_length: int,
+        train: bool = True,
+        img_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+        retries: int = RETRIES,
+    ):
+        super().__init__(side_length=side_length, encoder_name=encoder_name, max_length=max_length)
+        split = "train" if train else "validation"
+        if split not in hf_dataset:
+            raise ValueError(f"hf_dataset has no split {split!r}, it has {list(hf_dataset)}")
+        self.rows = hf_dataset[split]
+        self.img_transform = img_transform
+        self.timeout = timeout
+        self.retries = retries
+
+    def __len__(self) -> int:
+        return len(self.rows["image_url"]) if isinstance(self.rows, Mapping) else len(self.rows)
+
+    def _value(self, column: str, index: int) -> Any:
+        # By row where there are rows: a whole column of a Hugging Face data set may be millions of strings.
+        return self.rows[column][index] if isinstance(self.rows, Mapping) else self.rows[index][column]
+
+    def _caption(self, index: int) -> Any:
+        return self._value("caption", index)
+
+    def _picture(self, index: int) -> Image.Image:
+        return fetch_image(self._value("image_url", index), timeout=self.timeout, retries=self.retries)
+
+    def _to_tensor(self, picture: Image.Image) -> torch.Tensor:
+        image = resize_image_to(_tensor(picture), self.side_length)[0]
+        low, high = image.min(), image.max()
+        # A picture of one colour has nothing to stretch.
+        image = (image - low) / (high - low) if high - low > 1e-4 else image.clamp(0, 1)
+        return image if self.img_transform is None else self.img_transform(image)
+
+
+class FolderDataset(_CaptionedPictures):
+    """A folder of captioned pictures.
+
+    The captions stand in ``metadata.jsonl`` or ``metadata.csv`` with the fields ``file_name`` (relative to the folder)
+    and ``text``; without such a file, beside each picture ``x.jpg`` in a file ``x.txt``. Folders within are searched
+    too. Items are like those of :class:`MinimagenDataset`, but a picture is cropped to its middle square before it is
+    scaled, and its values are left as they are.
+
+    Args:
+        directory: The folder.
+        side_length: Side length in pixels to scale the pictures to.
+        encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
+        max_length: Number of tokens after which a caption is cut off.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it holds no captioned picture, or a picture or caption is missing, or an entry cannot be read or
+            points outside the folder.
+    """
+
+    def __init__(self, directory: str | Path, *, side_length: int, encoder_name: str, max_length: int = MAX_LENGTH):
+        super().__init__(side_length=side_length, encoder_name=encoder_name, max_length=max_length)
+        self.directory = Path(directory).absolute()
+        if not self.directory.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.directory}")
+        self.entries = _folder_entries(self.directory)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def _caption(self, index: int) -> str:
+        return self.entries[index][1]
+
+    def _picture(self, index: int) -> Image.Image:
+        return decode_image((self.directory / self.entries[index][0]).read_bytes())
+
+    def _to_tensor(self, picture: Image.Image) -> torch.Tensor:
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        square = picture.crop((left, top, left + side, top + side))
+        return resize_image_to(_tensor(square), self.side_length, clamp_range=(0.0, 1.0))[0].clamp(0.0, 1.0)
+
+
+def _folder_entries(directory: Path) -> list[tuple[str, str]]:
+    """(file name, caption) of every picture of a folder, checked."""
+    problems: list[str] = []
+    jsonl, table = directory / "metadata.jsonl", directory / "metadata.csv"
+    if jsonl.is_file():
+        entries = _from_metadata(jsonl, _json_rows(jsonl, problems), problems)
+    elif table.is_file():
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = [(f"line {number}", row) for number, row in enumerate(csv.DictReader(file), start=2)]
+        entries = _from_metadata(table, rows, problems)
+    else:
+        entries = _from_pairs(directory, problems)
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:5])
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the captions of {directory} cannot all be used:\n{shown}{more}")
+    if not entries:
+        raise ValueError(
+            f"{directory} holds no captioned pictures: it needs metadata.jsonl or metadata.csv with file_name and"
+            f" text, or a caption x.txt beside each picture x{'/'.join(IMAGE_SUFFIXES)}"
+        )
+    return entries
+
+
+def _json_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"line {number}", json.loads(line)))
+        except ValueError as error:
+            problems.append(f"{file.name}, line {number}: not JSON ({error})")
+    return rows
+
+
+def _from_metadata(file: Path, rows: list[tuple[str, Any]], problems: list[str]) -> list[tuple[str, str]]:
+    directory, entries = file.parent, []
+    for place, row in rows:
+        name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            problems.append(f"{file.name}, {place}: needs file_name and text, both strings")
+        elif not (directory / name).resolve().is_relative_to(directory.resolve()):
+            problems.append(f"{file.name}, {place}: {name!r} is outside the folder")
+        elif not (directory / name).is_file():
+            problems.append(f"{file.name}, {place}: there is no file {name!r}")
+        else:
+            entries.append((name, text))
+    return entries
+
+
+def _from_pairs(directory: Path, problems: list[str]) -> list[tuple[str, str]]:
+    entries = []
+    for picture in sorted(path for path in directory.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+        name, text = str(picture.relative_to(directory)), picture.with_suffix(".txt")
+        if text.is_file():
+            entries.append((name, text.read_text(encoding="utf-8").strip()))
+        else:
+            problems.append(f"{name} has no caption file {text.name} beside it")
+    return entries
+
+
+def split_train_valid(
+    dataset: Dataset, train_fraction: float, valid_num: int | None = None, *, seed: int = SPLIT_SEED
+) -> tuple[Subset, Subset]:
+    """Split a data set at random, the same way every time.
+
+    Args:
+        dataset: A data set with a length.
+        train_fraction: Share of it to train on, between 0 and 1.
+        valid_num: How many of the others to validate on; all, if not given.
+        seed: Another seed gives another split.
+
+    Returns:
+        The part to train on and the part to validate on.
+
+    Raises:
+        ValueError: if the share is out of range or leaves one part empty, or ``valid_num`` is less than 1.
+    """
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"TRAIN_VALID_FRAC must lie between 0 and 1, got {train_fraction}")
+    if valid_num is not None and valid_num < 1:
+        raise ValueError(f"VALID_NUM must be at least 1, or None for all, got {valid_num}")
+    number: int = len(dataset)  # type: ignore[arg-type]
+    for_training = int(train_fraction * number)
+    if not 0 < for_training < number:
+        raise ValueError(
+            f"TRAIN_VALID_FRAC={train_fraction} leaves one part of {number} pictures empty: use more pictures or"
+            " another share"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    train, valid = random_split(dataset, [for_training, number - for_training], generator=generator)
+    if valid_num is not None:
+        if valid_num > len(valid):
+            warnings.warn(
+                f"VALID_NUM={valid_num}, but only {len(valid)} pictures are left to validate on", stacklevel=2
+            )
+        valid = Subset(valid.dataset, list(valid.indices)[:valid_num])
+    return train, valid
+
+
+def ConceptualCaptions(
+    args: Namespace | dict[str, Any], smalldata: bool = False, testset: bool = False
+) -> tuple[Subset, Subset] | MinimagenDataset:
+    """The Conceptual Captions data set (Sharma et al., 2018): 3.3 million captions with addresses of pictures.
+
+    About a third of the pictures are no longer there; such items are None.
+
+    Args:
+        args: Arguments from :func:`.training.get_minimagen_parser`; `T5_NAME`, `MAX_NUM_WORDS`, `IMG_SIDE_LEN`,
+            `TRAIN_VALID_FRAC` and `VALID_NUM` are used.
+        smalldata: Whether to take the first 16 rows alone.
+        testset: Whether to return the data set's own validation split, for testing.
+
+    Returns:
+        The test data set, or the parts of the training split to train and to validate on, the same every time.
+
+    Raises:
+        ImportError: if the package ``datasets`` is not installed.
+        ValueError: if an argument is out of range.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            "Conceptual Captions needs the package datasets: pip install 'minimagen_fast[data]'"
+        ) from error
+    values = args if isinstance(args, dict) else vars(args)
+    rows = load_dataset(CONCEPTUAL_CAPTIONS)
+    if smalldata:
+        rows = {name: _first_rows(rows[name]) for name in ("train", "validation")}
+    dataset = MinimagenDataset(
+        rows,
+        encoder_name=values["T5_NAME"],
+        max_length=values["MAX_NUM_WORDS"],
+        side_length=values["IMG_SIDE_LEN"],
+        train=not testset,
+    )
+    if testset:
+        return dataset
+    return split_train_valid(dataset, values["TRAIN_VALID_FRAC"], values.get("VALID_NUM"))
+
+
+def _first_rows(split: Any) -> Any:
+    if isinstance(split, Mapping):
+        return {column: split[column][:SMALL_ROWS] for column in ("image_url", "caption")}
+    return split.select(range(min(SMALL_ROWS, len(split))))
+
+
+class MinimagenCollator:
+    """Makes a batch of items: drops those that are None, pads the captions, stacks.
+
+    Args:
+        device: Where to put the batch. In a worker process it stays in main memory, since workers must not touch CUDA;
+            :func:`.training.MinimagenTrain` moves it.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = device
+
+    def __call__(self, batch: Sequence[Item | None]) -> Item | None:
+        """Collate items of 'image' (c, s, s), 'encoding' (n, dim) or (1, n, dim) and 'mask' (n,) or (1, n).
+
+        Returns:
+            'image' (b, c, s, s), 'encoding' (b, max n, dim), zero where padded, and 'mask' bool (b, max n), False
+            there; or None if there is nothing left.
+        """
+        items = [item for item in batch if item is not None and item["image"] is not None]
+        if not items:
+            return None
+        masks = [item["mask"].reshape(-1).bool() for item in items]
+        encodings = [item["encoding"].reshape(-1, item["encoding"].shape[-1]) for item in items]
+        longest = max(len(mask) for mask in masks)
+        padded = [
+            {
+                **item,
+                "mask": F.pad(mask, (0, longest - len(mask)), value=False),
+                "encoding": F.pad(encoding, (0, 0, 0, longest - len(encoding))),
+            }
+            for item, mask, encoding in zip(items, masks, encodings, strict=True)
+        ]
+        collated = default_collate(padded)
+        if get_worker_info() is not None:
+            return collated
+        return {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in collated.items()
+        }
+
+
+def get_minimagen_dl_opts(device: torch.device | str) -> dict[str, Any]:
+    """The default options of a data loader: batches of 4, shuffled, whole ones only, in this process.
+
+    Args:
+        device: Where the batches go, see :class:`MinimagenCollator`.
+    """
+    return {
+        "batch_size": 4,
+        "shuffle": True,
+        "num_workers": 0,
+        "drop_last": True,
+        "collate_fn": MinimagenCollator(device),
+    }

@@ -1,0 +1,68 @@
+"""From the bytes of an image file to an RGB picture, or to the reason why not."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Beyond this many pixels a file is not decoded: a few kilobytes can claim to be gigabytes of picture.
+MAX_PIXELS = 64_000_000
+
+REASONS = ("scheme", "http", "timeout", "network", "too_large", "not_an_image", "truncated", "caption")
+
+
+class ImageError(Exception):
+    """A picture that could not be had.
+
+    Attributes:
+        reason: One of `REASONS`.
+    """
+
+    def __init__(self, reason: str, message: str):
+        assert reason in REASONS
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):
+        return type(self), (self.reason, str(self))
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file of any format and mode that PIL reads.
+
+    Grey, palette, CMYK and 16-bit pictures become RGB, transparent ones stand on white, and a camera's orientation mark
+    is obeyed.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Larger pictures are refused before they are decoded.
+
+    Raises:
+        ImageError: 'not_an_image', 'truncated' or 'too_large'.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError("too_large", f"{image.width}x{image.height} pixels, at most {max_pixels} are allowed")
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not_an_image", "no image format that is known") from error
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError) as error:
+        # What PIL's decoders raise on files that end early or contradict themselves.
+        raise ImageError("truncated", f"the picture is damaged: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        # PIL would cut these at 255 instead of scaling them.
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1.0)
+        return Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

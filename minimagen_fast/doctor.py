@@ -1,0 +1,79 @@
+"""``minimagen-fast doctor``: what is installed, what can be used, and why not."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__
+from .kernels import implementation
+from .tiny_t5 import embedded_t5_directory
+
+REQUIRED = ("torch", "triton", "transformers", "sentencepiece", "protobuf", "einops", "pillow", "numpy", "safetensors")
+OPTIONAL = {
+    "datasets": "Conceptual Captions; pip install 'minimagen_fast[data]'",
+    "xformers": "its attention, on CUDA; pip install 'minimagen_fast[xformers]'",
+    "pytest": "the tests; pip install 'minimagen_fast[test]'",
+    "pytest-benchmark": "benchmarks; pip install 'minimagen_fast[bench]'",
+}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def diagnosis() -> str:
+    """A report of several lines; each thing that cannot be used is given with the reason."""
+    lines = [f"minimagen_fast {__version__}, Python {platform.python_version()}, {platform.platform()}", ""]
+    lines += ["Packages"]
+    for package in REQUIRED:
+        lines.append(f"  {package:18} {_version(package) or 'MISSING: pip install ' + package}")
+    for package, purpose in OPTIONAL.items():
+        lines.append(f"  {package:18} {_version(package) or f'not installed (needed for {purpose})'}")
+    lines += ["", "Devices", f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    lines += [f"  {line}" for line in _cuda()]
+    lines += ["", "Attention", f"  {implementation()} (MINIMAGEN_FAST_KERNELS: auto, reference or sdpa)"]
+    lines += ["", "Text encoders", *(f"  {line}" for line in _text_encoders())]
+    return "\n".join(lines)
+
+
+def _cuda() -> list[str]:
+    if not torch.backends.cuda.is_built():
+        return ["cuda: not available, this torch was built without it"]
+    if not torch.cuda.is_available():
+        return ["cuda: not available, no device or driver was found"]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory, capability = f"{device.total_memory / 2**30:.0f} GiB", f"{device.major}.{device.minor}"
+        found.append(f"cuda:{index}: {device.name}, {memory}, capability {capability}")
+    return found
+
+
+def _text_encoders() -> list[str]:
+    lines = []
+    try:
+        lines.append(f"t5_tiny: {embedded_t5_directory()}")
+    except (OSError, ImportError) as error:
+        lines.append(f"t5_tiny: cannot be built: {error}")
+    for name, entry in _documented().items():
+        lines.append(
+            f"{name}: {'in the cache' if _is_cached(entry['handle']) else 'not in the cache, will be fetched'}"
+        )
+    return lines
+
+
+def _documented() -> dict:
+    from .t5 import T5_VERSIONS
+
+    return T5_VERSIONS
+
+
+def _is_cached(handle: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    # Answers with the path of a cached file, or something that is no string.
+    return isinstance(try_to_load_from_cache(handle, "config.json"), str)

@@ -1,0 +1,80 @@
+"""Exponential moving average of a module's parameters, for evaluation and sampling."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EMA"]
+
+
+class EMA:
+    """Keeps ``average = d * average + (1 - d) * parameter`` in float32 beside a module that goes on training.
+
+    The decay warms up as ``d = min(decay, (1 + n) / (10 + n))`` after n updates (the rule of TensorFlow's
+    ``ExponentialMovingAverage`` with ``num_updates``), so that the random initial weights do not linger. float32
+    matters for bfloat16 weights, where changes below 2^-8 of a value are rounded away. No update waits for the device.
+
+    Args:
+        module: Module to average. Its floating-point parameters are followed, its buffers are not.
+        decay: Upper limit of d, in [0, 1). 0.999 averages over about 1000 updates.
+
+    Raises:
+        ValueError: `decay` lies outside [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), for example 0.999, got {decay!r}")
+        self.decay = decay
+        self.updates = 0
+        self._parameters: dict[str, Tensor] = {
+            name: parameter for name, parameter in module.named_parameters() if parameter.is_floating_point()
+        }
+        self._averages: dict[str, Tensor] = {
+            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the module's present parameters into the average: once after each optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = [parameter.float() for parameter in self._parameters.values()]
+        torch._foreach_lerp_(list(self._averages.values()), current, 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the block the module has the averaged parameters; then, also on an error, exactly its own again."""
+        own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        try:
+            self._assign(self._averages)
+            yield
+        finally:
+            self._assign(own)
+
+    @torch.no_grad()
+    def _assign(self, values: dict[str, Tensor]) -> None:
+        # In place: the optimizer, and whatever was compiled or captured, hold on to these very tensors.
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by parameter name, and the number of updates, for a checkpoint."""
+        return {"updates": self.updates, "averages": dict(self._averages)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: The averages belong to other parameters.
+        """
+        averages = state["averages"]
+        shapes = {name: tuple(value.shape) for name, value in self._averages.items()}
+        if {name: tuple(value.shape) for name, value in averages.items()} != shapes:
+            raise ValueError("the saved averages belong to a module with other parameter names or shapes")
+        self.updates = state["updates"]
+        for name, value in averages.items():
+            self._averages[name].copy_(value)

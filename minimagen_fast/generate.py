@@ -1,0 +1,185 @@
+"""Image generation: loading a trained Imagen, and sampling into files."""
+
+import inspect
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from datetime import datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+
+from . import checkpoint
+from .Imagen import Imagen, to_pil_images
+from .t5 import get_encoded_dim
+from .training import get_model_params
+from .Unet import Unet
+
+__all__ = ["load_minimagen", "load_params", "sample_and_save"]
+
+
+def load_params(directory: str | os.PathLike) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Reads the parameters of the U-Nets and of the Imagen from a training directory.
+
+    Args:
+        directory: Training directory, see :mod:`.training`.
+
+    Returns:
+        The parameters of each U-Net in their order, and those of the Imagen.
+
+    Raises:
+        FileNotFoundError: The directory has no folder ``parameters``, or a file is missing there.
+        ValueError: A file is not valid JSON.
+    """
+    return get_model_params(Path(directory) / "parameters")
+
+
+def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str | None = None) -> Imagen:
+    """Loads a trained Imagen from a training directory.
+
+    Each U-Net gets its weights in ``state_dicts`` (the last by name, that is by timestamp, if there are several) or,
+    where it has none, with a warning, the latest in ``tmp``.
+
+    Args:
+        directory: Training directory, see :mod:`.training`.
+        device: Where to put the Imagen; by default ``cuda:0`` if there is one, else the CPU.
+
+    Returns:
+        The Imagen, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: Parameters are missing.
+        ValueError: A U-Net has no weights, or weights that cannot be read or do not fit its parameters.
+    """
+    directory = Path(directory)
+    imagen = build_imagen(*load_params(directory))
+    for index, unet in enumerate(imagen.unets):
+        checkpoint.load_weights(unet, _weights_file(directory, index))
+    if device is None:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return imagen.to(device).eval()
+
+
+def build_imagen(unets_params: list[dict[str, Any]], imagen_params: dict[str, Any]) -> Imagen:
+    """Makes an Imagen, with fresh weights, from the parameters that a training directory keeps.
+
+    Args:
+        unets_params: The parameters of each U-Net, as :func:`load_params` returns them.
+        imagen_params: The parameters of the Imagen.
+
+    Raises:
+        TypeError, ValueError: The parameters do not fit together.
+    """
+    # The settings that Imagen gives each U-Net for its place, given at once: it need not make them a second time.
+    channels = imagen_params.get("channels", 3)
+    text_embed_dim = imagen_params.get("text_embed_dim") or get_encoded_dim(imagen_params["text_encoder_name"])
+    fitted = {"text_embed_dim": text_embed_dim, "channels": channels, "channels_out": channels}
+    unets = [Unet(**{**params, **fitted, "lowres_cond": index > 0}) for index, params in enumerate(unets_params)]
+    return Imagen(unets, **imagen_params)
+
+
+def _weights_file(directory: Path, index: int) -> Path:
+    best = directory / "state_dicts"
+    names = sorted(os.listdir(best)) if best.is_dir() else []
+    if matching := [name for name in names if re.fullmatch(rf"unet_{index}_.*\.pth", name)]:
+        return best / matching[-1]
+    latest = directory / "tmp" / f"unet_{index}_tmp.pth"
+    if not latest.is_file():
+        raise ValueError(
+            f"{directory} has no weights of U-Net {index}, neither state_dicts/unet_{index}_state_TIMESTAMP.pth nor "
+            f"tmp/{latest.name}: train the model first"
+        )
+    warnings.warn(
+        f"{best} has no weights of U-Net {index}: the latest, {latest}, are used instead of the best", stacklevel=3
+    )
+    return latest
+
+
+def sample_and_save(
+    captions: list,
+    *,
+    minimagen: Imagen | None = None,
+    training_directory: str | os.PathLike | None = None,
+    sample_args: dict = {},  # noqa: B006 (the documented default; it is only read)
+    save_directory: str | os.PathLike | None = None,
+    filetype: str = "png",
+    device: torch.device | str | None = None,
+) -> None:
+    """Makes an image for each caption and saves them.
+
+    The save directory gets ``generated_images/image_I.FILETYPE``, where I counts the captions from 0; ``captions.txt``
+    with one caption a line (line breaks within a caption become spaces); and, if the Imagen came from a training
+    directory, ``imagen_training_directory.txt`` with its path. Everything is checked before sampling starts.
+
+    Args:
+        captions: The captions.
+        minimagen: The Imagen to use, or
+        training_directory: the training directory to load it from: exactly one of these two.
+        sample_args: Further arguments of :meth:`.Imagen.Imagen.sample`, but not `texts` or `return_pil_images`.
+        save_directory: Where to save; by default ``generated_images_`` and the date and time, in the working directory.
+        filetype: Extension of the image files, such as "png" or "jpg"; any that PIL can write.
+        device: Where to put the Imagen loaded from `training_directory`, see :func:`load_minimagen`.
+
+    Raises:
+        TypeError: `captions` is not a list of strings, or `sample_args` has an argument that there is not.
+        ValueError: Another argument is out of range or does not fit the others.
+        FileExistsError: ``generated_images`` in the save directory is there already and not empty.
+    """
+    if not isinstance(captions, list | tuple):
+        raise TypeError(
+            f"captions must be a list of strings, got {type(captions).__name__}: put a single one in a list"
+        )
+    if wrong := [caption for caption in captions if not isinstance(caption, str)]:
+        raise TypeError(f"captions must be a list of strings, but it holds {wrong[0]!r}")
+    if not captions:
+        raise ValueError("captions must hold at least one caption, got none")
+    if (minimagen is None) == (training_directory is None):
+        raise ValueError("give exactly one of minimagen and training_directory")
+    if device is not None and training_directory is None:
+        raise ValueError("device goes with training_directory; for minimagen, give it as sample_args={'device': ...}")
+    if not isinstance(sample_args, Mapping):
+        raise TypeError(f"sample_args must be a dictionary, got {type(sample_args).__name__}")
+    if taken := {"texts", "return_pil_images"} & set(sample_args):
+        raise ValueError(f"sample_args must not have {' and '.join(sorted(taken))}: captions and filetype decide these")
+    if save_directory is None:
+        save_directory = datetime.now().strftime("generated_images_%Y%m%d_%H%M%S")
+    root = Path(save_directory).absolute()
+    folder = root / "generated_images"
+    if folder.exists() and os.listdir(folder):
+        raise FileExistsError(f"{folder} is there already and not empty: choose another save_directory")
+
+    if training_directory is not None:
+        minimagen = load_minimagen(training_directory, device=device)
+    assert minimagen is not None
+    _check_filetype(filetype, minimagen)
+    inspect.signature(minimagen.sample).bind(texts=captions, return_pil_images=True, **sample_args)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [" ".join(caption.splitlines()) + "\n" for caption in captions]
+    (root / "captions.txt").write_text("".join(lines), encoding="utf-8")
+    if training_directory is not None:
+        (root / "imagen_training_directory.txt").write_text(os.fspath(training_directory), encoding="utf-8")
+
+    images = minimagen.sample(texts=list(captions), return_pil_images=True, **sample_args)
+    for index, image in enumerate(images):
+        image.save(folder / f"image_{index}.{filetype}")
+
+
+def _check_filetype(filetype: str, minimagen: Imagen) -> None:
+    """Saves a blank image of the Imagen's mode and size to memory, so that what PIL cannot write shows at once."""
+    if not isinstance(filetype, str):
+        raise TypeError(f"filetype must be a string such as 'png', got {filetype!r}")
+    extensions = PIL.Image.registered_extensions()
+    kind = extensions.get(f".{filetype.lower()}")
+    if kind is None or kind not in PIL.Image.SAVE:
+        raise ValueError(f"filetype must be an extension that PIL can write, such as 'png' or 'jpg', got {filetype!r}")
+    size = minimagen.image_sizes[-1]
+    [blank] = to_pil_images(torch.zeros(1, minimagen.channels, size, size))
+    try:
+        blank.save(BytesIO(), kind)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"filetype {filetype!r} cannot hold images of mode {blank.mode}: {error}") from error

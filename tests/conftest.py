@@ -1,0 +1,33 @@
+"""What holds for all tests: no network, no traces outside pytest's own folders, GPU tests only where there is a GPU."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+
+def pytest_configure(config):
+    # The text encoders look for files on the Hugging Face hub; tests that want that serve one themselves.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The embedded text encoder is built once for all tests, new every time. Workers of pytest-xdist share it.
+    if "MINIMAGEN_FAST_CACHE" not in os.environ:
+        os.environ["MINIMAGEN_FAST_CACHE"] = config.test_cache = tempfile.mkdtemp(prefix="minimagen_fast-tests-")
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "test_cache"):
+        del os.environ["MINIMAGEN_FAST_CACHE"]
+        shutil.rmtree(config.test_cache)
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,131 @@
+"""The command line: train, go on, sample, doctor, and how errors end."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from minimagen_fast import cli, train_command
+from minimagen_fast.generate import load_minimagen
+from minimagen_fast.shapes import ShapesDataset
+
+TINY = ["--DATA", "built-in", "--DEVICE", "cpu", "--TESTING"]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A testing run in seconds: fewer pictures, smaller, one epoch."""
+
+    def parameters(args):
+        args.BATCH_SIZE, args.IMG_SIDE_LEN, args.TIMESTEPS, args.TRAIN_VALID_FRAC = 4, 16, 20, 0.9
+        return args
+
+    monkeypatch.setattr(train_command, "load_testing_parameters", parameters)
+
+
+def run(*words):
+    return subprocess.run([sys.executable, "-m", "minimagen_fast", *words], capture_output=True, text=True)
+
+
+def only_directory(path: Path, pattern: str) -> Path:
+    (directory,) = path.glob(pattern)
+    return directory
+
+
+def test_train_then_sample(short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *TINY, "-e", "1"]) == 0
+    directory = only_directory(tmp_path, "training_*")
+    assert str(directory) in capsys.readouterr().out
+    assert len(list((directory / "state_dicts").iterdir())) == 2
+    assert load_minimagen(directory).text_encoder_name == "t5_tiny"
+
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red circle on black\n\na blue cross on gray\n")
+    words = ["sample", "-d", str(directory), "-c", str(captions), "--cond-scale", "2", "--seed", "1", "--device", "cpu"]
+    for out in ("first", "second"):
+        assert cli.main([*words, "--out", out, "--grid"]) == 0
+    first, second = (tmp_path / out / "generated_images" / "image_1.png" for out in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    with Image.open(first) as image, Image.open(tmp_path / "first" / "grid.png") as grid:
+        assert image.size == (16, 16) and grid.width > 200
+
+    assert cli.main(["sample", "-d", str(directory), "-c", "a red circle", "--device", "cpu"]) == 0
+    assert (only_directory(tmp_path, "generated_images_*") / "captions.txt").read_text() == "a red circle\n"
+
+
+def test_a_training_goes_on(short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *TINY, "-e", "1"]) == 0
+    first = only_directory(tmp_path, "training_*").rename(tmp_path / "before")
+    assert cli.main(["train", *TINY, "-e", "2", "-rd", str(first)]) == 0
+    second = only_directory(tmp_path, "training_*")
+    assert str(first) in (second / "training_progess.txt").read_text()
+    assert load_minimagen(second).image_sizes == (8, 16)
+
+
+def test_parameters_describe_the_model(short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *TINY, "-e", "1"]) == 0
+    first = only_directory(tmp_path, "training_*").rename(tmp_path / "before")
+    assert cli.main(["train", *TINY, "-e", "1", "-p", str(first / "parameters"), "-t", "22"]) == 0
+    imagen = load_minimagen(only_directory(tmp_path, "training_*"))
+    assert imagen.noise_schedulers[0].num_timesteps == 20, "testing parameters win, as documented"
+    assert len(imagen.unets) == 2
+
+
+def test_ctrl_c_saves_and_says_where(short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    original, served = ShapesDataset.__getitem__, []
+
+    def interrupted(self, index):
+        served.append(index)
+        if len(served) > 20:
+            raise KeyboardInterrupt
+        return original(self, index)
+
+    monkeypatch.setattr(ShapesDataset, "__getitem__", interrupted)
+    assert cli.main(["train", *TINY, "-e", "1"]) == cli.INTERRUPTED
+    directory = only_directory(tmp_path, "training_*")
+    shown = capsys.readouterr()
+    assert f"--RESTART_DIRECTORY {directory}" in shown.out and "Traceback" not in shown.err
+    assert (directory / "tmp" / "training_state.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["sample", "-d", "nowhere", "-c", "x"], "nowhere"),
+        (["sample", "-d", "nowhere", "-c", "captions.txt"], "there is no file captions.txt"),
+        (["train", "--DATA", "nowhere", "-t5", "t5_tiny"], "there is no folder"),
+        (["train", "--DATA", "built-in", "--DEVICE", "moon"], "--DEVICE moon cannot be used here"),
+        (["train", "-rd", "a", "-p", "b"], "not both"),
+        (["train", "--DATA", "built-in", "-t5", "t5_tiny", "-f", "2"], "TRAIN_VALID_FRAC must lie between"),
+        (["quickstart", "--minutes", "0"], "minutes must be at least"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == cli.MISUSED
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("minimagen-fast: error: ") and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_the_command_as_a_program():
+    assert run("--version").stdout.startswith("minimagen_fast ")
+    for words in (["--help"], ["train", "--help"], ["sample", "--help"], ["quickstart", "--help"]):
+        shown = run(*words)
+        assert shown.returncode == 0 and "usage: minimagen-fast" in shown.stdout
+    assert "--RESTART_DIRECTORY" in run("train", "--help").stdout
+    nothing = run()
+    assert nothing.returncode == 2 and "COMMAND" in nothing.stderr
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    for words in ("torch", "t5_tiny", "cpu:", "cuda", "Attention"):
+        assert words in report

@@ -1,0 +1,273 @@
+"""Data sets, splitting and collating."""
+
+import argparse
+import copy
+import json
+import sys
+import types
+from collections import Counter
+
+import pytest
+import torch
+from picture_server import BAD, GOOD, encoded, picture, serving
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from minimagen_fast import data
+from minimagen_fast.data import FolderDataset, MinimagenCollator, MinimagenDataset, get_minimagen_dl_opts
+from minimagen_fast.t5 import register_text_encoder
+
+
+def _encode(captions, max_length, device):
+    lengths = torch.tensor([min(len(caption.split()) + 1, max_length) for caption in captions])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    return mask[:, :, None].float().expand(-1, -1, 5).contiguous(), mask
+
+
+register_text_encoder("word_count", _encode, 5)
+OPTIONS = dict(encoder_name="word_count", max_length=8, side_length=16)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as server:
+        yield server
+
+
+def web(server, names, captions=None, **options):
+    captions = captions or [f"picture of {name}" for name in names]
+    rows = {"image_url": [server.url + name for name in names], "caption": captions}
+    return MinimagenDataset({"train": rows, "validation": rows}, **{**OPTIONS, "timeout": 0.5, "retries": 0, **options})
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_nothing_that_is_served_ends_a_run(server, monkeypatch, num_workers):
+    # Smaller than the default, so that the server need not send so much.
+    monkeypatch.setattr(data.fetch_image, "__kwdefaults__", {**data.fetch_image.__kwdefaults__, "max_bytes": 2**19})
+    names = [*GOOD, *BAD]
+    dataset = web(server, names)
+    loader = DataLoader(dataset, batch_size=4, num_workers=num_workers, collate_fn=MinimagenCollator("cpu"))
+    batches = [batch for batch in loader if batch is not None]
+    assert sum(len(batch["image"]) for batch in batches) == len(GOOD)
+    for batch in batches:
+        assert batch["image"].shape[1:] == (3, 16, 16) and batch["image"].isfinite().all()
+        assert batch["image"].min() >= 0 and batch["image"].max() <= 1
+        assert batch["mask"].dtype == torch.bool and batch["encoding"].shape[:2] == batch["mask"].shape
+    assert dataset.failures == dict(Counter(BAD.values()))
+
+
+def test_items_are_as_documented(server):
+    seen = []
+    item = web(server, ["rgb"], img_transform=lambda image: seen.append(image) or image * 0.5)[torch.tensor(0)]
+    assert item["image"].shape == (3, 16, 16) and item["image"].max() == 0.5
+    assert seen[0].min() == 0 and seen[0].max() == 1, "values are stretched, then transformed"
+    assert item["encoding"].shape == (1, 4, 5) and item["mask"].shape == (1, 4)
+
+
+def test_a_picture_of_one_colour_is_no_nan(server):
+    assert torch.allclose(web(server, ["constant"])[0]["image"], torch.tensor(7 / 255))
+
+
+def test_bad_captions_are_counted(server):
+    dataset = web(server, ["rgb"] * 3, [None, 5, ""])
+    assert dataset[0] is None and dataset[1] is None and dataset[2]["mask"].shape == (1, 1)
+    assert dataset.failures == {"caption": 2}
+
+
+def test_copies_count_for_themselves(server):
+    dataset = web(server, ["missing"])
+    assert dataset[0] is None
+    other = copy.deepcopy(dataset)
+    assert other[0] is None
+    assert dataset.failures == {"http": 1} and other.failures == {"http": 2}
+
+
+def test_a_hugging_face_split_is_read_by_row():
+    class Rows:
+        def __len__(self):
+            return 3_000_000
+
+        def __getitem__(self, index):
+            assert isinstance(index, int), "a whole column must not be read"
+            return {"image_url": "ftp://nowhere", "caption": "x"}
+
+    dataset = MinimagenDataset({"train": Rows()}, **OPTIONS)
+    assert len(dataset) == 3_000_000 and dataset[2_999_999] is None
+    with pytest.raises(ValueError, match="no split 'validation'"):
+        MinimagenDataset({"train": Rows()}, **OPTIONS, train=False)
+
+
+# Folders
+
+
+def _folder(tmp_path, **files):
+    for name in ("a.png", "sub/b.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(picture(), "PNG" if name.endswith("png") else "JPEG"))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+JSON = '{"file_name": "a.png", "text": "first"}\n\n{"file_name": "sub/b.jpg", "text": "the second"}\n'
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"metadata.jsonl": JSON},
+        {"metadata.csv": 'file_name,text\na.png,first\nsub/b.jpg,"the second"\n'},
+        {"a.txt": "first\n", "sub/b.txt": "the second"},
+    ],
+)
+def test_folders_with_captions(tmp_path, files):
+    dataset = FolderDataset(_folder(tmp_path, **files), side_length=16, encoder_name="word_count")
+    assert [caption for _, caption in dataset.entries] == ["first", "the second"]
+    batch = MinimagenCollator("cpu")([dataset[0], dataset[1]])
+    assert batch["image"].shape == (2, 3, 16, 16) and batch["mask"].sum(dim=1).tolist() == [2, 3]
+
+
+def test_folder_pictures_are_cropped_and_not_stretched(tmp_path):
+    wide = Image.new("RGB", (30, 10), (0, 0, 0))
+    wide.paste((128, 128, 128), (10, 0, 20, 10))
+    wide.save(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_text("grey")
+    image = FolderDataset(tmp_path, side_length=5, encoder_name="word_count")[0]["image"]
+    assert torch.allclose(image, torch.full((3, 5, 5), 128 / 255), atol=1e-3)
+
+
+def test_a_damaged_file_ends_no_run(tmp_path):
+    folder = _folder(tmp_path, **{"metadata.jsonl": JSON})
+    (folder / "a.png").write_bytes(GOOD["jpeg"][:200])
+    dataset = FolderDataset(folder, side_length=16, encoder_name="word_count")
+    assert dataset[0] is None and dataset[1] is not None
+    assert sum(dataset.failures.values()) == 1
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "no caption file a.txt"),
+        ({"metadata.jsonl": '{"file_name": "a.png"}'}, "line 1: needs file_name and text"),
+        ({"metadata.jsonl": "not json"}, "line 1: not JSON"),
+        ({"metadata.jsonl": "[1]"}, "line 1: needs file_name and text"),
+        ({"metadata.jsonl": json.dumps({"file_name": "c.png", "text": "x"})}, "there is no file 'c.png'"),
+        ({"metadata.jsonl": json.dumps({"file_name": "../a.png", "text": "x"})}, "outside the folder"),
+        ({"metadata.jsonl": json.dumps({"file_name": "/etc/hostname", "text": "x"})}, "outside the folder"),
+        ({"metadata.csv": "name,caption\na.png,x\n"}, "line 2: needs file_name and text"),
+        ({"metadata.jsonl": "\n"}, "holds no captioned pictures"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        FolderDataset(_folder(tmp_path, **files), side_length=16, encoder_name="word_count")
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        FolderDataset(tmp_path / "x", side_length=16, encoder_name="word_count")
+
+
+@pytest.mark.parametrize("option", ["side_length", "max_length"])
+def test_numbers_are_checked(server, option):
+    with pytest.raises(ValueError, match=f"{option} must be a whole number"):
+        web(server, ["rgb"], **{option: 0})
+
+
+# Splitting
+
+
+def test_splits_are_the_same_every_time():
+    numbers = list(range(100))
+    first, second = data.split_train_valid(numbers, 0.8), data.split_train_valid(numbers, 0.8)
+    torch.rand(3)
+    for a, b in zip(first, second, strict=True):
+        assert list(a.indices) == list(b.indices)
+    train, valid = first
+    assert len(train) == 80 and sorted([*train.indices, *valid.indices]) == numbers
+
+
+def test_valid_num_means_that_number():
+    _, valid = data.split_train_valid(list(range(100)), 0.5, 7)
+    assert len(valid) == 7
+    with pytest.warns(UserWarning, match="only 50 pictures are left"):
+        _, valid = data.split_train_valid(list(range(100)), 0.5, 70)
+    assert len(valid) == 50
+
+
+@pytest.mark.parametrize(
+    "number, fraction, valid_num, message",
+    [
+        (10, 0.0, None, "between 0 and 1"),
+        (10, 1.0, None, "between 0 and 1"),
+        (1, 0.9, None, "empty"),
+        (9, 0.5, 0, "VALID_NUM"),
+    ],
+)
+def test_splits_that_cannot_be(number, fraction, valid_num, message):
+    with pytest.raises(ValueError, match=message):
+        data.split_train_valid(list(range(number)), fraction, valid_num)
+
+
+# Conceptual Captions
+
+
+@pytest.fixture
+def conceptual(server, monkeypatch):
+    asked = []
+
+    def load_dataset(name):
+        asked.append(name)
+        rows = {"image_url": [server.url + "rgb"] * 40, "caption": [f"caption {i}" for i in range(40)]}
+        return {"train": rows, "validation": rows}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def _args(**changes):
+    values = dict(T5_NAME="word_count", MAX_NUM_WORDS=8, IMG_SIDE_LEN=16, TRAIN_VALID_FRAC=0.75, VALID_NUM=None)
+    return argparse.Namespace(**{**values, **changes})
+
+
+def test_conceptual_captions(conceptual):
+    train, valid = data.ConceptualCaptions(_args())
+    assert (len(train), len(valid)) == (30, 10) and train[0]["image"].shape == (3, 16, 16)
+    assert conceptual == ["google-research-datasets/conceptual_captions"]
+    again, _ = data.ConceptualCaptions(vars(_args()))
+    assert list(again.indices) == list(train.indices)
+    small, rest = data.ConceptualCaptions(_args(VALID_NUM=3), smalldata=True)
+    assert (len(small), len(rest)) == (12, 3)
+    assert len(data.ConceptualCaptions(_args(), testset=True)) == 40
+
+
+def test_conceptual_captions_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"minimagen_fast\[data\]"):
+        data.ConceptualCaptions(_args())
+
+
+# Collating
+
+
+def test_items_are_padded_and_left_alone():
+    items = [
+        {"image": torch.zeros(3, 4, 4), "encoding": torch.ones(1, n, 5), "mask": torch.ones(1, n).bool()}
+        for n in (1, 3)
+    ]
+    items.append({"image": torch.zeros(3, 4, 4), "encoding": torch.ones(2, 5), "mask": torch.ones(2, dtype=torch.long)})
+    batch = MinimagenCollator("cpu")([None, *items])
+    assert batch["encoding"].shape == (3, 3, 5) and batch["mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
+    assert batch["encoding"].sum(dim=(1, 2)).tolist() == [5, 15, 10]
+    assert items[0]["mask"].shape == (1, 1), "items may be shared and are not changed"
+
+
+def test_nothing_left_is_none():
+    collate = MinimagenCollator("cpu")
+    assert collate([None, {"image": None}]) is None and collate([]) is None
+
+
+def test_loader_options():
+    options = get_minimagen_dl_opts("cpu")
+    assert isinstance(options.pop("collate_fn"), MinimagenCollator)
+    assert options == {"batch_size": 4, "shuffle": True, "num_workers": 0, "drop_last": True}

@@ -1,0 +1,79 @@
+"""The exponential moving average of a module's parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from minimagen_fast.ema import EMA
+
+
+def _wander(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def test_average_follows_the_formula_with_its_warm_up():
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    ema = EMA(module, 0.5)
+    expected = module.weight.detach().double()
+    for n in range(20):
+        _wander(module)
+        ema.update()
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * module.weight.detach().double()
+    with ema.swapped():
+        torch.testing.assert_close(module.weight.detach().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_weights_are_averaged_in_float32():
+    module = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        module.weight.fill_(1)
+    ema = EMA(module, 0.999)
+    ema.updates = 10**6  # past the warm-up
+    with torch.no_grad():
+        module.weight.fill_(2)
+    for _ in range(693):
+        ema.update()
+    # 2 - 0.999^693 = 1.5001; in bfloat16 the first step, of 0.001, would have been rounded away, and so every one.
+    with ema.swapped():
+        assert module.weight.item() == pytest.approx(1.5, abs=0.01)
+    assert module.weight.item() == 2
+
+
+def test_swapped_gives_the_same_tensors_back_also_on_an_error():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ema = EMA(module, 0.9)
+    _wander(module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    tensors = [parameter.data_ptr() for parameter in module.parameters()]
+    with pytest.raises(RuntimeError, match="inside"), ema.swapped():
+        assert not torch.equal(module[0].weight, before["0.weight"])
+        raise RuntimeError("inside")
+    after = module.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [parameter.data_ptr() for parameter in module.parameters()] == tensors
+
+
+def test_state_goes_on_where_it_was():
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    one = EMA(module, 0.9)
+    for _ in range(5):
+        _wander(module)
+        one.update()
+    other = EMA(nn.Linear(3, 2), 0.9)
+    other.load_state_dict(one.state_dict())
+    assert other.updates == 5
+    assert all(torch.equal(a, b) for a, b in zip(one._averages.values(), other._averages.values(), strict=True))
+    with pytest.raises(ValueError, match="other parameter names or shapes"):
+        EMA(nn.Linear(4, 2), 0.9).load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1, 1.5])
+def test_decay_out_of_range(decay):
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\)"):
+        EMA(nn.Linear(1, 1), decay)

@@ -1,0 +1,87 @@
+"""Fetching and decoding, against a server that misbehaves in every way."""
+
+import io
+import pickle
+import time
+
+import numpy as np
+import pytest
+from picture_server import BAD, GOOD, encoded, picture, serving
+from PIL import Image
+
+from minimagen_fast.decode import ImageError, decode_image
+from minimagen_fast.fetch import fetch_image
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_kind_of_picture_becomes_rgb(server, name):
+    image = fetch_image(server.url + name)
+    assert image.mode == "RGB" and image.size == Image.open(io.BytesIO(GOOD[name])).size
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_bad_answer_has_its_reason(server, name):
+    with pytest.raises(ImageError) as caught:
+        fetch_image(server.url + name, timeout=0.5, retries=1, max_bytes=2**19)
+    assert caught.value.reason == BAD[name]
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.reason, str(copy)) == (caught.value.reason, str(caught.value))
+
+
+def test_a_slow_server_is_given_up_in_time(server):
+    for name in ("slow", "drip"):
+        started = time.monotonic()
+        with pytest.raises(ImageError):
+            fetch_image(server.url + name, timeout=0.4, retries=0)
+        assert time.monotonic() - started < 2
+
+
+def test_passing_errors_are_tried_again_and_others_are_not(server):
+    assert fetch_image(server.url + "second_time").size == (24, 20)
+    assert server.requests["second_time"] == 2
+    for name, tries in (("always_500", 3), ("missing", 1), ("text", 1)):
+        before = server.requests[name]
+        with pytest.raises(ImageError):
+            fetch_image(server.url + name, retries=2)
+        assert server.requests[name] - before == tries
+
+
+def test_redirects_are_followed(server):
+    assert fetch_image(server.url + "to_rgb").size == (24, 20)
+    assert all(agent.startswith("minimagen_fast/") for agent in server.agents)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://host/x", "data:image/png;base64,", "", "x", None, 5])
+def test_only_http_is_fetched(url):
+    with pytest.raises(ImageError) as caught:
+        fetch_image(url)
+    assert caught.value.reason == "scheme"
+
+
+@pytest.mark.parametrize("url, reason", [("http://127.0.0.1:1/x", "network"), ("http://[::1", "scheme")])
+def test_nobody_there(url, reason):
+    with pytest.raises(ImageError) as caught:
+        fetch_image(url, retries=0)
+    assert caught.value.reason == reason
+
+
+def test_transparent_pixels_are_white():
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert decode_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bits_keep_their_range():
+    values = np.asarray(decode_image(encoded(picture("I;16"))))[..., 0]
+    assert values.min() == 0 and values.max() == 255 and 100 < np.median(values) < 155
+
+
+def test_a_cameras_orientation_is_obeyed():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert decode_image(encoded(picture(size=(24, 20)), "JPEG", exif=exif)).size == (20, 24)

@@ -1,0 +1,85 @@
+"""The quickstart from end to end, with a training too short to learn anything."""
+
+import pytest
+import torch
+from PIL import Image
+
+from minimagen_fast import quickstart
+from minimagen_fast.generate import load_minimagen
+from minimagen_fast.shapes import BACKGROUNDS, COLORS, SHAPES
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(quickstart, "TIMESTEPS", (20, 20))
+    monkeypatch.setattr(quickstart, "STEPS_PER_MINUTE", (80, 50))
+    monkeypatch.setattr(quickstart, "BATCH_SIZES", (2, 2))
+    monkeypatch.setattr(quickstart, "UNETS", tuple({**unet, "dim": 8} for unet in quickstart.UNETS))
+
+
+def test_it_leaves_what_it_says(short, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "results"
+    assert quickstart.run_quickstart(out, seed=3, minutes=0.5) == 0
+
+    with Image.open(out / "grid.png") as grid, Image.open(out / "loss.png") as curve:
+        assert grid.width > 4 * 100 and grid.height > 6 * 100 and curve.width >= 400
+    captions = (out / "captions.txt").read_text().splitlines()
+    assert len(captions) == 24 == len(list((out / "generated_images").glob("image_*.png")))
+    assert {caption.split()[1] + caption.split()[2] for caption in captions} == {c + s for c in COLORS for s in SHAPES}
+
+    report = (out / "report.md").read_text()
+    shown = capsys.readouterr().out
+    assert "seed 3" in report and "24 pictures" in report
+    shares = next(line for line in report.splitlines() if line.startswith("|") and "%" in line)
+    for share in shares.strip("| ").split(" | "):
+        assert share in shown
+    assert str(out / "grid.png") in shown
+
+    imagen = load_minimagen(out / "training")
+    assert imagen.image_sizes == (16, 32)
+    # The folder's own command line finds the same encoder again.
+    images = imagen.sample(["a red circle on black"], progress=False, seed=0)
+    assert images.shape == (1, 3, 32, 32)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        quickstart.run_quickstart(tmp_path, seed=0, minutes=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("seed, minutes, name", [(-1, 1, "seed"), (0, 0, "minutes"), (0, float("nan"), "minutes")])
+def test_arguments_that_cannot_be(tmp_path, seed, minutes, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        quickstart.run_quickstart(tmp_path / "out", seed=seed, minutes=minutes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_pair_is_wanted_once_and_backgrounds_alternate():
+    pictures = quickstart.wanted_pictures()
+    assert len({(color, shape) for color, shape, _ in pictures}) == 24 == len(pictures)
+    assert [background for *_, background in pictures].count("black") == 12 and len(BACKGROUNDS) == 2
+
+
+def test_the_learning_rate_ends_with_the_steps_or_the_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(quickstart.time, "monotonic", lambda: now[0])
+
+    def rates(seconds_per_step):
+        now[0] = 0.0
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = quickstart._schedule(optimizer, steps=400, seconds=100.0)
+        out = []
+        for _ in range(400):
+            out.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            now[0] += seconds_per_step
+            schedule.step()
+        return out
+
+    fast, slow = rates(0.1), rates(0.5)
+    assert rates(0.2) == fast, "a machine that keeps up follows the steps alone"
+    assert fast[0] == pytest.approx(0.01) and max(fast) > 0.8 and fast[-1] < 1e-4
+    assert slow[199] < 1e-3 and slow[300] == 0.0

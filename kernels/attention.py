@@ -97,47 +97,44 @@ def _fewer_by_query(q: torch.Tensor, context: torch.Tensor, heads: int) -> bool:
     return by_query < by_key
 
 
-def _softmax(
-    null_scores: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights of the null key (b, h, n, 1) and of the others (b, h, n, m), from their scores."""
-    dtype, scores = scores.dtype, torch.cat((null_scores[..., None].to(scores.dtype), scores), dim=-1)
-    if bias is not None:
-        scores = scores + bias
-    visible = _visible(mask)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.finfo(scores.dtype).max)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(dtype)
-    return weights[..., :1], weights[..., 1:]
-
-
 def _visible(mask: torch.Tensor | None) -> torch.Tensor | None:
     """(b, m) to (b, 1, 1, 1 + m), the null key always visible."""
     return None if mask is None else F.pad(mask.bool(), (1, 0), value=True)[:, None, None, :]
 
 
+def _weights(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention weights from scores (b, h, n, 1 + m)."""
+    visible = _visible(mask)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.finfo(scores.dtype).max)
+    # Sums and exponentials are float32 inside, whatever the dtype. Under autocast on CUDA so is the result.
+    return scores.softmax(dim=-1).to(scores.dtype)
+
+
 def _reference(q, k, v, null_key, null_value, heads, mask, bias):
     b, n, width = q.shape
     q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
-    k, v = (x.reshape(b, x.shape[1], -1, q.shape[-1]).expand(-1, -1, heads, -1) for x in (k, v))
-    null_scores = torch.einsum("b n h d, d -> b h n", q, null_key.to(q.dtype))
-    scores = torch.einsum("b n h d, b m h d -> b h n m", q, k)
-    null_weight, weights = _softmax(null_scores, scores, bias, mask)
-    out = torch.einsum("b h n m, b m h d -> b n h d", weights, v)
-    return (out + null_weight.transpose(1, 2) * null_value.to(out.dtype)).reshape(b, n, width)
+    k, v = (_with_null(null, x).expand(-1, heads, -1, -1) for null, x in ((null_key, k), (null_value, v)))
+    scores = torch.einsum("b n h d, b h m d -> b h n m", q, k)
+    if bias is not None:
+        scores = scores + bias
+    return torch.einsum("b h n m, b h m d -> b n h d", _weights(scores, mask), v).reshape(b, n, width)
 
 
 def _by_query(q, context, to_kv, null_key, null_value, heads, mask):
     (b, n, width), c = q.shape, context.shape[-1]
     q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
     to_key, to_value = to_kv.reshape(2, heads, -1, c)
-    null_scores = torch.einsum("b n h d, d -> b h n", q, null_key.to(q.dtype))
+    # One more channel, that of the null entry alone: it carries its score on the way in and its weight on the way out.
     projected = torch.einsum("b n h d, h d c -> b h n c", q, to_key)
-    scores = (projected.reshape(b, heads * n, c) @ context.transpose(1, 2)).reshape(b, heads, n, -1)
-    null_weight, weights = _softmax(null_scores, scores, None, mask)
-    attended = (weights.reshape(b, heads * n, -1) @ context).reshape(b, heads, n, c)
-    out = torch.einsum("b h n c, h d c -> b n h d", attended, to_value)
-    return (out + null_weight.transpose(1, 2) * null_value.to(out.dtype)).reshape(b, n, width)
+    null_scores = torch.einsum("b n h d, d -> b h n", q, null_key.to(q.dtype))
+    projected = torch.cat((projected, null_scores[..., None].to(projected.dtype)), dim=-1).reshape(b, heads * n, c + 1)
+    context = F.pad(context, (0, 1, 1, 0))
+    context[:, 0, c] = 1.0
+    weights = _weights((projected @ context.transpose(1, 2)).reshape(b, heads, n, -1), mask)
+    attended = (weights.reshape(b, heads * n, -1) @ context).reshape(b, heads, n, c + 1)
+    out = torch.einsum("b h n c, h d c -> b n h d", attended[..., :c], to_value)
+    return (out + attended[..., c:].transpose(1, 2) * null_value.to(out.dtype)).reshape(b, n, width)
 
 
 def _with_null(null: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

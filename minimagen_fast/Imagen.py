@@ -29,13 +29,13 @@ from .helpers import (
     right_pad_dims_to,
     unnormalize_zero_to_one,
 )
+from .pictures import PIL_MODES, to_pil_images
 from .quantile import quantile
 from .resize import noise_for
 from .t5 import get_encoded_dim, t5_encode_text
 from .Unet import Unet
 
 _LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
-_PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def _one_for_each(name: str, value, number: int) -> tuple:
@@ -43,23 +43,6 @@ def _one_for_each(name: str, value, number: int) -> tuple:
     if len(values) != number:
         raise ValueError(f"{name} must be one value or {number}, one for each U-Net; got {len(values)} in {value!r}")
     return values
-
-
-def to_pil_images(images: torch.Tensor) -> list[PIL.Image.Image]:
-    """Convert images in [0, 1], shape (b, c, h, w) with 1 to 4 channels, to 8-bit PIL images.
-
-    The modes are L, LA, RGB and RGBA for 1, 2, 3 and 4 channels.
-
-    Raises:
-        ValueError: for any other number of channels.
-    """
-    channels = images.shape[1]
-    if channels not in _PIL_MODES:
-        raise ValueError(f"PIL images have 1 to 4 channels, these have {channels}; use return_pil_images=False")
-    pixels = images.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    if channels == 1:
-        pixels = pixels[..., 0]
-    return [PIL.Image.fromarray(image) for image in pixels]
 
 
 class Imagen(nn.Module):
@@ -496,7 +479,7 @@ class Imagen(nn.Module):
         last = default(stop_at_unet_number, number)
         if last not in range(1, number + 1):
             raise ValueError(f"stop_at_unet_number must lie in 1 to {number}, got {stop_at_unet_number!r}")
-        if return_pil_images and self.channels not in _PIL_MODES:
+        if return_pil_images and self.channels not in PIL_MODES:
             raise ValueError(f"PIL images have 1 to 4 channels, these have {self.channels}")
         device = self._usable_device(default(device, self.device))
         generator = self._checked_generator(generator, seed, device)

@@ -1,13 +1,15 @@
 """Captioned pictures for training: from the web, from a folder; splitting and collating them."""
 
 import csv
+import io
 import json
 import multiprocessing
+import os
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -26,28 +28,37 @@ SMALL_ROWS = 16
 SPLIT_SEED = 0
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
+# Besides what goes wrong in fetching and decoding: a file of a folder that cannot be opened (any more), and a picture
+# that the caller's own transform gave None for.
+FAILURES = (*REASONS, "unreadable", "transform")
+
 Item = dict[str, torch.Tensor]
 
 
 class _FailureCounts:
     """How many pictures could not be had, by reason: counted by worker processes, read by the parent."""
 
-    def __init__(self, counts: Sequence[int] | None = None):
-        self._counts: Any = multiprocessing.Array("q", counts or [0] * len(REASONS))
+    def __init__(self, counts: Sequence[int] = (0,) * len(FAILURES)):
+        # Of the spawn context, which workers can share however they are started; a lock of the fork context cannot be
+        # handed to a spawned one.
+        self._counts: Any = multiprocessing.get_context("spawn").Array("q", counts)
 
     def add(self, reason: str) -> None:
         with self._counts.get_lock():
-            self._counts[REASONS.index(reason)] += 1
+            self._counts[FAILURES.index(reason)] += 1
 
     def as_dict(self) -> dict[str, int]:
-        return {reason: count for reason, count in zip(REASONS, self._counts, strict=True) if count}
+        return {reason: count for reason, count in zip(FAILURES, self._counts, strict=True) if count}
 
     def __getstate__(self) -> Any:
         # Shared memory can only be handed to a process that is being started; any other copy counts for itself.
         return self._counts if get_spawning_popen() is not None else list(self._counts)
 
     def __setstate__(self, state: Any) -> None:
-        self._counts = multiprocessing.Array("q", state) if isinstance(state, list) else state
+        if isinstance(state, list):
+            self.__init__(state)  # type: ignore[misc]
+        else:
+            self._counts = state
 
 
 class _CaptionedPictures(Dataset):
@@ -73,7 +84,7 @@ class _CaptionedPictures(Dataset):
     def _caption(self, index: int) -> Any:
         raise NotImplementedError
 
-    def _to_tensor(self, picture: Image.Image) -> torch.Tensor:
+    def _to_tensor(self, picture: Image.Image) -> torch.Tensor | None:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Item | None:
@@ -82,9 +93,16 @@ class _CaptionedPictures(Dataset):
             caption = self._caption(index)
             if not isinstance(caption, str):
                 raise ImageError("caption", f"a caption must be a string, got {caption!r}")
-            image = self._to_tensor(self._picture(index))
+            picture = self._picture(index)
         except ImageError as error:
             self._failures.add(error.reason)
+            return None
+        except OSError:
+            self._failures.add("unreadable")
+            return None
+        image = self._to_tensor(picture)
+        if image is None:
+            self._failures.add("transform")
             return None
         encoding, mask = t5_encode_text([caption], self.encoder_name, self.max_length)
         return {"image": image, "encoding": encoding, "mask": mask}
@@ -109,7 +127,7 @@ class MinimagenDataset(_CaptionedPictures):
         max_length: Number of tokens after which a caption is cut off.
         side_length: Side length in pixels to scale the pictures to.
         train: Whether to take the split 'train' (else 'validation').
-        img_transform: Applied to the finished image tensor.
+        img_transform: Applied to the finished image tensor; where it gives None, the item is None.
         timeout: Seconds for one attempt to fetch a picture.
         retries: How often to try again after an error that may pass.
 
@@ -125,7 +143,7 @@ class MinimagenDataset(_CaptionedPictures):
         max_length: int,
         side_length: int,
         train: bool = True,
-        img_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        img_transform: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
         timeout: float = TIMEOUT_SECONDS,
         retries: int = RETRIES,
     ):
@@ -151,7 +169,7 @@ class MinimagenDataset(_CaptionedPictures):
     def _picture(self, index: int) -> Image.Image:
         return fetch_image(self._value("image_url", index), timeout=self.timeout, retries=self.retries)
 
-    def _to_tensor(self, picture: Image.Image) -> torch.Tensor:
+    def _to_tensor(self, picture: Image.Image) -> torch.Tensor | None:
         image = resize_image_to(_tensor(picture), self.side_length)[0]
         low, high = image.min(), image.max()
         # A picture of one colour has nothing to stretch.
@@ -164,8 +182,9 @@ class FolderDataset(_CaptionedPictures):
 
     The captions stand in ``metadata.jsonl`` or ``metadata.csv`` with the fields ``file_name`` (relative to the folder)
     and ``text``; without such a file, beside each picture ``x.jpg`` in a file ``x.txt``. Folders within are searched
-    too. Items are like those of :class:`MinimagenDataset`, but a picture is cropped to its middle square before it is
-    scaled, and its values are left as they are.
+    too; files and folders whose name starts with a dot are not. Every picture must have a caption, and every caption a
+    picture. Items are like those of :class:`MinimagenDataset`, but a picture is cropped to its middle square before it
+    is scaled, and its values are left as they are.
 
     Args:
         directory: The folder.
@@ -175,8 +194,8 @@ class FolderDataset(_CaptionedPictures):
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it holds no captioned picture, or a picture or caption is missing, or an entry cannot be read or
-            points outside the folder.
+        ValueError: if it holds no captioned picture, both metadata files, a picture without a caption or a caption
+            without a picture, or an entry that cannot be read or points outside the folder.
     """
 
     def __init__(self, directory: str | Path, *, side_length: int, encoder_name: str, max_length: int = MAX_LENGTH):
@@ -206,14 +225,15 @@ def _folder_entries(directory: Path) -> list[tuple[str, str]]:
     """(file name, caption) of every picture of a folder, checked."""
     problems: list[str] = []
     jsonl, table = directory / "metadata.jsonl", directory / "metadata.csv"
+    files = _visible_files(directory)
+    if jsonl.is_file() and table.is_file():
+        raise ValueError(f"{directory} has both {jsonl.name} and {table.name}: keep one")
     if jsonl.is_file():
-        entries = _from_metadata(jsonl, _json_rows(jsonl, problems), problems)
+        entries = _from_metadata(jsonl, _json_rows(jsonl, problems), files, problems)
     elif table.is_file():
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(f"line {number}", row) for number, row in enumerate(csv.DictReader(file), start=2)]
-        entries = _from_metadata(table, rows, problems)
+        entries = _from_metadata(table, _csv_rows(table, problems), files, problems)
     else:
-        entries = _from_pairs(directory, problems)
+        entries = _from_pairs(directory, files, problems)
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:5])
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -226,9 +246,32 @@ def _folder_entries(directory: Path) -> list[tuple[str, str]]:
     return entries
 
 
+def _visible_files(directory: Path) -> list[PurePosixPath]:
+    """Every file below a folder, relative to it; systems leave hidden ones that only look like pictures."""
+    files = []
+    for parent, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(parent).relative_to(directory)
+        files += [PurePosixPath(below, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _is_picture(file: PurePosixPath) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _text(file: Path, problems: list[str]) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(f"{file.name} is not UTF-8 text ({error})")
+        return ""
+
+
 def _json_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    # Not splitlines(), which also breaks at the separators that JSON allows inside a string.
+    for number, line in enumerate(_text(file, problems).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -238,29 +281,52 @@ def _json_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
     return rows
 
 
-def _from_metadata(file: Path, rows: list[tuple[str, Any]], problems: list[str]) -> list[tuple[str, str]]:
-    directory, entries = file.parent, []
+def _csv_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(_text(file, problems), newline=""))
+    try:
+        return [(f"line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        problems.append(f"{file.name}, line {reader.line_num}: not CSV ({error})")
+        return []
+
+
+def _from_metadata(
+    file: Path, rows: list[tuple[str, Any]], files: list[PurePosixPath], problems: list[str]
+) -> list[tuple[str, str]]:
+    entries = []
     for place, row in rows:
         name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str):
             problems.append(f"{file.name}, {place}: needs file_name and text, both strings")
-        elif not (directory / name).resolve().is_relative_to(directory.resolve()):
+        elif not _is_below(name):
             problems.append(f"{file.name}, {place}: {name!r} is outside the folder")
-        elif not (directory / name).is_file():
+        elif "\0" in name or not (file.parent / name).is_file():
             problems.append(f"{file.name}, {place}: there is no file {name!r}")
         else:
             entries.append((name, text))
+    if not problems:
+        named = {PurePosixPath(name) for name, _ in entries}
+        problems += [f"{path} is not in {file.name}" for path in files if _is_picture(path) and path not in named]
     return entries
 
 
-def _from_pairs(directory: Path, problems: list[str]) -> list[tuple[str, str]]:
+def _is_below(name: str) -> bool:
+    """Whether a name stays in the folder on every system. Links in the folder are its owner's business."""
+    windows = PureWindowsPath(name)
+    return not (windows.drive or windows.root or ".." in windows.parts)
+
+
+def _from_pairs(directory: Path, files: list[PurePosixPath], problems: list[str]) -> list[tuple[str, str]]:
     entries = []
-    for picture in sorted(path for path in directory.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
-        name, text = str(picture.relative_to(directory)), picture.with_suffix(".txt")
-        if text.is_file():
-            entries.append((name, text.read_text(encoding="utf-8").strip()))
+    captions = {path for path in files if path.suffix == ".txt"}
+    for picture in filter(_is_picture, files):
+        caption = picture.with_suffix(".txt")
+        if caption in captions:
+            entries.append((str(picture), _text(directory / caption, problems).strip()))
         else:
-            problems.append(f"{name} has no caption file {text.name} beside it")
+            problems.append(f"{picture} has no caption file {caption.name} beside it")
+    alone = captions - {path.with_suffix(".txt") for path in files if _is_picture(path)}
+    problems += [f"{caption} has no picture beside it" for caption in sorted(alone)]
     return entries
 
 

@@ -1,12 +1,16 @@
 """From the bytes of an image file to an RGB picture, or to the reason why not."""
 
 import io
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Beyond this many pixels a file is not decoded: a few kilobytes can claim to be gigabytes of picture.
 MAX_PIXELS = 64_000_000
+
+# Formats of pictures on the web and in folders. PIL knows more, but some of those start other programs.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
 
 REASONS = ("scheme", "http", "timeout", "network", "too_large", "not_an_image", "truncated", "caption")
 
@@ -41,7 +45,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: 'not_an_image', 'truncated' or 'too_large'.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError("too_large", f"{image.width}x{image.height} pixels, at most {max_pixels} are allowed")
             image.load()
@@ -50,15 +54,24 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
         raise ImageError("not_an_image", "no image format that is known") from error
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError) as error:
-        # What PIL's decoders raise on files that end early or contradict themselves.
+    except ImageError:
+        raise
+    except Exception as error:
+        # PIL's decoders raise anything at all on files that end early or contradict themselves.
         raise ImageError("truncated", f"the picture is damaged: {error}") from error
+
+
+@lru_cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this PIL was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # PIL would cut these at 255 instead of scaling them.
-        values = np.asarray(image, dtype=np.float32)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1.0)
         return Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:

@@ -1,10 +1,15 @@
 """Fetch pictures over http and https, with limits on time and size."""
 
+import functools
 import http.client
+import io
+import ssl
+import string
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from typing import Any
 
 from PIL import Image
 
@@ -28,11 +33,85 @@ class _OnlyHttp(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl) if _is_http(newurl) else None
 
 
-_opener = urllib.request.build_opener(_OnlyHttp)
+class _InTime(io.RawIOBase):
+    """What a connection receives, each read limited to the time that is left.
+
+    A socket's own time-out starts anew with every byte, so that a server that drips its header or its picture would
+    never meet it.
+    """
+
+    def __init__(self, stream: Any, sock: Any, deadline: float):
+        self._stream, self._sock, self._deadline = stream, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_time_left(self._deadline))
+        return self._stream.readinto(buffer)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: Any, *args: Any, deadline: float, **options: Any):
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(_InTime(self.fp.detach(), sock, deadline), _CHUNK)
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, deadline: float):
+        super().__init__()
+        self.deadline = deadline
+
+    def http_open(self, req):
+        return self.do_open(_connections(http.client.HTTPConnection, self.deadline), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, deadline: float):
+        super().__init__(context=_tls_context())
+        self.deadline = deadline
+
+    def https_open(self, req):
+        connections = _connections(http.client.HTTPSConnection, self.deadline)
+        return self.do_open(connections, req, context=_tls_context())
+
+
+def _connections(kind: Any, deadline: float) -> Any:
+    def connect(host: str, **options: Any) -> Any:
+        connection = kind(host, **{**options, "timeout": _time_left(deadline)})
+        connection.response_class = functools.partial(_Response, deadline=deadline)
+        return connection
+
+    return connect
+
+
+@functools.cache
+def _tls_context() -> ssl.SSLContext:
+    # Reading the certificates takes longer than many a picture.
+    return ssl.create_default_context()
+
+
+def _time_left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _is_http(url: str) -> bool:
     return url.partition(":")[0].lower() in _SCHEMES
+
+
+def _quoted(url: str) -> str:
+    """The address in ASCII and without spaces, as a browser would send it; what is quoted already stays as it is."""
+    parts = urllib.parse.urlsplit(url)
+    quote = functools.partial(urllib.parse.quote, safe=string.punctuation)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode("ascii")
+    return urllib.parse.urlunsplit(parts._replace(netloc=host, path=quote(parts.path), query=quote(parts.query)))
 
 
 def fetch_image(
@@ -47,7 +126,8 @@ def fetch_image(
 
     Args:
         url: An http or https address.
-        timeout: Seconds for one attempt in all, however slowly the bytes come.
+        timeout: Seconds for one attempt in all, however slowly the bytes come (looking up the host's name aside, which
+            the operating system limits).
         retries: How often to try again after errors that may pass.
         max_bytes: Larger files are given up.
         max_pixels: Larger pictures are refused before they are decoded.
@@ -58,11 +138,11 @@ def fetch_image(
     Raises:
         ImageError: with the reason why it could not be had.
     """
-    if not isinstance(url, str) or not _is_http(url):
+    if not isinstance(url, str) or not _is_http(url.strip()):
         raise ImageError("scheme", f"only http and https addresses are fetched, got {str(url)[:100]!r}")
     for attempt in range(retries + 1):
         try:
-            return decode_image(_read(url, timeout, max_bytes), max_pixels=max_pixels)
+            return decode_image(_read(url.strip(), timeout, max_bytes), max_pixels=max_pixels)
         except _PassingError as error:
             if attempt == retries:
                 raise ImageError(error.reason, str(error)) from error.__cause__
@@ -77,20 +157,18 @@ class _PassingError(ImageError):
 def _read(url: str, timeout: float, max_bytes: int) -> bytes:
     deadline = time.monotonic() + timeout
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": f"minimagen_fast/{__version__}"})
-        with _opener.open(request, timeout=timeout) as response:
+        request = urllib.request.Request(_quoted(url), headers={"User-Agent": f"minimagen_fast/{__version__}"})
+        opener = urllib.request.build_opener(_Http(deadline), _Https(deadline), _OnlyHttp)
+        with opener.open(request) as response:
             expected = response.headers.get("Content-Length")
             expected = int(expected) if expected is not None and expected.isdecimal() else None
             if expected is not None and expected > max_bytes:
                 raise ImageError("too_large", f"{expected} bytes, at most {max_bytes} are allowed")
             data = bytearray()
-            # read1 returns with whatever has come, so that a server that drips cannot outlast the deadline.
             while chunk := response.read1(_CHUNK):
                 data += chunk
                 if len(data) > max_bytes:
                     raise ImageError("too_large", f"more than the {max_bytes} bytes that are allowed")
-                if time.monotonic() > deadline:
-                    raise _PassingError("timeout", f"not all there after {timeout} seconds")
             if expected is not None and len(data) < expected:
                 raise _PassingError("truncated", f"{len(data)} of {expected} bytes came")
             return bytes(data)
@@ -102,11 +180,15 @@ def _read(url: str, timeout: float, max_bytes: int) -> bytes:
         kind = _PassingError if error.code in _PASSING else ImageError
         raise kind("http", f"the server answered {error.code} {error.reason}") from error
     except TimeoutError as error:
-        raise _PassingError("timeout", f"no answer within {timeout} seconds") from error
+        raise _PassingError("timeout", f"no whole answer within {timeout} seconds") from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise _PassingError("timeout", f"no connection within {timeout} seconds") from error
         raise _PassingError("network", f"no connection: {error.reason}") from error
+    except http.client.IncompleteRead as error:
+        raise _PassingError("truncated", "the answer ended early") from error
+    except http.client.InvalidURL as error:
+        raise ImageError("scheme", f"not a valid address: {error}") from error
     except (http.client.HTTPException, OSError) as error:
         raise _PassingError("network", f"the connection broke: {error!r}") from error
     except ValueError as error:  # an address that urllib cannot take apart

@@ -14,7 +14,8 @@ import PIL.Image
 import torch
 
 from . import checkpoint
-from .Imagen import Imagen, to_pil_images
+from .Imagen import Imagen
+from .pictures import to_pil_images
 from .t5 import get_encoded_dim
 from .training import get_model_params
 from .Unet import Unet

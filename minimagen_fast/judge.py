@@ -57,8 +57,8 @@ def judge(image: Image.Image) -> Verdict:
     difference = np.linalg.norm(pixels - background, axis=-1)
     inside = _without_specks(difference > max(MIN_CONTRAST, 0.5 * np.quantile(difference, 0.98)))
     background_name = _nearest(background, BACKGROUNDS)
-    # The smallest shape that the set draws, a cross, covers five ninths of its bounding box.
-    if inside.mean() < 0.5 * MIN_EXTENT**2 * 5 / 9:
+    # The smallest shape that the set draws, a triangle, covers half of its bounding box.
+    if inside.mean() < 0.5 * MIN_EXTENT**2 / 2:
         return Verdict(None, None, background_name)
     color = np.median(pixels[inside], axis=0)
     # How much of each pixel the object covers: the pixel's place on the line from the background's colour to its own.

@@ -1,8 +1,9 @@
-"""Pictures for people: a captioned grid of images and a line chart of losses, drawn with PIL alone."""
+"""Pictures for people: tensors as PIL images, a captioned grid of images, a line chart of losses."""
 
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER = (255, 255, 255)
@@ -16,6 +17,27 @@ LINE_COLORS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86,
 COMFORTABLE_SIDE = 128
 # Lines are drawn this many times larger and reduced: PIL's own have jagged edges.
 OVERSAMPLING = 4
+
+
+# Modes of PIL images by number of channels.
+PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def to_pil_images(images: torch.Tensor) -> list[Image.Image]:
+    """Convert images in [0, 1], shape (b, c, h, w) with 1 to 4 channels, to 8-bit PIL images.
+
+    The modes are L, LA, RGB and RGBA for 1, 2, 3 and 4 channels.
+
+    Raises:
+        ValueError: for any other number of channels.
+    """
+    channels = images.shape[1]
+    if channels not in PIL_MODES:
+        raise ValueError(f"PIL images have 1 to 4 channels, these have {channels}; use return_pil_images=False")
+    pixels = images.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    if channels == 1:
+        pixels = pixels[..., 0]
+    return [Image.fromarray(image) for image in pixels]
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

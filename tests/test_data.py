@@ -64,6 +64,18 @@ def test_items_are_as_documented(server):
     assert item["encoding"].shape == (1, 4, 5) and item["mask"].shape == (1, 4)
 
 
+def test_a_transform_may_drop_a_picture(server):
+    dataset = web(server, ["rgb"], img_transform=lambda image: None)
+    assert dataset[0] is None and dataset.failures == {"transform": 1}
+
+
+def test_spawned_workers_count_too(server):
+    dataset = web(server, ["missing", "text"])
+    loader = DataLoader(dataset, num_workers=1, collate_fn=MinimagenCollator("cpu"), multiprocessing_context="spawn")
+    assert list(loader) == [None, None]
+    assert dataset.failures == {"http": 1, "not_an_image": 1}
+
+
 def test_a_picture_of_one_colour_is_no_nan(server):
     assert torch.allclose(web(server, ["constant"])[0]["image"], torch.tensor(7 / 255))
 
@@ -142,6 +154,8 @@ def test_a_damaged_file_ends_no_run(tmp_path):
     dataset = FolderDataset(folder, side_length=16, encoder_name="word_count")
     assert dataset[0] is None and dataset[1] is not None
     assert sum(dataset.failures.values()) == 1
+    (folder / "a.png").unlink()
+    assert dataset[0] is None and dataset.failures["unreadable"] == 1
 
 
 @pytest.mark.parametrize(
@@ -155,12 +169,47 @@ def test_a_damaged_file_ends_no_run(tmp_path):
         ({"metadata.jsonl": json.dumps({"file_name": "../a.png", "text": "x"})}, "outside the folder"),
         ({"metadata.jsonl": json.dumps({"file_name": "/etc/hostname", "text": "x"})}, "outside the folder"),
         ({"metadata.csv": "name,caption\na.png,x\n"}, "line 2: needs file_name and text"),
-        ({"metadata.jsonl": "\n"}, "holds no captioned pictures"),
+        ({"metadata.jsonl": json.dumps({"file_name": r"..\\a.png", "text": "x"})}, "outside the folder"),
+        ({"metadata.jsonl": json.dumps({"file_name": "a\0.png", "text": "x"})}, "there is no file"),
+        ({"metadata.jsonl": JSON.splitlines()[0]}, "sub/b.jpg is not in metadata.jsonl"),
+        ({"metadata.jsonl": JSON, "metadata.csv": "file_name,text\n"}, "both metadata.jsonl and metadata.csv"),
+        ({"a.txt": "x", "sub/b.txt": "x", "c.txt": "x"}, "c.txt has no picture"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         FolderDataset(_folder(tmp_path, **files), side_length=16, encoder_name="word_count")
+
+
+def test_an_absolute_name_is_refused_even_where_it_leads_into_the_folder(tmp_path):
+    line = json.dumps({"file_name": str(tmp_path / "a.png"), "text": "x"})
+    with pytest.raises(ValueError, match="outside the folder"):
+        FolderDataset(_folder(tmp_path, **{"metadata.jsonl": line}), side_length=16, encoder_name="word_count")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt"])
+def test_captions_that_are_no_utf8_are_named(tmp_path, name):
+    folder = _folder(tmp_path, **({"sub/b.txt": "x"} if name == "a.txt" else {}))
+    (folder / name).write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 text"):
+        FolderDataset(folder, side_length=16, encoder_name="word_count")
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="holds no captioned pictures"):
+        FolderDataset(tmp_path, side_length=16, encoder_name="word_count")
+
+
+def test_hidden_files_and_links_and_odd_separators(tmp_path):
+    folder = _folder(tmp_path)
+    (folder / "._a.png").write_bytes(b"not a picture")
+    (folder / "link.png").symlink_to(folder / "a.png")
+    rows = [{"file_name": name, "text": "one\u2028line"} for name in ("a.png", "sub/b.jpg", "link.png")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "metadata.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    dataset = FolderDataset(folder, side_length=16, encoder_name="word_count")
+    assert [caption for _, caption in dataset.entries] == ["one\u2028line"] * 3
+    assert all(dataset[i] is not None for i in range(3))
 
 
 def test_no_folder(tmp_path):
@@ -239,6 +288,18 @@ def test_conceptual_captions(conceptual):
     small, rest = data.ConceptualCaptions(_args(VALID_NUM=3), smalldata=True)
     assert (len(small), len(rest)) == (12, 3)
     assert len(data.ConceptualCaptions(_args(), testset=True)) == 40
+
+
+def test_the_small_conceptual_captions_select_rows(monkeypatch):
+    class Rows(list):
+        def select(self, indices):
+            return Rows(self[i] for i in indices)
+
+    rows = Rows({"image_url": "ftp://nowhere", "caption": str(i)} for i in range(100))
+    splits = {"train": rows, "validation": rows}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name: splits))
+    train, valid = data.ConceptualCaptions(_args(), smalldata=True)
+    assert (len(train), len(valid)) == (12, 4) and len(train.dataset) == 16
 
 
 def test_conceptual_captions_need_a_package(monkeypatch):

@@ -2,7 +2,10 @@
 
 import io
 import pickle
+import socket
+import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -42,6 +45,65 @@ def test_a_slow_server_is_given_up_in_time(server):
         assert time.monotonic() - started < 2
 
 
+@contextmanager
+def answering(*parts: bytes, pause: float = 0.0):
+    """Yields the address of a server that sends these bytes, `pause` seconds apart, and hangs up; and its requests."""
+    done, requests = threading.Event(), []
+
+    def serve(listener):
+        while not done.is_set():
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            with connection:
+                requests.append(connection.recv(65536))
+                try:
+                    for part in parts:
+                        connection.sendall(part)
+                        if done.wait(pause):
+                            return
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client has given up
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/", requests
+        finally:
+            done.set()
+            thread.join()
+
+
+def test_a_dripping_header_is_given_up_in_time():
+    # Every byte comes well within the time-out, the header never ends.
+    with answering(b"HTTP/1.0 200 OK\r\nX: ", *[b"x"] * 100, pause=0.1) as (url, _):
+        started = time.monotonic()
+        with pytest.raises(ImageError) as caught:
+            fetch_image(url, timeout=0.4, retries=0)
+        assert caught.value.reason == "timeout" and time.monotonic() - started < 2
+
+
+def test_a_cut_chunked_answer_is_truncated_and_tried_again():
+    cut = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc"
+    with answering(cut) as (url, requests):
+        with pytest.raises(ImageError) as caught:
+            fetch_image(url, retries=1)
+        assert caught.value.reason == "truncated" and len(requests) == 2
+
+
+@pytest.mark.parametrize(
+    "path, sent", [("a b.png", b"/a%20b.png"), ("\xe4?q=\u4e2d", b"/%C3%A4?q=%E4%B8%AD"), ("%20", b"/%20")]
+)
+def test_addresses_are_quoted(path, sent):
+    data = encoded(picture())
+    with answering(b"HTTP/1.0 200 OK\r\n\r\n" + data) as (url, requests):
+        assert fetch_image(f" {url}{path} ").size == (24, 20)
+    assert requests[0].split()[1] == sent
+
+
 def test_passing_errors_are_tried_again_and_others_are_not(server):
     assert fetch_image(server.url + "second_time").size == (24, 20)
     assert server.requests["second_time"] == 2
@@ -79,6 +141,25 @@ def test_transparent_pixels_are_white():
 def test_sixteen_bits_keep_their_range():
     values = np.asarray(decode_image(encoded(picture("I;16"))))[..., 0]
     assert values.min() == 0 and values.max() == 255 and 100 < np.median(values) < 155
+
+
+def test_what_pil_would_hand_to_another_program_is_no_image():
+    with pytest.raises(ImageError) as caught:
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    assert caught.value.reason == "not_an_image"
+
+
+def test_any_damage_is_an_image_error():
+    rng = np.random.default_rng(0)
+    for data in GOOD.values():
+        for _ in range(40):
+            damaged = bytearray(data)
+            for place in rng.integers(0, len(data), 4):
+                damaged[place] = rng.integers(256)
+            try:
+                assert decode_image(bytes(damaged), max_pixels=10_000).mode == "RGB"
+            except ImageError as error:
+                assert error.reason in ("truncated", "not_an_image", "too_large")
 
 
 def test_a_cameras_orientation_is_obeyed():

@@ -6,7 +6,8 @@ import PIL.Image
 import pytest
 import torch
 
-from minimagen_fast.Imagen import Imagen, to_pil_images
+from minimagen_fast.Imagen import Imagen
+from minimagen_fast.pictures import to_pil_images
 from minimagen_fast.t5 import register_text_encoder
 from minimagen_fast.Unet import BaseTest, SuperTest
 

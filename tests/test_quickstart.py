@@ -1,26 +1,24 @@
 """The quickstart from end to end, with a training too short to learn anything."""
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
-from minimagen_fast import quickstart
+from minimagen_fast import quickstart, quickstart_training
 from minimagen_fast.generate import load_minimagen
+from minimagen_fast.quickstart_training import Recipe
 from minimagen_fast.shapes import BACKGROUNDS, COLORS, SHAPES
 
-
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(quickstart, "TIMESTEPS", (20, 20))
-    monkeypatch.setattr(quickstart, "STEPS_PER_MINUTE", (80, 50))
-    monkeypatch.setattr(quickstart, "BATCH_SIZES", (2, 2))
-    monkeypatch.setattr(quickstart, "UNETS", tuple({**unet, "dim": 8} for unet in quickstart.UNETS))
+TINY = dict(dim=8, dim_mults=(1, 2), layer_attns=False, layer_cross_attns=False)
+SHORT = Recipe(timesteps=(20, 20), unets=(TINY, TINY), batch_sizes=(2, 2), steps_per_minute=(80, 50))
 
 
-def test_it_leaves_what_it_says(short, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_it_leaves_what_it_says(tmp_path, capsys):
     out = tmp_path / "results"
-    assert quickstart.run_quickstart(out, seed=3, minutes=0.5) == 0
+    assert quickstart.run_quickstart(out, seed=3, minutes=0.5, recipe=SHORT) == 0
 
     with Image.open(out / "grid.png") as grid, Image.open(out / "loss.png") as curve:
         assert grid.width > 4 * 100 and grid.height > 6 * 100 and curve.width >= 400
@@ -36,6 +34,14 @@ def test_it_leaves_what_it_says(short, tmp_path, capsys, monkeypatch):
         assert share in shown
     assert str(out / "grid.png") in shown
 
+    assert sorted(path.name for path in out.iterdir()) == [
+        "captions.txt",
+        "generated_images",
+        "grid.png",
+        "loss.png",
+        "report.md",
+        "training",
+    ]
     imagen = load_minimagen(out / "training")
     assert imagen.image_sizes == (16, 32)
     # The folder's own command line finds the same encoder again.
@@ -57,6 +63,22 @@ def test_arguments_that_cannot_be(tmp_path, seed, minutes, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    weights = []
+    for name in ("first", "second"):
+        far = time.time() + 600
+        quickstart_training.train_unet(SHORT, 2, tmp_path / name, "t", 5, 0.2, far, torch.get_num_threads(), False)
+        (file,) = (tmp_path / name / "state_dicts").glob("unet_1_*")
+        weights.append(torch.load(file, weights_only=True))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_an_error_in_the_second_process_is_raised_here(tmp_path):
+    broken = replace(SHORT, batch_sizes=(2, 0))
+    with pytest.raises(ValueError, match="batch_size"):
+        quickstart.run_quickstart(tmp_path / "out", seed=0, minutes=0.5, recipe=broken)
+
+
 def test_every_pair_is_wanted_once_and_backgrounds_alternate():
     pictures = quickstart.wanted_pictures()
     assert len({(color, shape) for color, shape, _ in pictures}) == 24 == len(pictures)
@@ -65,12 +87,12 @@ def test_every_pair_is_wanted_once_and_backgrounds_alternate():
 
 def test_the_learning_rate_ends_with_the_steps_or_the_clock(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(quickstart.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(quickstart_training.time, "monotonic", lambda: now[0])
 
     def rates(seconds_per_step):
         now[0] = 0.0
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        schedule = quickstart._schedule(optimizer, steps=400, seconds=100.0)
+        schedule = quickstart_training.learning_rate_schedule(optimizer, steps=400, seconds=100.0)
         out = []
         for _ in range(400):
             out.append(schedule.get_last_lr()[0])

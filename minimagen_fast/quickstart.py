@@ -23,9 +23,9 @@ from .shapes import BACKGROUNDS, COLORS, SHAPES, caption
 DEFAULT_MINUTES = 5.75
 # What is not for training is for starting, sampling and judging.
 TRAINING_SHARE = 0.88
-COND_SCALE = (4.0, 2.0)
-# A little noise hides the base model's mistakes of a pixel from the second U-Net; more would hide the shape.
-LOWRES_SAMPLE_NOISE_LEVEL = 0.05
+COND_SCALE = (5.0, 3.0)
+# Next to none: in so short a training the second U-Net learns to enlarge, but hardly to mend.
+LOWRES_SAMPLE_NOISE_LEVEL = 0.02
 
 
 def wanted_pictures() -> list[tuple[str, str, str]]:
@@ -96,7 +96,8 @@ def run_quickstart(out: Path, seed: int, minutes: float = DEFAULT_MINUTES, *, re
 def _train(recipe: Recipe, directory: Path, seed: int, minutes: float, started: float) -> dict[int, Losses]:
     """Train both U-Nets at once, each in a process of its own; both end up in ``directory``.
 
-    Such small networks leave the second core idle half of the time when they are trained one after the other.
+    Two threads make a step of such small networks no more than 1.5 times faster, so side by side they take less time. The
+    second needs fewer steps; when it is done, the first goes on with all threads.
     """
     timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     beside = directory.with_name("training_of_unet_2")
@@ -106,7 +107,14 @@ def _train(recipe: Recipe, directory: Path, seed: int, minutes: float, started: 
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             second = pool.submit(train_unet, recipe, 2, beside, timestamp, seed, minutes, deadline, threads, False)
-            first = train_unet(recipe, 1, directory, timestamp, seed, minutes, deadline, threads, True)
+
+            def use_freed_threads() -> None:
+                if second.done():
+                    torch.set_num_threads(all_threads)
+
+            first = train_unet(
+                recipe, 1, directory, timestamp, seed, minutes, deadline, threads, True, after_step=use_freed_threads
+            )
             losses = {1: first, 2: second.result()}
     except KeyboardInterrupt:
         print(f"\nWhat was learned so far is saved in {directory} and {beside}.")

@@ -58,10 +58,10 @@ class Recipe:
     timesteps: tuple[int, int] = (100, 50)
     unets: tuple[dict[str, Any], dict[str, Any]] = (
         dict(dim=32, dim_mults=(1, 2), layer_attns=False, layer_cross_attns=False),
-        dict(dim=32, dim_mults=(1, 2, 2), num_resnet_blocks=0, layer_attns=False, layer_cross_attns=False),
+        dict(dim=24, dim_mults=(1, 2, 2), num_resnet_blocks=0, layer_attns=False, layer_cross_attns=False),
     )
-    batch_sizes: tuple[int, int] = (16, 6)
-    steps_per_minute: tuple[int, int] = (500, 600)
+    batch_sizes: tuple[int, int] = (16, 4)
+    steps_per_minute: tuple[int, int] = (500, 420)
 
     def steps(self, number: int, minutes: float) -> int:
         """Optimizer steps of U-Net ``number`` (from 1) in a quickstart of so many minutes."""
@@ -95,6 +95,7 @@ def train_unet(
     deadline: float,
     threads: int,
     progress: bool,
+    after_step: Callable[[], None] | None = None,
 ) -> Losses:
     """Train one U-Net of a fresh cascade, on CUDA if there is a device.
 
@@ -108,6 +109,7 @@ def train_unet(
         deadline: When training must end, in seconds of ``time.time()``.
         threads: How many threads to use.
         progress: Whether to show a progress bar.
+        after_step: Called after every step.
 
     Returns:
         (step, mean loss of the last 20 steps), every 20 steps.
@@ -146,7 +148,7 @@ def train_unet(
         autocast_dtype=_fast_dtype(imagen.device),
         max_grad_norm=MAX_GRAD_NORM,
         max_seconds=seconds,
-        callback=_averaging_into(losses),
+        callback=_averaging_into(losses, after_step),
         progress=progress,
     )
     return losses
@@ -174,7 +176,7 @@ def _fast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
 
 
-def _averaging_into(losses: Losses) -> Callable[[TrainingStep], None]:
+def _averaging_into(losses: Losses, after_step: Callable[[], None] | None) -> Callable[[TrainingStep], None]:
     window: list[float] = []
 
     def callback(step: TrainingStep) -> None:
@@ -182,5 +184,7 @@ def _averaging_into(losses: Losses) -> Callable[[TrainingStep], None]:
         if len(window) == LOSS_WINDOW:
             losses.append((step.batch + 1, sum(window) / len(window)))
             window.clear()
+        if after_step is not None:
+            after_step()
 
     return callback

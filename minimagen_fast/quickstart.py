@@ -96,7 +96,7 @@ def run_quickstart(out: Path, seed: int, minutes: float = DEFAULT_MINUTES, *, re
 def _train(recipe: Recipe, directory: Path, seed: int, minutes: float, started: float) -> dict[int, Losses]:
     """Train both U-Nets at once, each in a process of its own; both end up in ``directory``.
 
-    Two threads make a step of such small networks no more than 1.5 times faster, so side by side they take less time. The
+    Two threads make a step of such small networks no more than 1.5 times faster: side by side they take less time. The
     second needs fewer steps; when it is done, the first goes on with all threads.
     """
     timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")

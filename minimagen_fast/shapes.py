@@ -26,7 +26,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (20, 20, 20), "gray": (
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 
 # Bounds of a drawn shape's extent, as a share of the picture's side.
-MIN_EXTENT, MAX_EXTENT = 0.55, 0.85
+MIN_EXTENT, MAX_EXTENT = 0.6, 0.9
 
 # Rows sampled per pixel; along a row the coverage is exact, so this alone sets the antialiasing error.
 ROWS_PER_PIXEL = 8
@@ -89,7 +89,7 @@ def shape_mask(shape: str, size: int, center: tuple[float, float], extent: float
 def draw(color: str, shape: str, background: str, size: int, rng: np.random.Generator) -> Image.Image:
     """Draws one picture, with the shape's size and position taken from `rng`.
 
-    The extent is uniform in [0.55, 0.85] of the side, and the position uniform among those where the shape lies wholly
+    The extent is uniform in [0.6, 0.9] of the side, and the position uniform among those where the shape lies wholly
     inside the picture.
 
     Args:

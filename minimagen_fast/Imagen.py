@@ -28,6 +28,7 @@ from .helpers import (
     resize_image_to,
     right_pad_dims_to,
     unnormalize_zero_to_one,
+    usable_device,
 )
 from .pictures import PIL_MODES, to_pil_images
 from .quantile import quantile
@@ -481,7 +482,7 @@ class Imagen(nn.Module):
             raise ValueError(f"stop_at_unet_number must lie in 1 to {number}, got {stop_at_unet_number!r}")
         if return_pil_images and self.channels not in PIL_MODES:
             raise ValueError(f"PIL images have 1 to 4 channels, these have {self.channels}")
-        device = self._usable_device(default(device, self.device))
+        device = usable_device(default(device, self.device))
         generator = self._checked_generator(generator, seed, device)
         first, img = self._checked_start(start_image, last, device)
         text_embeds, text_masks = self._text_condition(
@@ -527,15 +528,6 @@ class Imagen(nn.Module):
     @staticmethod
     def _reporter(callback: Callable | None, unet_number: int) -> Callable[[int, torch.Tensor], None] | None:
         return (lambda step, images: callback(unet_number, step, images)) if exists(callback) else None
-
-    @staticmethod
-    def _usable_device(device: torch.device | str) -> torch.device:
-        """The device, with its index, after seeing that it can hold a tensor."""
-        try:
-            return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
 
     @staticmethod
     def _checked_generator(

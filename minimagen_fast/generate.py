@@ -14,6 +14,7 @@ import PIL.Image
 import torch
 
 from . import checkpoint
+from .helpers import usable_device
 from .Imagen import Imagen
 from .pictures import to_pil_images
 from .t5 import get_encoded_dim
@@ -54,7 +55,8 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
 
     Raises:
         FileNotFoundError: Parameters are missing.
-        ValueError: A U-Net has no weights, or weights that cannot be read or do not fit its parameters.
+        ValueError: A U-Net has no weights, or weights that cannot be read or do not fit its parameters; or the device
+            cannot be used.
     """
     directory = Path(directory)
     imagen = build_imagen(*load_params(directory))
@@ -62,7 +64,7 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
         checkpoint.load_weights(unet, _weights_file(directory, index))
     if device is None:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return imagen.to(device).eval()
+    return imagen.to(usable_device(device)).eval()
 
 
 def build_imagen(unets_params: list[dict[str, Any]], imagen_params: dict[str, Any]) -> Imagen:

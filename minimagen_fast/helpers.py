@@ -167,6 +167,23 @@ def right_pad_dims_to(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return t if missing <= 0 else t.view(*t.shape, *((1,) * missing))
 
 
+def usable_device(device: torch.device | str, argument: str = "device") -> torch.device:
+    """The device, with its index, after seeing that it can hold a tensor.
+
+    Args:
+        device: A device or its name.
+        argument: What the error calls it.
+
+    Raises:
+        ValueError: if there is no such device, or it cannot be used.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{argument} {str(device)!r} cannot be used here: {reason}") from error
+
+
 def unnormalize_zero_to_one(normed_img: torch.Tensor) -> torch.Tensor:
     """Map images from [-1, 1] to [0, 1]."""
     return (normed_img + 1) * 0.5

@@ -58,10 +58,10 @@ class Recipe:
     timesteps: tuple[int, int] = (100, 50)
     unets: tuple[dict[str, Any], dict[str, Any]] = (
         dict(dim=32, dim_mults=(1, 2), layer_attns=False, layer_cross_attns=False),
-        dict(dim=24, dim_mults=(1, 2, 2), num_resnet_blocks=0, layer_attns=False, layer_cross_attns=False),
+        dict(dim=32, dim_mults=(1, 1, 2), num_resnet_blocks=0, layer_attns=False, layer_cross_attns=False),
     )
-    batch_sizes: tuple[int, int] = (16, 4)
-    steps_per_minute: tuple[int, int] = (500, 420)
+    batch_sizes: tuple[int, int] = (16, 6)
+    steps_per_minute: tuple[int, int] = (500, 600)
 
     def steps(self, number: int, minutes: float) -> int:
         """Optimizer steps of U-Net ``number`` (from 1) in a quickstart of so many minutes."""

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from .data import ConceptualCaptions, FolderDataset, split_train_valid
 from .generate import build_imagen
+from .helpers import usable_device
 from .Imagen import Imagen
 from .shapes import ShapesDataset
 from .training import (
@@ -66,7 +67,8 @@ def run_train(args: argparse.Namespace) -> int:
         load_restart_training_parameters(args)
     elif args.PARAMETERS is not None:
         load_restart_training_parameters(args, justparams=True)
-    device = _device(args.DEVICE)
+    name = args.DEVICE or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = usable_device(name, "--DEVICE")
 
     train_data, valid_data = _datasets(args)
     imagen, unets_params, imagen_params = _model(args)
@@ -103,15 +105,6 @@ def run_train(args: argparse.Namespace) -> int:
         raise
     print(f'Done. Try: minimagen-fast sample -d {directory} -c "a caption"')
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--DEVICE {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _datasets(args: argparse.Namespace) -> tuple[Subset, Subset]:

@@ -100,7 +100,7 @@ def test_ctrl_c_saves_and_says_where(short, tmp_path, monkeypatch, capsys):
         (["sample", "-d", "nowhere", "-c", "x"], "nowhere"),
         (["sample", "-d", "nowhere", "-c", "captions.txt"], "there is no file captions.txt"),
         (["train", "--DATA", "nowhere", "-t5", "t5_tiny"], "there is no folder"),
-        (["train", "--DATA", "built-in", "--DEVICE", "moon"], "--DEVICE moon cannot be used here"),
+        (["train", "--DATA", "built-in", "--DEVICE", "moon"], "--DEVICE 'moon' cannot be used here"),
         (["train", "-rd", "a", "-p", "b"], "not both"),
         (["train", "--DATA", "built-in", "-t5", "t5_tiny", "-f", "2"], "TRAIN_VALID_FRAC must lie between"),
         (["quickstart", "--minutes", "0"], "minutes must be at least"),

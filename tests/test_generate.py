@@ -80,6 +80,11 @@ def test_the_default_device_is_cuda_where_there_is_one(trained):
     assert {parameter.device for parameter in loaded.parameters()} == {loaded.device}
 
 
+def test_a_device_that_is_not_there_is_refused(trained):
+    with pytest.raises(ValueError, match="device 'moon' cannot be used here"):
+        load_minimagen(trained[0], device="moon")
+
+
 def test_the_newest_weights_count_and_other_files_do_not(trained):
     directory, _ = trained
     newest = make_imagen(3)

@@ -37,7 +37,7 @@ def server():
 def web(server, names, captions=None, **options):
     captions = captions or [f"picture of {name}" for name in names]
     rows = {"image_url": [server.url + name for name in names], "caption": captions}
-    return MinimagenDataset({"train": rows, "validation": rows}, **{**OPTIONS, "timeout": 0.5, "retries": 0, **options})
+    return MinimagenDataset({"train": rows, "validation": rows}, **{**OPTIONS, "timeout": 2.0, "retries": 0, **options})
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "minimagen_fast" / "__init__.py").read_text(), re.M).group(1)
 
 # setuptools is what the packaging test builds with, without a network.
-TEST = ["pytest>=8", "setuptools>=77", "wheel"]
+TEST = ["hypothesis", "pytest>=8", "setuptools>=77", "wheel"]
 
 setup(
     name="minimagen_fast",

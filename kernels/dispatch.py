@@ -1,17 +1,28 @@
 """Which implementation of an operation runs: one policy for all of them.
 
-Choices: ``auto`` (the fastest that can do the job), ``reference`` (plain torch, the yardstick of every other one) and
-``sdpa`` (torch.nn.functional.scaled_dot_product_attention). The environment variable ``MINIMAGEN_FAST_KERNELS`` sets
-the choice at start, :func:`use_implementation` for a block of code, an operation's ``implementation`` argument for one
-call.
+Choices: ``auto`` (the fastest that can do the job), ``triton`` (kernels of this package), ``reference`` (plain torch:
+the yardstick of every other one) and, for attention alone, ``sdpa``, ``sdpa_merge`` and ``xformers`` (see
+:mod:`.attention`; the other operations then choose as under ``auto``). The environment variable
+``MINIMAGEN_FAST_KERNELS`` sets the choice at start, :func:`use_implementation` for a block of code, an operation's
+``implementation`` argument for one call.
 """
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-CHOICES = ("auto", "reference", "sdpa")
+import torch
+
+from . import launch
+
+CHOICES = ("auto", "triton", "reference", "sdpa", "sdpa_merge", "xformers")
 ENVIRONMENT_VARIABLE = "MINIMAGEN_FAST_KERNELS"
+# Tensor cores for bfloat16 and asynchronous copies came with it; what is older was never compiled for.
+OLDEST_CAPABILITY = (8, 0)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Reasons = Sequence[str]
 
 
 def _checked(name: str, source: str) -> str:
@@ -21,6 +32,7 @@ def _checked(name: str, source: str) -> str:
 
 
 _current = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+_warned: set[str] = set()
 
 
 def implementation(override: str | None = None) -> str:
@@ -46,3 +58,61 @@ def use_implementation(name: str) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+def select(operation: str, candidates: Mapping[str, Reasons], device: torch.device, override: str | None = None) -> str:
+    """Choose one of an operation's implementations.
+
+    Args:
+        operation: Its name, for messages.
+        candidates: For every implementation, best first, the reasons why it cannot do the job; none if it can. The last
+            can do every job.
+        device: Where the operation's inputs are.
+        override: Choice of this call, instead of that of the process.
+
+    Returns:
+        A key of ``candidates``.
+
+    Raises:
+        ValueError: if the choice names a candidate that cannot do the job; the message gives every reason.
+    """
+    choice = implementation(override)
+    if choice in candidates:
+        if candidates[choice]:
+            raise ValueError(
+                f"implementation {choice!r} of {operation} cannot be used here: {'; '.join(candidates[choice])}."
+                " Choose 'auto', or change what is said"
+            )
+        return choice
+    chosen = next(name for name, reasons in candidates.items() if not reasons)
+    if device.type == "cuda" and candidates.get("triton"):
+        _warn_once(f"{operation} runs as {chosen!r}, not as a Triton kernel: {'; '.join(candidates['triton'])}")
+    return chosen
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
+    """Why Triton kernels cannot take these tensors (None among them is ignored): devices, dtypes, what is installed."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    device = given[0].device
+    reasons = []
+    if not launch.AVAILABLE:
+        reasons.append("triton is not installed")
+    if any(tensor.device != device for tensor in given):
+        reasons.append(f"the tensors are on several devices, {', '.join(sorted({str(t.device) for t in given}))}")
+    elif device.type == "cuda":
+        capability = launch.target(device).capability
+        if capability < OLDEST_CAPABILITY:
+            reasons.append(f"{device} has compute capability {capability}, less than {OLDEST_CAPABILITY}")
+    elif device.type != "meta" and not (device.type == "cpu" and launch.INTERPRETED):
+        reasons.append(f"the tensors are on {device}, not on a CUDA device")
+    dtypes = {tensor.dtype for tensor in given if tensor.is_floating_point()}
+    wrong = sorted(str(dtype) for dtype in dtypes if dtype not in KERNEL_DTYPES)
+    if wrong:
+        reasons.append(f"it computes in float32 from float32, float16 or bfloat16, not from {', '.join(wrong)}")
+    return reasons

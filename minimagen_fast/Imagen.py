@@ -66,6 +66,9 @@ class Imagen(nn.Module):
         auto_normalize_img: Whether images are given and returned in [0, 1]; otherwise in [-1, 1].
         dynamic_thresholding_percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
         only_train_unet_number: If given, the only U-Net (counted from 1) that may be trained.
+        lowres_max_noise_level: Most noise that is added to the low-resolution images in training, as a share in (0, 1]
+            of the diffusion process. With less than 1 a super-resolution U-Net sees nothing but images in which
+            something can be recognised: it learns far sooner to enlarge, and mends less of what is wrong in them.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong type, out of range, or does not fit the U-Nets.
@@ -86,6 +89,7 @@ class Imagen(nn.Module):
         auto_normalize_img: bool = True,
         dynamic_thresholding_percentile: float = 0.9,
         only_train_unet_number: int | None = None,
+        lowres_max_noise_level: float = 1.0,
     ):
         super().__init__()
         unets = cast_tuple(tuple(unets) if isinstance(unets, nn.ModuleList) else unets)
@@ -110,6 +114,9 @@ class Imagen(nn.Module):
         ):
             if not allowed:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        if not 0 < lowres_max_noise_level <= 1:
+            raise ValueError(f"lowres_max_noise_level must lie in (0, 1], got {lowres_max_noise_level}")
+        self.lowres_max_noise_level = lowres_max_noise_level
         self._check_noise_level(lowres_sample_noise_level)
         if exists(only_train_unet_number) and only_train_unet_number not in range(1, number + 1):
             raise ValueError(f"only_train_unet_number must lie in 1 to {number}, got {only_train_unet_number}")
@@ -163,10 +170,14 @@ class Imagen(nn.Module):
             )
         return fitted
 
-    @staticmethod
-    def _check_noise_level(level: float) -> None:
+    def _check_noise_level(self, level: float) -> None:
         if not 0 <= level < 1:
             raise ValueError(f"lowres_sample_noise_level must lie in [0, 1), got {level}")
+        if level > self.lowres_max_noise_level:
+            raise ValueError(
+                f"lowres_sample_noise_level is {level}, more than the U-Nets see in training:"
+                f" lowres_max_noise_level is {self.lowres_max_noise_level}; choose one no larger"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -288,7 +299,9 @@ class Imagen(nn.Module):
             )
             lowres_cond_img = resize_image_to(lowres_cond_img, size, clamp_range=self.input_image_range)
             # One level for the whole batch, as in the original.
-            lowres_aug_times = self.lowres_noise_schedule._sample_random_times(1, device=device).expand(batch)
+            lowres_aug_times = self.lowres_noise_schedule._sample_random_times(
+                1, max_noise_level=self.lowres_max_noise_level, device=device
+            ).expand(batch)
 
         x_start = resize_image_to(images, size)
         return self._p_losses(

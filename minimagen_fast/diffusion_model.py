@@ -79,9 +79,12 @@ class GaussianDiffusion(nn.Module):
         """The timestep at a share ``noise_level`` in [0, 1) of the process, for every image; int64, shape (b,)."""
         return torch.full((batch_size,), int(self.num_timesteps * noise_level), device=device, dtype=torch.long)
 
-    def _sample_random_times(self, batch_size: int, *, device: torch.device) -> torch.Tensor:
-        """Timesteps drawn uniformly from [0, T), int64, shape (b,)."""
-        return torch.randint(0, self.num_timesteps, (batch_size,), device=device, dtype=torch.long)
+    def _sample_random_times(
+        self, batch_size: int, *, max_noise_level: float = 1.0, device: torch.device
+    ) -> torch.Tensor:
+        """Timesteps drawn uniformly from the first ``max_noise_level`` of [0, T), int64, shape (b,)."""
+        end = max(1, round(self.num_timesteps * max_noise_level))
+        return torch.randint(0, end, (batch_size,), device=device, dtype=torch.long)
 
     def _get_sampling_timesteps(self, batch: int, *, device: torch.device) -> list[torch.Tensor]:
         """T - 1, ..., 1, 0, each repeated for every image: int64, shape (b,)."""

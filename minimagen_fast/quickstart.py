@@ -24,8 +24,6 @@ DEFAULT_MINUTES = 5.75
 # What is not for training is for starting, sampling and judging.
 TRAINING_SHARE = 0.88
 COND_SCALE = (5.0, 2.0)
-# None: in so short a training the second U-Net learns to enlarge, but hardly to mend.
-LOWRES_SAMPLE_NOISE_LEVEL = 0.0
 
 
 def wanted_pictures() -> list[tuple[str, str, str]]:
@@ -77,11 +75,7 @@ def run_quickstart(out: Path, seed: int, minutes: float = DEFAULT_MINUTES, *, re
         captions,
         minimagen=imagen,
         save_directory=out,
-        sample_args={
-            "cond_scale": COND_SCALE,
-            "lowres_sample_noise_level": LOWRES_SAMPLE_NOISE_LEVEL,
-            "seed": seed,
-        },
+        sample_args={"cond_scale": COND_SCALE, "seed": seed},
     )
     images = _saved_images(out, len(captions))
     captioned_grid(images, captions, columns=len(SHAPES)).save(out / "grid.png")

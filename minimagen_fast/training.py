@@ -45,6 +45,9 @@ __all__ = [
 ]
 
 SUBDIRECTORIES = ("parameters", "state_dicts", "tmp")
+# Arguments of Imagen that minimagen 0.0.9 does not have. They are written only where they change something: so it can
+# read the training directory too.
+ADDED_DEFAULTS = (("lowres_max_noise_level", 1.0),)
 
 
 def get_minimagen_parser() -> ArgumentParser:
@@ -292,7 +295,8 @@ def save_training_info(
     files = {f"training_parameters_{timestamp}.txt": "".join(f"--{name}={value}\n" for name, value in values.items())}
     for index, parameters in enumerate(unets_params):
         files[f"unet_{index}_params_{timestamp}.json"] = _as_json(parameters, f"unets_params[{index}]")
-    files[f"imagen_params_{timestamp}.json"] = _as_json(imagen_params, "imagen_params")
+    known = {name: value for name, value in imagen_params.items() if (name, value) not in ADDED_DEFAULTS}
+    files[f"imagen_params_{timestamp}.json"] = _as_json(known, "imagen_params")
 
     with training_dir("parameters"):
         for name, text in files.items():

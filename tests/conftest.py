@@ -8,6 +8,11 @@ import pytest
 
 
 def pytest_configure(config):
+    # Without a CUDA device the Triton kernels run in Triton's interpreter, which must be known before it is imported.
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     # The text encoders look for files on the Hugging Face hub; tests that want that serve one themselves.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -20,6 +25,19 @@ def pytest_unconfigure(config):
     if hasattr(config, "test_cache"):
         del os.environ["MINIMAGEN_FAST_CACHE"]
         shutil.rmtree(config.test_cache)
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory is NaN, so that what a kernel does not write shows."""
+    import torch
+
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def pytest_collection_modifyitems(items):

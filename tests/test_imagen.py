@@ -98,6 +98,8 @@ def test_timesteps_may_be_given_for_each_unet(words):
         (dict(loss_type="l3"), ValueError, "loss_type must be one of l1, l2, huber"),
         (dict(cond_drop_prob=1.2), ValueError, "cond_drop_prob must lie in"),
         (dict(lowres_sample_noise_level=1.0), ValueError, "lowres_sample_noise_level must lie in"),
+        (dict(lowres_max_noise_level=0.0), ValueError, "lowres_max_noise_level must lie in"),
+        (dict(lowres_max_noise_level=0.1), ValueError, "lowres_sample_noise_level is 0.2, more than"),
         (dict(dynamic_thresholding_percentile=95), ValueError, "dynamic_thresholding_percentile must lie in"),
         (dict(only_train_unet_number=3), ValueError, "only_train_unet_number must lie in 1 to 2"),
         (dict(text_encoder_name="t6"), ValueError, "t6"),
@@ -126,6 +128,22 @@ def test_state_dict_round_trip():
 
 
 # Training
+
+
+@pytest.mark.parametrize("level, expected", [(1.0, set(range(20))), (0.25, {0, 1, 2, 3, 4}), (0.01, {0})])
+def test_noise_of_low_resolution_images_is_limited(words, monkeypatch, level, expected):
+    imagen = make_imagen(lowres_max_noise_level=level, lowres_sample_noise_level=0.0)
+    seen = set()
+
+    def forward(x, times, *, lowres_noise_times, **condition):
+        seen.update(lowres_noise_times.tolist())
+        return x
+
+    monkeypatch.setattr(imagen.unets[1], "forward", forward)
+    torch.manual_seed(0)
+    for _ in range(200):
+        imagen(torch.rand(2, 3, 16, 16), **words, unet_number=2)
+    assert seen == expected
 
 
 def test_images_need_not_be_square(imagen, words):

@@ -113,7 +113,7 @@ def test_with_every_key_masked_the_null_key_is_left():
         (dict(heads=5), "q must have shape"),
         (dict(k=torch.zeros(2, 7, 12)), "k and v must have one shape"),
         (dict(v=torch.zeros(2, 6, 24)), "k and v must have one shape"),
-        (dict(implementation="fastest"), "implementation must be one of auto, reference, sdpa"),
+        (dict(implementation="fastest"), "implementation must be one of auto, triton, reference, sdpa"),
     ],
 )
 def test_refusals(change, message):

@@ -1,0 +1,183 @@
+"""How Triton kernels are started and registered: everything that is the same for all of them."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    AVAILABLE = True
+    # Kernels then run on CPU tensors, one program after the other, in numpy.
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:  # There are no wheels for every platform. The kernels are defined all the same, and never run.
+
+    class _Absent:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda function: function) if name == "jit" else None
+
+    triton = tl = _Absent()
+    AVAILABLE = INTERPRETED = False
+
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETED",
+    "Launch",
+    "Target",
+    "ceil_div",
+    "define",
+    "next_power_of_2",
+    "record",
+    "run",
+    "target",
+    "tl",
+    "triton",
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What launch sizes depend on.
+
+    Attributes:
+        capability: Compute capability.
+        multiprocessors: Their number.
+        shared_memory: Bytes that one block may use.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+A100 = Target((8, 0), 108, 166_912)
+H200 = Target((9, 0), 132, 232_448)
+B200 = Target((10, 0), 148, 232_448)
+
+_stand_in = H200
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", A100.shared_memory)
+    return Target((properties.major, properties.minor), properties.multi_processor_count, shared_memory)
+
+
+def target(device: torch.device) -> Target:
+    """The card behind a CUDA device; for other devices the one that :func:`record` was given, else an H200."""
+    if device.type != "cuda":
+        return _stand_in
+    return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel launch that was recorded instead of run.
+
+    Attributes:
+        kernel: The ``triton.jit`` function.
+        grid: Number of programs along each axis.
+        args: What the kernel's first parameters get, in their order: tensors and numbers.
+        constexprs: What its ``tl.constexpr`` parameters get, by name.
+        num_warps: Warps of a program.
+        num_stages: Stages of its software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def record(stand_in: Target = H200) -> Iterator[list[Launch]]:
+    """Collect the launches that operations on meta tensors would make on such a card, in the list this gives."""
+    global _recorded, _stand_in
+    before = _recorded, _stand_in
+    _recorded, _stand_in = [], stand_in
+    try:
+        yield _recorded
+    finally:
+        _recorded, _stand_in = before
+
+
+def run(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constexprs) -> None:
+    """Launch a kernel on the device and the current stream of its tensors; nothing to do for an empty grid."""
+    if 0 in grid:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    if device.type == "meta":
+        assert _recorded is not None, "kernels run on meta tensors only to be recorded"
+        _recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    else:
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+NAMESPACE = "minimagen_fast"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(
+    schema: str,
+    fake: Callable,
+    *,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Callable[[Callable], Callable]:
+    """Register a function that launches kernels as an operator: opaque to torch.compile, with fake and autograd.
+
+    Registered by hand and not through ``torch.library.custom_op``, whose checks cost every call more host time than the
+    launch itself.
+
+    Args:
+        schema: Name and signature, as in ``"norm(Tensor x, float eps) -> Tensor"``.
+        fake: Takes the same arguments and returns empty outputs: same shapes, dtypes and strides.
+        backward: ``backward(ctx, *grads)``, for ``torch.library.register_autograd``; none if not differentiable.
+        setup_context: ``setup_context(ctx, inputs, output)``.
+
+    Returns:
+        A decorator that replaces the function by the operator.
+    """
+
+    def register(function: Callable) -> Callable:
+        name = schema.split("(", 1)[0]
+        qualified = f"{NAMESPACE}::{name}"
+        # The strides that a compiled graph was traced with are those that the fake's answer holds for.
+        _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+        for key in ("CUDA", "CPU"):
+            _library.impl(name, function, key)
+
+        def fake_or_recorded(*args, **kwargs):
+            # FakeTensors, too, say that they are on another device than meta.
+            return (fake if _recorded is None else function)(*args, **kwargs)
+
+        torch.library.register_fake(qualified, fake_or_recorded, lib=_library)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    return register
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``, itself at least 1."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -4,6 +4,27 @@
 # package of that name. That copy stays empty: every operation exists, and is registered, once.
 if __name__ != "kernels":
     from .attention import null_key_attention, null_key_cross_attention
+    from .channel_norm import channel_layer_norm
+    from .conv1x1_concat import conv1x1_concat
+    from .diffusion import predict_start_from_noise, q_posterior_mean, q_sample
     from .dispatch import implementation, use_implementation
+    from .group_norm_silu import group_norm_silu
+    from .row_norm import layer_norm
+    from .sampling_step import ancestral_step, ddim_step, dpm_solver_pp_2m_step
 
-    __all__ = ["implementation", "null_key_attention", "null_key_cross_attention", "use_implementation"]
+    __all__ = [
+        "ancestral_step",
+        "channel_layer_norm",
+        "conv1x1_concat",
+        "ddim_step",
+        "dpm_solver_pp_2m_step",
+        "group_norm_silu",
+        "implementation",
+        "layer_norm",
+        "null_key_attention",
+        "null_key_cross_attention",
+        "predict_start_from_noise",
+        "q_posterior_mean",
+        "q_sample",
+        "use_implementation",
+    ]

@@ -1,9 +1,20 @@
-"""Scaled dot-product attention with one learned null key that every query may attend to."""
+"""Scaled dot-product attention with one learned null key that every query may attend to.
+
+One function, five implementations: the kernels of :mod:`.null_key_flash` (``triton``), the library's kernel without the
+null key and a merge (``sdpa_merge``, :mod:`.null_key_merge`), the library's kernel on keys that the null key was put
+before (``sdpa``), that of xFormers on the same (``xformers``), and the formula in plain torch (``reference``).
+On CUDA :mod:`.attention_table` says which is tried first.
+"""
+
+import functools
+import importlib.util
 
 import torch
 import torch.nn.functional as F
 
-from .dispatch import implementation as chosen
+from . import attention_table, dispatch, null_key_flash, null_key_merge
+
+__all__ = ["null_key_attention", "null_key_cross_attention"]
 
 
 def null_key_attention(
@@ -30,7 +41,7 @@ def null_key_attention(
         null_key: The key that stands before all others in every head, shape (d,).
         null_value: Its value, shape (d,).
         heads: Number of query heads.
-        mask: Which keys may be attended to, bool, shape (b, m). The null key always may.
+        mask: Which keys may be attended to, bool, shape (b, m) or (1, m). The null key always may.
         bias: Added to the scores, broadcast to (b, heads, n, 1 + m); column 0 belongs to the null key.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
@@ -38,8 +49,12 @@ def null_key_attention(
         Attended values, shape (b, n, heads * d), dtype of ``q``.
 
     Raises:
+        TypeError: if a tensor is not of a floating-point type.
         ValueError: if the shapes do not fit together, or an implementation was asked for that cannot do the job.
     """
+    for name, x in (("q", q), ("k", k), ("v", v), ("null_key", null_key), ("null_value", null_value)):
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be of a floating-point type; got {x.dtype}")
     if q.ndim != 3 or q.shape[-1] % heads:
         raise ValueError(f"q must have shape (b, n, heads * d) with heads = {heads}; got {tuple(q.shape)}")
     dim_head = q.shape[-1] // heads
@@ -48,11 +63,16 @@ def null_key_attention(
             f"k and v must have one shape, (b, m, {q.shape[-1]}) or (b, m, {dim_head}) to go with q of shape"
             f" {tuple(q.shape)}; got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    choice = chosen(implementation)
-    if choice == "sdpa" and bias is not None:
-        raise ValueError("implementation 'sdpa' takes no bias; use 'reference' or 'auto'")
-    run = _reference if choice == "reference" or bias is not None else _sdpa
-    return run(q, k, v, null_key, null_value, heads, mask, bias)
+    for name, null in (("null_key", null_key), ("null_value", null_value)):
+        if null.shape != (dim_head,):
+            raise ValueError(f"{name} must have shape ({dim_head},), the width of a head; got {tuple(null.shape)}")
+    if mask is not None:
+        if mask.ndim != 2 or mask.shape[0] not in (1, k.shape[0]) or mask.shape[1] != k.shape[1]:
+            raise ValueError(f"mask must have shape {tuple(k.shape[:2])}, (b, m); got {tuple(mask.shape)}")
+        mask = mask.bool().expand(k.shape[:2])
+    candidates = _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation)
+    choice = dispatch.select("null_key_attention", candidates, q.device, implementation)
+    return _RUN[choice](q, k, v, null_key, null_value, heads, mask, bias)
 
 
 def null_key_cross_attention(
@@ -84,7 +104,11 @@ def null_key_cross_attention(
     Returns:
         Attended values, shape (b, n, heads * d).
     """
-    if chosen(implementation) == "auto" and q.device.type == "cpu" and _fewer_by_query(q, context, heads):
+    if (
+        dispatch.implementation(implementation) == "auto"
+        and q.device.type == "cpu"
+        and _fewer_by_query(q, context, heads)
+    ):
         return _by_query(q, context, to_kv, null_key, null_value, heads, mask)
     k, v = F.linear(context, to_kv).chunk(2, dim=-1)
     return null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
@@ -95,6 +119,27 @@ def _fewer_by_query(q: torch.Tensor, context: torch.Tensor, heads: int) -> bool:
     by_key = m * c * width + n * m * width
     by_query = n * c * width + n * m * heads * c
     return by_query < by_key
+
+
+def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation) -> dict[str, list[str]]:
+    """Implementations, best first, and why each cannot do the job."""
+    tensors = (q, k, v, null_key, null_value)
+    dim_head = q.shape[2] // heads
+    if q.device.type == "cuda":
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        order = attention_table.order(k.shape[2] != q.shape[2], dim_head, q.shape[1], k.shape[1], training)
+    else:
+        order = ("sdpa", "sdpa_merge", "triton")
+    if dispatch.implementation(implementation) == "xformers":
+        order = (*order, "xformers")
+    biased = [] if bias is None else ["it takes no bias"]
+    reasons = {
+        "triton": lambda: dispatch.triton_reasons(*tensors, mask) + null_key_flash.reasons(q, k, v, heads),
+        "sdpa_merge": lambda: null_key_merge.reasons(q, k, v, heads, mask),
+        "sdpa": lambda: [],
+        "xformers": lambda: _xformers_reasons(q, mask),
+    }
+    return {**{name: biased + reasons[name]() for name in order}, "reference": []}
 
 
 def _visible(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -113,7 +158,7 @@ def _weights(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def _reference(q, k, v, null_key, null_value, heads, mask, bias):
     b, n, width = q.shape
-    q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
+    q = q.reshape(b, n, heads, width // heads) * (width // heads) ** -0.5
     k, v = (_with_null(null, x).expand(-1, heads, -1, -1) for null, x in ((null_key, k), (null_value, v)))
     scores = torch.einsum("b n h d, b h m d -> b h n m", q, k)
     if bias is not None:
@@ -141,7 +186,7 @@ def _with_null(null: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(b, m, g * d) to (b, g, 1 + m, d), the null entry first in each of the g heads."""
     b, m, width = x.shape
     groups = width // null.shape[0]
-    x = x.reshape(b, m, groups, -1)
+    x = x.reshape(b, m, groups, width // groups)
     return torch.cat((null.to(x.dtype).expand(b, 1, groups, -1), x), dim=1).transpose(1, 2)
 
 
@@ -151,8 +196,60 @@ def _sdpa(q, k, v, null_key, null_value, heads, mask, bias):
     k, v = _with_null(null_key, k), _with_null(null_value, v)
     if k.shape[1] == 1:
         # Heads that share keys are just more queries of one head, and (b, n, h * d) already lies that way in memory.
-        q = q.reshape(b, 1, n * heads, -1)
+        q = q.reshape(b, 1, n * heads, width // heads)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(mask)).reshape(b, n, width)
-    q = q.reshape(b, n, heads, -1).transpose(1, 2)
+    q = q.reshape(b, n, heads, width // heads).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(mask))
     return out.transpose(1, 2).reshape(b, n, width)
+
+
+def _triton(q, k, v, null_key, null_value, heads, mask, bias):
+    return null_key_flash.null_key_flash(q, k, v, null_key, null_value, mask, heads)[0]
+
+
+def _sdpa_merge(q, k, v, null_key, null_value, heads, mask, bias):
+    return null_key_merge.null_key_merge(q, k, v, null_key, null_value, heads)[0]
+
+
+def _xformers(q, k, v, null_key, null_value, heads, mask, bias):
+    b, n, width = q.shape
+    k, v = (_with_null(null, x).transpose(1, 2) for null, x in ((null_key, k), (null_value, v)))
+    # One head for all keys: as in _sdpa.
+    q = q.reshape(b, n * heads // k.shape[2], k.shape[2], width // heads)
+    return _xformers_attention()(q, k, v).reshape(b, n, width)
+
+
+XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
+
+
+@functools.cache
+def _xformers_attention():
+    """Its function; None where it was built without any for this machine."""
+    from xformers.ops import fmha
+
+    usable = any(operator.is_available() for operator in fmha.ALL_FW_OPS)
+    return fmha.memory_efficient_attention if usable else None
+
+
+def _xformers_reasons(q: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
+    if q.device.type != "cuda":
+        return [f"the tensors are on {q.device}, not on a CUDA device"]
+    if not XFORMERS_INSTALLED:
+        return ["xformers is not installed"]
+    found = []
+    if _xformers_attention() is None:
+        found.append("xformers was built without an attention operator for this machine")
+    if mask is not None:
+        found.append("it is used without a mask")
+    if q.dtype == torch.float64:
+        found.append("it does not take float64")
+    return found
+
+
+_RUN = {
+    "triton": _triton,
+    "sdpa_merge": _sdpa_merge,
+    "sdpa": _sdpa,
+    "xformers": _xformers,
+    "reference": _reference,
+}

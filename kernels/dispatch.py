@@ -84,7 +84,9 @@ def select(operation: str, candidates: Mapping[str, Reasons], device: torch.devi
                 " Choose 'auto', or change what is said"
             )
         return choice
-    chosen = next(name for name, reasons in candidates.items() if not reasons)
+    # Triton's interpreter is for those who ask for it: it takes thousands of times as long.
+    usable = (name for name, reasons in candidates.items() if not reasons)
+    chosen = next(name for name in usable if name != "triton" or device.type == "cuda")
     if device.type == "cuda" and candidates.get("triton"):
         _warn_once(f"{operation} runs as {chosen!r}, not as a Triton kernel: {'; '.join(candidates['triton'])}")
     return chosen

@@ -26,12 +26,11 @@ from .helpers import (
     module_device,
     normalize_neg_one_to_one,
     resize_image_to,
-    right_pad_dims_to,
     unnormalize_zero_to_one,
     usable_device,
 )
+from .kernels import ancestral_step
 from .pictures import PIL_MODES, to_pil_images
-from .quantile import quantile
 from .resize import noise_for
 from .t5 import get_encoded_dim, t5_encode_text
 from .Unet import Unet
@@ -136,6 +135,7 @@ class Imagen(nn.Module):
         self.lowres_sample_noise_level = lowres_sample_noise_level
         self.cond_drop_prob = cond_drop_prob
         self.can_classifier_guidance = cond_drop_prob > 0.0
+        self.auto_normalize_img = auto_normalize_img
         self.normalize_img = normalize_neg_one_to_one if auto_normalize_img else identity
         self.unnormalize_img = unnormalize_zero_to_one if auto_normalize_img else identity
         self.input_image_range = (0.0 if auto_normalize_img else -1.0, 1.0)
@@ -331,7 +331,7 @@ class Imagen(nn.Module):
     ) -> torch.Tensor:
         """The loss of ``unet`` on un-noised images (b, c, s, s) at the given times (b,)."""
         noise = default(noise, lambda: noise_for(x_start, resized=False))
-        x_noisy = noise_scheduler.q_sample(x_start=self.normalize_img(x_start), t=times, noise=noise)
+        x_noisy = noise_scheduler.q_sample(x_start, times, noise, normalize=self.auto_normalize_img)
         if exists(lowres_cond_img):
             lowres_aug_times = default(lowres_aug_times, times)
             lowres_noise = noise_for(lowres_cond_img, resized=True)
@@ -349,47 +349,9 @@ class Imagen(nn.Module):
 
     def _noise_lowres(self, images: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Noise conditioning augmentation: normalise low-resolution images, then noise them."""
-        return self.lowres_noise_schedule.q_sample(x_start=self.normalize_img(images), t=times, noise=noise)
+        return self.lowres_noise_schedule.q_sample(images, times, noise, normalize=self.auto_normalize_img)
 
     # Sampling
-
-    def _p_mean_variance(
-        self,
-        unet: Unet,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        *,
-        noise_scheduler: GaussianDiffusion,
-        text_embeds: torch.Tensor | None = None,
-        text_mask: torch.Tensor | None = None,
-        lowres_cond_img: torch.Tensor | None = None,
-        lowres_noise_times: torch.Tensor | None = None,
-        cond_scale: float = 1.0,
-        model_output: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, predicted x_0), see ``q_posterior``.
-
-        The noise is predicted by ``unet`` or given as ``model_output``; x_0 is dynamically thresholded.
-        """
-        pred = default(
-            model_output,
-            lambda: unet.forward_with_cond_scale(
-                x,
-                t,
-                text_embeds=text_embeds,
-                text_mask=text_mask,
-                cond_scale=cond_scale,
-                lowres_cond_img=lowres_cond_img,
-                lowres_noise_times=lowres_noise_times,
-            ),
-        )
-        x_start = noise_scheduler.predict_start_from_noise(x, t=t, noise=pred.float())
-        # Dynamic thresholding, section 2.3 of the paper: pixels beyond s = max(1, quantile) are clamped and all are
-        # scaled back into [-1, 1].
-        s = quantile(x_start.abs().flatten(1), self.dynamic_thresholding_percentile).clamp(min=1.0)
-        s = right_pad_dims_to(x_start, s)
-        x_start = x_start.clamp(-s, s) / s
-        return noise_scheduler.q_posterior(x_start=x_start, x_t=x, t=t)
 
     @torch.no_grad()
     def _p_sample(
@@ -400,13 +362,30 @@ class Imagen(nn.Module):
         *,
         noise_scheduler: GaussianDiffusion,
         generator: torch.Generator | None = None,
+        cond_scale: float = 1.0,
         **condition,
     ) -> torch.Tensor:
         """One step of ancestral sampling, from x_t to x_{t-1} (algorithm 2 of the DDPM paper)."""
-        mean, _, log_variance = self._p_mean_variance(unet, x, t, noise_scheduler=noise_scheduler, **condition)
-        noise = torch.randn(x.shape, generator=generator, device=x.device)
-        not_last = right_pad_dims_to(x, (t > 0).float())
-        return mean + not_last * (0.5 * log_variance).exp() * noise
+        null_pred = None
+        if cond_scale in (0, 1):
+            pred = unet.forward_with_cond_scale(x, t, cond_scale=cond_scale, **condition)
+        else:
+            null_pred = unet.forward(x, t, **condition, cond_drop_prob=1.0)
+            pred = unet.forward(x, t, **condition)
+        return ancestral_step(
+            x,
+            t,
+            pred,
+            torch.randn(x.shape, generator=generator, device=x.device),
+            noise_scheduler.sqrt_recip_alphas_cumprod,
+            noise_scheduler.sqrt_recipm1_alphas_cumprod,
+            noise_scheduler.posterior_mean_coef1,
+            noise_scheduler.posterior_mean_coef2,
+            noise_scheduler.posterior_log_variance_clipped,
+            percentile=self.dynamic_thresholding_percentile,
+            null_pred=null_pred,
+            cond_scale=cond_scale,
+        )
 
     @torch.no_grad()
     def _p_sample_loop(

@@ -344,13 +344,10 @@ class Unet(nn.Module):
             x = self.mid_attn(x)
         x = self.mid_block2(x, t, c)
 
-        def with_skip(x: torch.Tensor) -> torch.Tensor:
-            return torch.cat((x, hiddens.pop() * self.skip_connect_scale), dim=1)
-
         for init_block, resnet_blocks, attn_block, upsample in self.ups:
-            x = init_block(with_skip(x), t, c)
+            x = init_block(x, t, c, skip=hiddens.pop(), skip_scale=self.skip_connect_scale)
             for resnet_block in resnet_blocks:
-                x = resnet_block(with_skip(x), t)
+                x = resnet_block(x, t, skip=hiddens.pop(), skip_scale=self.skip_connect_scale)
             x = upsample(attn_block(x))
 
         return self.final_conv(self.final_res_block(x, t))

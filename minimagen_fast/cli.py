@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after a user's error, 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser(words[:1] == ["train"])
+    parser = _parser(words[0] if words else None)
     args = parser.parse_args(words)
     try:
         return args.run(args)
@@ -34,15 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
 
 
-def _parser(for_training: bool) -> argparse.ArgumentParser:
+def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minimagen-fast", description="Train Imagen text-to-image models and sample from them."
     )
     parser.add_argument("--version", action="version", version=f"minimagen_fast {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_quickstart(commands)
-    _add_train(commands, for_training)
+    _add_train(commands, command == "train")
     _add_sample(commands)
+    _add_bench(commands, command == "bench")
     doctor = commands.add_parser("doctor", help="say what is installed, what can be used, and why not")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -131,6 +132,44 @@ def _sample(args: argparse.Namespace) -> int:
             image.close()
         print(f"All in one: {out / 'grid.png'}")
     return 0
+
+
+def _add_bench(commands, with_arguments: bool) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="run the benchmark suite, report, compare (in a checkout)",
+        description="How fast every part is, against its peers and the limits of this machine.",
+    )
+    if with_arguments and _BENCHMARKS.is_file():
+        _import_benchmarks().add_bench_arguments(command)
+        return
+    command.add_argument("words", nargs=argparse.REMAINDER, help="run, report, compare or readme: in a checkout only")
+    command.set_defaults(run=_no_benchmarks)
+
+
+# Beside the package in a checkout; a wheel has none.
+_BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks" / "cli.py"
+
+
+def _import_benchmarks():
+    """The suite's command line, wherever the program was started."""
+    import importlib
+    import importlib.util
+
+    if "benchmarks" not in sys.modules:
+        # The root of the checkout does not become part of the path: `kernels` must not be found there a second time.
+        spec = importlib.util.spec_from_file_location("benchmarks", _BENCHMARKS.with_name("__init__.py"))
+        assert spec and spec.loader
+        sys.modules["benchmarks"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return importlib.import_module("benchmarks.cli")
+
+
+def _no_benchmarks(args: argparse.Namespace) -> int:
+    raise FileNotFoundError(
+        f"the benchmark suite is not installed with the package: there is no {_BENCHMARKS}. Clone the repository, run"
+        " `pip install -e '.[bench]'` in it, and then this command"
+    )
 
 
 def _doctor(args: argparse.Namespace) -> int:

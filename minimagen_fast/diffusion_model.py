@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import kernels
 from .helpers import default, extract, log
 
 MIN_TIMESTEPS = 20
@@ -108,28 +109,32 @@ class GaussianDiffusion(nn.Module):
             The posterior mean (b, c, h, w), its variance (b, 1, 1, 1), and the logarithm of the variance, clipped from
             below at log 1e-20 (b, 1, 1, 1).
         """
-        mean = (
-            extract(self.posterior_mean_coef1, t, x_t.shape) * x_start
-            + extract(self.posterior_mean_coef2, t, x_t.shape) * x_t
-        )
+        mean = kernels.q_posterior_mean(x_start, x_t, t, self.posterior_mean_coef1, self.posterior_mean_coef2)
         variance = extract(self.posterior_variance, t, x_t.shape)
         return mean, variance, extract(self.posterior_log_variance_clipped, t, x_t.shape)
 
-    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def q_sample(
+        self,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        *,
+        normalize: bool = False,
+    ) -> torch.Tensor:
         """Noise images: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, equation 4 of the DDPM paper.
 
         Args:
             x_start: Un-noised images x_0, floating point, shape (b, c, h, w).
             t: Timestep of each image, int64, shape (b,), values in [0, T).
             noise: Standard normal noise of the images' shape; drawn if not given.
+            normalize: Whether the images come in [0, 1] and are first mapped to [-1, 1].
 
         Returns:
             Noised images x_t, shape (b, c, h, w).
         """
         noise = default(noise, lambda: torch.randn_like(x_start))
-        return (
-            extract(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
-            + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
+        return kernels.q_sample(
+            x_start, t, noise, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, normalize=normalize
         )
 
     def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -143,7 +148,6 @@ class GaussianDiffusion(nn.Module):
         Returns:
             Un-noised images x_0, shape (b, c, h, w).
         """
-        return (
-            extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
-            - extract(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
+        return kernels.predict_start_from_noise(
+            x_t, t, noise, self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod
         )

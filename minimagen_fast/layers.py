@@ -4,12 +4,18 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .helpers import default, exists
-from .kernels import null_key_attention, null_key_cross_attention
+from .helpers import default, exists, maybe
+from .kernels import (
+    channel_layer_norm,
+    conv1x1_concat,
+    group_norm_silu,
+    layer_norm,
+    null_key_attention,
+    null_key_cross_attention,
+)
 
 
 class _OverPixels(nn.Module):
@@ -19,7 +25,9 @@ class _OverPixels(nn.Module):
         super().__init__()
         self.fn = fn
 
-    def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, residual: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        if exists(residual):
+            kwargs["residual"] = rearrange(residual, "b c h w -> b (h w) c")
         tokens = self.fn(rearrange(x, "b c h w -> b (h w) c"), **kwargs)
         return rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
 
@@ -55,6 +63,8 @@ class Attention(nn.Module):
         context: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         attn_bias: torch.Tensor | None = None,
+        *,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend from every token to the null key, the context and the tokens.
 
@@ -63,6 +73,7 @@ class Attention(nn.Module):
             context: Context tokens, shape (b, m, context_dim).
             mask: Which keys may be attended to, bool, shape (b, m + n), the context's first.
             attn_bias: Added to the scores, broadcast to (b, heads, n, 1 + m + n), the null key's column first.
+            residual: Added to the result, shape (b, n, dim).
 
         Returns:
             Tokens, shape (b, n, dim).
@@ -79,7 +90,8 @@ class Attention(nn.Module):
             k, v = torch.cat((ck, k), dim=1), torch.cat((cv, v), dim=1)
         null_key, null_value = self.null_kv
         out = null_key_attention(q, k, v, null_key, null_value, heads=self.heads, mask=mask, bias=attn_bias)
-        return self.to_out(out)
+        project, norm = self.to_out
+        return norm(project(out), residual=residual)
 
 
 class Block(nn.Module):
@@ -98,21 +110,51 @@ class Block(nn.Module):
         self.activation = nn.SiLU()
         self.project = nn.Conv2d(dim, dim_out, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        skip: torch.Tensor | None = None,
+        skip_scale: float = 1.0,
+    ) -> torch.Tensor:
         """Map images (b, dim, h, w) to (b, dim_out, h, w).
 
         Args:
             x: Images.
             scale_shift: Scale and shift of the normalised images, shape (b, dim, 1, 1) each: x * (scale + 1) + shift.
+            skip: More channels of the images, which come after those of ``x``; together they are ``dim``.
+            skip_scale: Factor of ``skip``.
         """
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # On CUDA autocast normalises in float32. On a CPU it does not, which is less exact and slower.
-            x = x.float()
-        x = self.groupnorm(x)
-        if exists(scale_shift):
-            scale, shift = scale_shift
+        scale, shift = scale_shift if exists(scale_shift) else (None, None)
+        if isinstance(self.groupnorm, nn.GroupNorm):
+            norm = self.groupnorm
+            scale, shift = (maybe(lambda v: v.flatten(1))(v) for v in (scale, shift))
+            x = group_norm_silu(
+                x,
+                norm.weight,
+                norm.bias,
+                groups=norm.num_groups,
+                eps=norm.eps,
+                scale=scale,
+                shift=shift,
+                skip=skip,
+                skip_scale=skip_scale,
+            )
+            return self.project(x)
+        if exists(skip):
+            x = torch.cat((x, skip * skip_scale), dim=1)
+        if exists(scale):
             x = x * (scale + 1) + shift
         return self.project(self.activation(x))
+
+
+class _FeedForward(nn.Sequential):
+    """Norm, 1x1 convolution, GELU, norm, 1x1 convolution; the GELU is a part of the norm after it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm, widen, _, hidden_norm, narrow = self
+        return narrow(hidden_norm(widen(norm(x)), gelu=True))
 
 
 def ChanFeedForward(dim: int, mult: int = 2) -> nn.Sequential:
@@ -123,7 +165,7 @@ def ChanFeedForward(dim: int, mult: int = 2) -> nn.Sequential:
         mult: How many times wider the hidden layer is.
     """
     hidden_dim = int(dim * mult)
-    return nn.Sequential(
+    return _FeedForward(
         ChanLayerNorm(dim),
         nn.Conv2d(dim, hidden_dim, 1, bias=False),
         nn.GELU(),
@@ -145,12 +187,9 @@ class ChanLayerNorm(nn.Module):
         self.eps = eps
         self.g = nn.Parameter(torch.ones(1, dim, 1, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise images of shape (b, dim, h, w)."""
-        # Half precision keeps three digits of a mean: statistics need float32.
-        h = x.float()
-        var, mean = torch.var_mean(h, dim=1, correction=0, keepdim=True)
-        return ((h - mean) * torch.rsqrt(var + self.eps)).to(x.dtype) * self.g
+    def forward(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+        """Normalise images of shape (b, dim, h, w), or, with ``gelu``, the GELU of them."""
+        return channel_layer_norm(x, self.g, eps=self.eps, gelu=gelu)
 
 
 class CrossAttention(nn.Module):
@@ -184,13 +223,21 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(context_dim, dim_head * heads * 2, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attend from every token to the null key and the context.
 
         Args:
             x: Tokens, shape (b, n, dim).
             context: Context tokens, shape (b, m, context_dim).
             mask: Which context tokens may be attended to, bool, shape (b, m).
+            residual: Added to the result, shape (b, n, dim).
 
         Returns:
             Tokens, shape (b, n, dim).
@@ -198,7 +245,8 @@ class CrossAttention(nn.Module):
         q, context = self.to_q(self.norm(x)), self.norm_context(context)
         null_key, null_value = self.null_kv
         out = null_key_cross_attention(q, context, self.to_kv.weight, null_key, null_value, heads=self.heads, mask=mask)
-        return self.to_out(out)
+        project, norm = self.to_out
+        return norm(project(out), residual=residual)
 
 
 class CrossEmbedLayer(nn.Module):
@@ -269,9 +317,9 @@ class LayerNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
         self.register_buffer("beta", torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise tokens of shape (..., dim)."""
-        return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
+    def forward(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise tokens of shape (..., dim); then add the residual, of the same shape, if there is one."""
+        return layer_norm(x, self.gamma, residual=residual)
 
 
 class Parallel(nn.Module):
@@ -293,6 +341,8 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        if isinstance(self.fn, Attention | CrossAttention):
+            return self.fn(x, residual=x, **kwargs)
         return self.fn(x, **kwargs) + x
 
 
@@ -326,7 +376,13 @@ class ResnetBlock(nn.Module):
         self.res_conv = nn.Conv2d(dim, dim_out, 1) if dim != dim_out else Identity()
 
     def forward(
-        self, x: torch.Tensor, time_emb: torch.Tensor | None = None, cond: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        time_emb: torch.Tensor | None = None,
+        cond: torch.Tensor | None = None,
+        *,
+        skip: torch.Tensor | None = None,
+        skip_scale: float = 1.0,
     ) -> torch.Tensor:
         """Map images (b, dim, h, w) to (b, dim_out, h, w).
 
@@ -334,6 +390,9 @@ class ResnetBlock(nn.Module):
             x: Images.
             time_emb: Time conditioning, shape (b, time_cond_dim).
             cond: Conditioning tokens, shape (b, m, cond_dim); needed if the block was made with ``cond_dim``.
+            skip: More channels of the images, which come after those of ``x``; together they are ``dim``. The two are
+                never put into one tensor where a kernel can read them apart.
+            skip_scale: Factor of ``skip``.
 
         Raises:
             ValueError: if the block attends to tokens and none are given.
@@ -342,13 +401,17 @@ class ResnetBlock(nn.Module):
         if exists(self.time_mlp) and exists(time_emb):
             scale_shift = rearrange(self.time_mlp(time_emb), "b c -> b c 1 1").chunk(2, dim=1)
 
-        h = self.block1(x)
+        h = self.block1(x, skip=skip, skip_scale=skip_scale)
         if exists(self.cross_attn):
             if not exists(cond):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")
-            h = self.cross_attn(h, context=cond) + h
+            h = self.cross_attn(h, context=cond, residual=h)
         h = self.block2(h, scale_shift=scale_shift)
-        return h + self.res_conv(x)
+        if not exists(skip):
+            return h + self.res_conv(x)
+        if isinstance(self.res_conv, Identity):
+            return h + torch.cat((x, skip * skip_scale), dim=1)
+        return h + conv1x1_concat(x, skip, self.res_conv.weight, self.res_conv.bias, skip_scale=skip_scale)
 
 
 class SinusoidalPosEmb(nn.Module):
@@ -400,7 +463,7 @@ class TransformerBlock(nn.Module):
             x: Images.
             context: Context tokens, shape (b, m, context_dim).
         """
-        x = self.attn(x, context=context) + x
+        x = self.attn(x, context=context, residual=x)
         return self.ff(x) + x
 
 

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from golden_vectors import GOLDEN, arrays, fill, load, set_weights, text, times
+from kernel_parity import DEVICE
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.helpers import resize_image_to
 from minimagen_fast.Imagen import Imagen
-from minimagen_fast.kernels import use_implementation
+from minimagen_fast.kernels import ancestral_step, use_implementation
+from minimagen_fast.kernels import implementation as implementation_in_force
 from minimagen_fast.Unet import Unet
 
 UNETS = sorted(path.stem for path in GOLDEN.glob("unet_*.npz"))
@@ -61,11 +63,25 @@ def test_unet_outputs(name, implementation):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_unet_gradients(name, implementation):
+    _check_gradients(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_on_the_triton_kernels(name):
+    with use_implementation("triton"), torch.backends.cudnn.flags(allow_tf32=False):
+        _check_gradients(name)
+
+
+def _check_gradients(name):
     unet, config, golden, short, x, time, condition, words = _unet_case(name)
-    x.requires_grad_()
-    out = unet(x, time, **condition, **words)
+    device = DEVICE if implementation_in_force() == "triton" else torch.device("cpu")
+    unet, x = unet.to(device), x.to(device).requires_grad_()
+    words, condition = ({k: v.to(device) for k, v in given.items()} for given in (words, condition))
+    out = unet(x, time.to(device), **condition, **words)
+    assert_close(out.detach().cpu(), golden["forward"], 1e-4)
     (out * fill(f"{short}/cotangent", out.shape)).sum().backward()
-    assert_close(x.grad, golden["grad_x"], 1e-4)
+    assert_close(x.grad.cpu(), golden["grad_x"], 1e-4)
 
     expected = config["parameter_gradients_norm_and_projection"]
     without = set(config["parameters_without_gradient"])
@@ -75,7 +91,7 @@ def test_unet_gradients(name, implementation):
             assert parameter.grad is None, key
             continue
         norm, projection = expected[key]
-        gradient = parameter.grad.double()
+        gradient = parameter.grad.double().cpu()
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-4), key
         # A projection is a sum of many terms of either sign: its error scales with the gradient's norm.
         actual = (gradient * fill(f"grad/{key}", gradient.shape).double()).sum().item()
@@ -154,14 +170,29 @@ def test_imagen_samples(name, implementation):
 
 
 @pytest.mark.parametrize("name", IMAGENS)
-def test_imagen_posterior(name):
+def test_sampling_step(name, implementation):
     imagen, _, golden, short, _ = _imagen_case(name)
-    answers = imagen._p_mean_variance(
-        imagen.unets[0],
-        fill(f"{short}/p_x", (2, 3, 8, 8)),
-        torch.tensor([3, 17]),
-        noise_scheduler=imagen.noise_schedulers[0],
-        model_output=fill(f"{short}/p_noise", (2, 3, 8, 8), 1.5),
+    schedule = imagen.noise_schedulers[0]
+    x, t = fill(f"{short}/p_x", (2, 3, 8, 8)), torch.tensor([3, 17])
+    constants = (
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "posterior_log_variance_clipped",
     )
-    for key, value in zip(("p_mean", "p_variance", "p_log_variance"), answers, strict=True):
-        assert_close(value, golden[key], 1e-5)
+
+    def step(noise):
+        return ancestral_step(
+            x,
+            t,
+            fill(f"{short}/p_noise", x.shape, 1.5),
+            noise,
+            *(getattr(schedule, constant) for constant in constants),
+            percentile=imagen.dynamic_thresholding_percentile,
+        )
+
+    assert_close(step(torch.zeros_like(x)), golden["p_mean"], 1e-5)
+    noise = fill("sampling step/noise", x.shape)
+    assert_close(step(noise), golden["p_mean"] + (0.5 * golden["p_log_variance"]).exp() * noise, 1e-5)
+    assert_close(schedule.q_posterior(x, x, t)[1], golden["p_variance"], 1e-5)

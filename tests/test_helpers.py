@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minimagen_fast import helpers
-from minimagen_fast.quantile import quantile
+from minimagen_fast.kernels.threshold import quantile
 from minimagen_fast.resize import noise_for, resize_matrix
 
 

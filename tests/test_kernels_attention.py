@@ -9,7 +9,10 @@ import torch
 
 from minimagen_fast.kernels import (
     attention,
+    attention_table,
+    dispatch,
     implementation,
+    launch,
     null_key_attention,
     null_key_cross_attention,
     use_implementation,
@@ -59,6 +62,83 @@ def test_matches_the_formula(choice, shared, masked):
         torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("choice", ["auto", "reference", "sdpa", "sdpa_merge", "triton"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_implementation_is_the_same_formula(choice, shared):
+    if choice == "triton" and not launch.INTERPRETED:
+        pytest.skip("on a card: see the kernels' own tests")
+    tensors = [x.detach().float().requires_grad_() for x in _case(shared, heads=2, d=32)]
+    out = null_key_attention(*tensors, heads=2, implementation=choice)
+    expected = _by_hand(*tensors, heads=2)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    weight = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weight).sum(), tensors)
+    for gradient, by_hand in zip(gradients, torch.autograd.grad((expected * weight).sum(), tensors), strict=True):
+        torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_xformers_gets_the_null_key_in_front(shared, monkeypatch):
+    shapes = []
+
+    def as_xformers(q, k, v):
+        shapes.append((q.shape, k.shape, v.shape))
+        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "_xformers_attention", lambda: as_xformers)
+    monkeypatch.setattr(attention, "_xformers_reasons", lambda q, mask: [])
+    tensors = _case(shared)
+    out = null_key_attention(*tensors, heads=3, implementation="xformers")
+    torch.testing.assert_close(out, _by_hand(*tensors, heads=3))
+    assert shapes == [((2, 15, 1, 8), *2 * ((2, 8, 1, 8),)) if shared else ((2, 5, 3, 8), *2 * ((2, 8, 3, 8),))]
+
+
+def test_xformers_is_refused_where_it_cannot_be_used():
+    with pytest.raises(ValueError, match="not on a CUDA device"):
+        null_key_attention(*_case(False), heads=3, implementation="xformers")
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference", "sdpa"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("b, n, m", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)])
+def test_empty(choice, shared, b, n, m):
+    tensors = _case(shared, b=b, n=n, m=m)
+    out = null_key_attention(*tensors, heads=3, implementation=choice)
+    assert out.shape == (b, n, 24)
+    torch.autograd.grad(out.sum(), tensors)
+    if m == 0 and out.numel():
+        torch.testing.assert_close(out, tensors[4].repeat(3).expand_as(out))
+
+
+def test_the_table_knows_every_shape():
+    keys = set()
+    for shared in (False, True):
+        for training in (False, True):
+            for n in (1, 64, 65, 256, 4096, 10**6):
+                for m in (0, 1, 64, 261, 320, 321, 10**6):
+                    key = attention_table.key_of(shared, 64, n, m, training)
+                    assert key.queries in attention_table.QUERIES and key.keys in attention_table.KEYS
+                    assert n <= key.queries or key.queries == attention_table.QUERIES[-1]
+                    assert m <= key.keys or key.keys == attention_table.KEYS[-1]
+                    keys.add(key)
+                    assert set(attention_table.order(*key)) <= set(dispatch.CHOICES) - {"auto"}
+    assert len(keys) == 2 * 2 * 4 * 4
+
+
+def test_what_was_measured_comes_before_the_default(monkeypatch):
+    key = attention_table.key_of(True, 64, 1000, 1000, True)
+    monkeypatch.setitem(attention_table.MEASURED, key, ("sdpa", "triton"))
+    assert attention_table.order(True, 64, 600, 1024, True) == ("sdpa", "triton")
+    assert attention_table.order(True, 64, 600, 1024, False) == attention_table.DEFAULT
+
+
+def test_on_a_cpu_nothing_but_sdpa_is_chosen():
+    for shared in (False, True):
+        q, k, v, null_key, null_value = (x.float() for x in _case(shared, heads=1, d=64))
+        candidates = attention._candidates(q, k, v, null_key, null_value, 1, None, None, None)
+        assert next(name for name, reasons in candidates.items() if not reasons) == "sdpa"
+
+
 @pytest.mark.parametrize("n", [3, 40])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("c", [4, 100])
@@ -94,7 +174,7 @@ def test_bias():
     bias = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     out = null_key_attention(*tensors, heads=3, bias=bias)
     torch.testing.assert_close(out, _by_hand(*tensors, heads=3, bias=bias), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="'sdpa' takes no bias"):
+    with pytest.raises(ValueError, match="'sdpa' of null_key_attention cannot be used here: it takes no bias"):
         null_key_attention(*tensors, heads=3, bias=bias, implementation="sdpa")
 
 
@@ -113,6 +193,10 @@ def test_with_every_key_masked_the_null_key_is_left():
         (dict(heads=5), "q must have shape"),
         (dict(k=torch.zeros(2, 7, 12)), "k and v must have one shape"),
         (dict(v=torch.zeros(2, 6, 24)), "k and v must have one shape"),
+        (dict(null_key=torch.zeros(24)), r"null_key must have shape \(8,\), .* got \(24,\)"),
+        (dict(null_value=torch.zeros(1, 8)), "null_value must have shape"),
+        (dict(mask=torch.ones(2, 8).bool()), r"mask must have shape \(2, 7\)"),
+        (dict(mask=torch.ones(3, 7).bool()), r"mask must have shape \(2, 7\)"),
         (dict(implementation="fastest"), "implementation must be one of auto, triton, reference, sdpa"),
     ],
 )
@@ -121,6 +205,12 @@ def test_refusals(change, message):
     arguments = dict(q=q, k=k, v=v, null_key=null_key, null_value=null_value, heads=3)
     with pytest.raises(ValueError, match=message):
         null_key_attention(**{**arguments, **change})
+
+
+def test_numbers_must_be_floating_point():
+    q, k, v, null_key, null_value = _case(shared=False)
+    with pytest.raises(TypeError, match="k must be of a floating-point type; got torch.int64"):
+        null_key_attention(q, k.long(), v, null_key, null_value, heads=3)
 
 
 def test_the_policy_is_restored_after_an_error():

@@ -1,0 +1,68 @@
+"""A 1x1 convolution of two images side by side, without putting them side by side."""
+
+import torch
+import torch.nn.functional as F
+
+
+def conv1x1_concat(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    skip_scale: float = 1.0,
+) -> torch.Tensor:
+    """conv2d(cat(x, skip * skip_scale), weight, bias) as the sum of two products, one for each image.
+
+    The weight's columns belong to one image or the other, and products are linear. In channels_last memory images are
+    matrices of pixels by channels, and the second product adds to the first in place. All of it is plain torch.
+
+    Args:
+        x: Images, shape (b, c1, h, w).
+        skip: More channels, shape (b, c2, h, w).
+        weight: Shape (c_out, c1 + c2, 1, 1).
+        bias: Shape (c_out,), none if not given.
+        skip_scale: Factor of ``skip``.
+
+    Returns:
+        Images of shape (b, c_out, h, w) in the memory format of ``x``; under autocast in autocast's dtype, otherwise
+        in that of the inputs.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    _check(x, skip, weight, bias)
+    b, c1, h, w = x.shape
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        first = F.conv2d(x, weight[:, :c1], bias)
+        return torch.add(first, F.conv2d(skip, weight[:, c1:]), alpha=skip_scale)
+    weight = weight.flatten(1)
+    first = F.linear(_rows(x), weight[:, :c1], bias)
+    # Autocast does not reach what works in place: the first product has the dtype that it chose.
+    to_skip, skip_rows = (factor.to(first.dtype) for factor in (weight[:, c1:], _rows(skip)))
+    out = first.addmm_(skip_rows, to_skip.t(), alpha=skip_scale)
+    return out.view(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(b, c, h, w) to (b * h * w, c)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _check(x, skip, weight, bias) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x must have shape (b, c1, h, w); got {tuple(x.shape)}")
+    if skip.ndim != 4 or skip.shape[0] != x.shape[0] or skip.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"skip must have shape (b, c2, h, w), like x of shape {tuple(x.shape)} but for c2; got {tuple(skip.shape)}"
+        )
+    channels = x.shape[1] + skip.shape[1]
+    if weight.ndim != 4 or weight.shape[1:] != (channels, 1, 1):
+        raise ValueError(
+            f"weight must have shape (c_out, {channels}, 1, 1), c_out by the channels of x and skip together; got"
+            f" {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have shape ({weight.shape[0]},), a value per row of weight; got {tuple(bias.shape)}"
+        )

@@ -1,0 +1,303 @@
+"""GroupNorm + scale/shift + SiLU of groups too large for registers and too small, or too many, to split.
+
+One program goes through one group of one sample twice. That is two reads and one write forward, and four reads and one
+write backward, of which the second reads mostly find the group in the cache; and it is a single launch.
+"""
+
+import torch
+
+from . import launch
+from .group_norm_tiles import Operands, affine, offsets, origin, pointers, silu_gradient
+from .launch import tl, triton
+
+TILE = 8192
+# Elements of a group up to which going through it alone takes no longer than the launches that splitting it needs, and
+# up to which a cache holds what is left of it for the second pass, where there are programs for the whole card.
+ALWAYS, IF_MANY = 2**15, 2**17
+
+
+def fits(operands: Operands) -> bool:
+    """Whether this is how to compute it, given that a group does not fit into registers."""
+    elements = operands.pixels * operands.group_width
+    many = operands.batch * operands.groups >= launch.target(operands.x.device).multiprocessors
+    return elements <= (IF_MANY if many else ALWAYS)
+
+
+def _config(operands: Operands) -> dict[str, int]:
+    width, pixels = launch.next_power_of_2(operands.group_width), launch.next_power_of_2(operands.pixels)
+    if operands.channels_last:
+        block_c = min(width, 64)
+        block_p = min(pixels, TILE // block_c)
+    else:
+        block_p = min(pixels, 1024, TILE)
+        block_c = min(width, TILE // block_p, 256)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": min(max(block_p * block_c // 512, 1), 16)}
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    skip,
+    weight,
+    bias,
+    scale,
+    shift,
+    scale_stride,
+    shift_stride,
+    y,
+    statistics,
+    channels_x,
+    channels,
+    pixels,
+    group_width,
+    groups,
+    EPS: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    SKIP_SCALE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    group = tl.program_id(0) % groups
+    sample = (tl.program_id(0) // groups).to(tl.int64)
+    begin = group * group_width
+    pixel, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+
+    # Distances to the mean of a few values: squares of the values themselves would cancel where the mean is large.
+    few = pointers(
+        x, skip, sample, 0, begin, tl.arange(0, 1), channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
+    )
+    pivots = tl.load(few, mask=(channel < group_width)[None, :], other=0.0).to(tl.float32)
+    if HAS_SKIP:
+        pivots *= tl.where(begin + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+    pivot = tl.sum(tl.sum(pivots, axis=0), axis=0) / tl.cast(tl.minimum(group_width, BLOCK_C), tl.float32)
+    total, squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for within in range(0, group_width, BLOCK_C):
+        first = begin + within
+        inside = within + channel < group_width
+        for start in range(0, pixels, BLOCK_P):
+            mask = (start + pixel < pixels)[:, None] & inside[None, :]
+            source = pointers(
+                x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
+            )
+            values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+            if HAS_SKIP:
+                values *= tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+            distance = tl.where(mask, values - pivot, 0.0)
+            total += distance
+            squares += distance * distance
+    count = tl.cast(group_width, tl.float32) * tl.cast(pixels, tl.float32)
+    shifted = tl.sum(tl.sum(total, axis=0), axis=0) / count
+    variance = tl.sum(tl.sum(squares, axis=0), axis=0) / count - shifted * shifted
+    rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + EPS)
+    # The mean as a sum of two float32: where it is large against the deviations, its own rounding would show in them.
+    mean = pivot + shifted
+    rest = shifted - (mean - pivot)
+    row = statistics + sample * 3 * groups + group
+    tl.store(row, mean)
+    tl.store(row + groups, rest)
+    tl.store(row + 2 * groups, rstd)
+
+    for within in range(0, group_width, BLOCK_C):
+        first = begin + within
+        inside = within + channel < group_width
+        gain, offset = affine(
+            weight, bias, scale, shift, scale_stride, shift_stride, sample, first + channel, inside,
+            HAS_WEIGHT, HAS_BIAS, HAS_SCALE,
+        )  # fmt: skip
+        slope, level = gain * rstd, offset - rest * (gain * rstd)
+        for start in range(0, pixels, BLOCK_P):
+            mask = (start + pixel < pixels)[:, None] & inside[None, :]
+            source = pointers(
+                x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
+            )
+            values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+            if HAS_SKIP:
+                values *= tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+            u = (values - mean) * slope[None, :] + level[None, :]
+            if SILU:
+                u *= tl.sigmoid(u)
+            tl.store(
+                y
+                + origin(sample, start, first, channels, pixels, CHANNELS_LAST)
+                + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
+                u.to(y.dtype.element_ty),
+                mask=mask,
+            )
+
+
+@triton.jit
+def _backward_kernel(
+    x,
+    skip,
+    weight,
+    bias,
+    scale,
+    shift,
+    scale_stride,
+    shift_stride,
+    dy,
+    statistics,
+    dx,
+    dskip,
+    sums,
+    channels_x,
+    channels,
+    pixels,
+    group_width,
+    groups,
+    NEED_X: tl.constexpr,
+    NEED_SKIP: tl.constexpr,
+    NEED_SUMS: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    SKIP_SCALE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    group = tl.program_id(0) % groups
+    sample = (tl.program_id(0) // groups).to(tl.int64)
+    begin = group * group_width
+    pixel, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    row = statistics + sample * 3 * groups + group
+    mean, rest, rstd = tl.load(row), tl.load(row + groups), tl.load(row + 2 * groups)
+
+    mean_p, mean_q = 0.0, 0.0
+    for within in range(0, group_width, BLOCK_C):
+        first = begin + within
+        inside = within + channel < group_width
+        gain, offset = affine(
+            weight, bias, scale, shift, scale_stride, shift_stride, sample, first + channel, inside,
+            HAS_WEIGHT, HAS_BIAS, HAS_SCALE,
+        )  # fmt: skip
+        slope, level = gain * rstd, offset - rest * (gain * rstd)
+        tile_p, tile_q = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for start in range(0, pixels, BLOCK_P):
+            mask = (start + pixel < pixels)[:, None] & inside[None, :]
+            source = pointers(
+                x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
+            )
+            values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+            if HAS_SKIP:
+                values *= tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+            du = tl.load(
+                dy
+                + origin(sample, start, first, channels, pixels, CHANNELS_LAST)
+                + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
+                mask=mask,
+                other=0.0,
+            ).to(tl.float32)
+            centred = tl.where(mask, values - mean, 0.0)
+            if SILU:
+                du *= silu_gradient(centred * slope[None, :] + level[None, :])
+            tile_p += du
+            tile_q += du * centred
+        p = tl.sum(tile_p, axis=0)
+        q = (tl.sum(tile_q, axis=0) - rest * p) * rstd
+        if NEED_SUMS:
+            sums_row = sums + sample * 2 * channels + first + channel
+            tl.store(sums_row, p, mask=inside)
+            tl.store(sums_row + channels, q, mask=inside)
+        mean_p += tl.sum(gain * p, axis=0)
+        mean_q += tl.sum(gain * q, axis=0)
+
+    if NEED_X or NEED_SKIP:
+        count = tl.cast(group_width, tl.float32) * tl.cast(pixels, tl.float32)
+        back_slope = mean_q / count * rstd * rstd
+        back_level = mean_p / count * rstd - rest * back_slope
+        for within in range(0, group_width, BLOCK_C):
+            first = begin + within
+            inside = within + channel < group_width
+            wanted = inside
+            if HAS_SKIP:
+                factor = tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)
+                if not NEED_X:
+                    wanted = inside & (first + channel >= channels_x)
+                if not NEED_SKIP:
+                    wanted = inside & (first + channel < channels_x)
+            gain, offset = affine(
+                weight, bias, scale, shift, scale_stride, shift_stride, sample, first + channel, inside,
+                HAS_WEIGHT, HAS_BIAS, HAS_SCALE,
+            )  # fmt: skip
+            slope, level = gain * rstd, offset - rest * (gain * rstd)
+            for start in range(0, pixels, BLOCK_P):
+                mask = (start + pixel < pixels)[:, None] & wanted[None, :]
+                source = pointers(
+                    x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
+                )
+                values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+                if HAS_SKIP:
+                    values *= factor[None, :]
+                du = tl.load(
+                    dy
+                    + origin(sample, start, first, channels, pixels, CHANNELS_LAST)
+                    + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
+                    mask=mask,
+                    other=0.0,
+                ).to(tl.float32)
+                centred = values - mean
+                if SILU:
+                    du *= silu_gradient(centred * slope[None, :] + level[None, :])
+                gradient = du * slope[None, :] - centred * back_slope - back_level
+                if HAS_SKIP:
+                    gradient *= factor[None, :]
+                target = pointers(
+                    dx, dskip, sample, start, first, pixel, channel, channels_x, channels, pixels,
+                    HAS_SKIP, CHANNELS_LAST,
+                )  # fmt: skip
+                tl.store(target, gradient.to(dx.dtype.element_ty), mask=mask)
+
+
+def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: float) -> None:
+    """Fill the output and the statistics, (b, 3, groups): the mean, its rounding error, and 1 / deviation."""
+    launch.run(
+        _forward_kernel,
+        (operands.batch * operands.groups,),
+        *operands.images,
+        *operands.affine,
+        y,
+        statistics,
+        *operands.sizes,
+        EPS=eps,
+        SILU=operands.silu,
+        **operands.image_flags,
+        **operands.affine_flags,
+        **_config(operands),
+    )
+
+
+def backward(
+    operands: Operands,
+    dy: torch.Tensor,
+    statistics: torch.Tensor,
+    dx: torch.Tensor | None,
+    dskip: torch.Tensor | None,
+    sums: torch.Tensor | None,
+) -> None:
+    """Fill those of the gradients of the inputs and the sums of du and du * normalised, (b, 2, c), that are given."""
+    launch.run(
+        _backward_kernel,
+        (operands.batch * operands.groups,),
+        *operands.images,
+        *operands.affine,
+        dy,
+        statistics,
+        *(dy if out is None else out for out in (dx, dskip)),
+        statistics if sums is None else sums,
+        *operands.sizes,
+        NEED_X=dx is not None,
+        NEED_SKIP=dskip is not None,
+        NEED_SUMS=sums is not None,
+        SILU=operands.silu,
+        **operands.image_flags,
+        **operands.affine_flags,
+        **_config(operands),
+    )

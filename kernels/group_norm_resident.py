@@ -1,0 +1,233 @@
+"""GroupNorm + scale/shift + SiLU of groups that fit into one program's registers.
+
+Forward reads and writes the images once, backward reads them and the output's gradient once and writes once: the floor.
+One program computes one group of one sample.
+"""
+
+import torch
+
+from . import launch
+from .group_norm_tiles import Operands, affine, offsets, origin, pointers, silu_gradient
+from .launch import tl, triton
+
+# Elements of a group, both sides rounded up to powers of two: 32 per thread, so that backward, which keeps two of them
+# and a few temporaries, stays within the 128 registers that a thread of 512 may have.
+LARGEST_TILE = 16384
+
+
+def tile(pixels: int, group_width: int) -> tuple[int, int]:
+    """Pixels and channels of the tile that holds a group."""
+    return launch.next_power_of_2(pixels), launch.next_power_of_2(group_width)
+
+
+def fits(operands: Operands) -> bool:
+    """Whether a group fits into one program."""
+    block_p, block_c = tile(operands.pixels, operands.group_width)
+    return block_p * block_c <= LARGEST_TILE
+
+
+def _config(operands: Operands) -> dict[str, int]:
+    block_p, block_c = tile(operands.pixels, operands.group_width)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": min(max(block_p * block_c // 512, 1), 16)}
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    skip,
+    weight,
+    bias,
+    scale,
+    shift,
+    scale_stride,
+    shift_stride,
+    y,
+    statistics,
+    channels_x,
+    channels,
+    pixels,
+    group_width,
+    groups,
+    EPS: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    SKIP_SCALE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    group = tl.program_id(0) % groups
+    sample = (tl.program_id(0) // groups).to(tl.int64)
+    first = group * group_width
+    pixel, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    inside = channel < group_width
+    mask = (pixel < pixels)[:, None] & inside[None, :]
+    source = pointers(x, skip, sample, 0, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST)
+    values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SKIP:
+        factor = tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+        values *= factor
+
+    # The mean as a sum of two float32: where it is large against the deviations, its own rounding would show in them.
+    count = tl.cast(group_width, tl.float32) * tl.cast(pixels, tl.float32)
+    mean = tl.sum(tl.sum(values, axis=0), axis=0) / count
+    centred = tl.where(mask, values - mean, 0.0)
+    rest = tl.sum(tl.sum(centred, axis=0), axis=0) / count
+    variance = tl.sum(tl.sum(centred * centred, axis=0), axis=0) / count - rest * rest
+    rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + EPS)
+    row = statistics + sample * 3 * groups + group
+    tl.store(row, mean)
+    tl.store(row + groups, rest)
+    tl.store(row + 2 * groups, rstd)
+
+    gain, offset = affine(
+        weight, bias, scale, shift, scale_stride, shift_stride, sample, first + channel, inside,
+        HAS_WEIGHT, HAS_BIAS, HAS_SCALE,
+    )  # fmt: skip
+    u = (centred - rest) * rstd * gain[None, :] + offset[None, :]
+    if SILU:
+        u *= tl.sigmoid(u)
+    tl.store(
+        y
+        + origin(sample, 0, first, channels, pixels, CHANNELS_LAST)
+        + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
+        u.to(y.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit
+def _backward_kernel(
+    x,
+    skip,
+    weight,
+    bias,
+    scale,
+    shift,
+    scale_stride,
+    shift_stride,
+    dy,
+    statistics,
+    dx,
+    dskip,
+    sums,
+    channels_x,
+    channels,
+    pixels,
+    group_width,
+    groups,
+    NEED_X: tl.constexpr,
+    NEED_SKIP: tl.constexpr,
+    NEED_SUMS: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    SKIP_SCALE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    group = tl.program_id(0) % groups
+    sample = (tl.program_id(0) // groups).to(tl.int64)
+    first = group * group_width
+    pixel, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    inside = channel < group_width
+    mask = (pixel < pixels)[:, None] & inside[None, :]
+    source = pointers(x, skip, sample, 0, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST)
+    values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SKIP:
+        factor = tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+        values *= factor
+    du = tl.load(
+        dy
+        + origin(sample, 0, first, channels, pixels, CHANNELS_LAST)
+        + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
+        mask=mask,
+        other=0.0,
+    ).to(tl.float32)
+
+    row = statistics + sample * 3 * groups + group
+    mean, rest, rstd = tl.load(row), tl.load(row + groups), tl.load(row + 2 * groups)
+    gain, offset = affine(
+        weight, bias, scale, shift, scale_stride, shift_stride, sample, first + channel, inside,
+        HAS_WEIGHT, HAS_BIAS, HAS_SCALE,
+    )  # fmt: skip
+    normalised = ((values - mean) - rest) * rstd
+    if SILU:
+        du *= silu_gradient(normalised * gain[None, :] + offset[None, :])
+    # Outside of the group the recomputed values mean nothing.
+    du = tl.where(mask, du, 0.0)
+    normalised = tl.where(mask, normalised, 0.0)
+    p, q = tl.sum(du, axis=0), tl.sum(du * normalised, axis=0)
+    if NEED_SUMS:
+        sums_row = sums + sample * 2 * channels + first + channel
+        tl.store(sums_row, p, mask=inside)
+        tl.store(sums_row + channels, q, mask=inside)
+
+    if NEED_X or NEED_SKIP:
+        count = tl.cast(group_width, tl.float32) * tl.cast(pixels, tl.float32)
+        mean_p, mean_q = tl.sum(gain * p, axis=0) / count, tl.sum(gain * q, axis=0) / count
+        gradient = (du * gain[None, :] - mean_p - normalised * mean_q) * rstd
+        wanted = mask
+        if HAS_SKIP:
+            gradient *= factor
+            if not NEED_X:
+                wanted = mask & (first + channel >= channels_x)[None, :]
+            if not NEED_SKIP:
+                wanted = mask & (first + channel < channels_x)[None, :]
+        target = pointers(
+            dx, dskip, sample, 0, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
+        )
+        tl.store(target, gradient.to(dx.dtype.element_ty), mask=wanted)
+
+
+def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: float) -> None:
+    """Fill the output and the statistics, (b, 3, groups): the mean, its rounding error, and 1 / deviation."""
+    launch.run(
+        _forward_kernel,
+        (operands.batch * operands.groups,),
+        *operands.images,
+        *operands.affine,
+        y,
+        statistics,
+        *operands.sizes,
+        EPS=eps,
+        SILU=operands.silu,
+        **operands.image_flags,
+        **operands.affine_flags,
+        **_config(operands),
+    )
+
+
+def backward(
+    operands: Operands,
+    dy: torch.Tensor,
+    statistics: torch.Tensor,
+    dx: torch.Tensor | None,
+    dskip: torch.Tensor | None,
+    sums: torch.Tensor | None,
+) -> None:
+    """Fill those of the gradients of the inputs and the sums of du and du * normalised, (b, 2, c), that are given."""
+    launch.run(
+        _backward_kernel,
+        (operands.batch * operands.groups,),
+        *operands.images,
+        *operands.affine,
+        dy,
+        statistics,
+        *(dy if out is None else out for out in (dx, dskip)),
+        statistics if sums is None else sums,
+        *operands.sizes,
+        NEED_X=dx is not None,
+        NEED_SKIP=dskip is not None,
+        NEED_SUMS=sums is not None,
+        SILU=operands.silu,
+        **operands.image_flags,
+        **operands.affine_flags,
+        **_config(operands),
+    )

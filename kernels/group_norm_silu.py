@@ -1,0 +1,313 @@
+"""GroupNorm, scale and shift, SiLU: y = silu(norm(x) * (scale + 1) + shift), and the same of two images side by side.
+
+Wu and He, "Group Normalization" (2018), equations 1 to 6; scale and shift by time as in Dhariwal and Nichol, "Diffusion
+Models Beat GANs" (2021), section 3. Per (sample, channel) all of it is u = gain * (x - mean) / deviation + offset with
+gain = weight * (1 + scale) and offset = bias * (1 + scale) + shift, and y = silu(u). With du = dy * silu'(u), n = (x -
+mean) / deviation, P = sum of du and Q = sum of du * n over the pixels,
+
+    dx = (gain * du - mean(gain * P) - n * mean(gain * Q)) / deviation, the means over the group,
+    dscale = weight * Q + bias * P, dshift = P, dweight = sum of (1 + scale) * Q, dbias = sum of (1 + scale) * P.
+
+Floors: where a group fits into registers (:mod:`.group_norm_resident`) one read and one write, and two reads and one
+write backward; else (:mod:`.group_norm_looped`, :mod:`.group_norm_split`) two reads and one write, and four reads and
+one write backward.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import dispatch, group_norm_looped, group_norm_resident, group_norm_split, group_norm_split_backward, launch
+from .group_norm_tiles import Operands, empty_like, memory_format
+from .launch import tl, triton
+
+# In channels_last memory groups of other widths than multiples of this are not read one by one, but in blocks of
+# channels that can be: they would come element by element, and each would fetch its neighbours. Up to so many elements
+# of a group that costs less than more launches.
+ALIGNED, LITTLE = 16, 1024
+# Offsets within a tile are 32-bit.
+LARGEST_PIXELS, LARGEST_CHANNELS = 2**27, 2**20
+
+
+def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu):
+    if skip is not None:
+        x = torch.cat((x, skip * skip_scale), dim=1)
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # On CUDA autocast normalises in float32. On a CPU it does not, which is less exact and slower.
+        x = x.float()
+    if weight is None and bias is not None:
+        # On a CPU torch has no gradients for a bias alone.
+        weight = torch.ones_like(bias)
+    trained = any(vector is not None and vector.requires_grad for vector in (weight, bias))
+    if x.device.type == "cpu" and trained and torch.is_grad_enabled() and not x.requires_grad:
+        # With a channels_last image that needs no gradient torch's backward ends the process.
+        layout = memory_format(x)
+        x = torch.group_norm(x.contiguous(), groups, weight, bias, eps).contiguous(memory_format=layout)
+    else:
+        # Unlike torch.nn.functional's, this takes a single value per group.
+        x = torch.group_norm(x, groups, weight, bias, eps)
+    if scale is not None:
+        x = x * (scale[:, :, None, None] + 1) + shift[:, :, None, None]
+    return F.silu(x) if silu else x
+
+
+@triton.jit
+def _parameter_gradients_kernel(
+    weight,
+    bias,
+    scale,
+    scale_stride,
+    sums,
+    dweight,
+    dbias,
+    dscale,
+    dshift,
+    batch,
+    channels,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    NEED_SCALE: tl.constexpr,
+    NEED_SHIFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    gain, offset = tl.full((BLOCK_C,), 1.0, tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    if HAS_WEIGHT:
+        gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    weight_total, bias_total = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, batch, BLOCK_N):
+        sample = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+        mask = (sample < batch)[:, None] & inside[None, :]
+        row = sums + sample[:, None] * 2 * channels + channel[None, :]
+        p = tl.load(row, mask=mask, other=0.0)
+        q = tl.load(row + channels, mask=mask, other=0.0)
+        out = sample[:, None] * channels + channel[None, :]
+        if NEED_SCALE:
+            gradient = gain[None, :] * q + offset[None, :] * p
+            tl.store(dscale + out, gradient.to(dscale.dtype.element_ty), mask=mask)
+        if NEED_SHIFT:
+            tl.store(dshift + out, p.to(dshift.dtype.element_ty), mask=mask)
+        if HAS_SCALE and (NEED_WEIGHT or NEED_BIAS):
+            at = scale + sample[:, None] * scale_stride + channel[None, :]
+            factor = tl.load(at, mask=mask, other=0.0).to(tl.float32) + 1.0
+            p *= factor
+            q *= factor
+        weight_total += tl.sum(q, axis=0)
+        bias_total += tl.sum(p, axis=0)
+    if NEED_WEIGHT:
+        tl.store(dweight + channel, weight_total.to(dweight.dtype.element_ty), mask=inside)
+    if NEED_BIAS:
+        tl.store(dbias + channel, bias_total.to(dbias.dtype.element_ty), mask=inside)
+
+
+def _parameter_gradients(operands: Operands, sums: torch.Tensor, gradients: list[torch.Tensor | None]) -> None:
+    """From the sums of du and du * normalised, (b, 2, c), those of weight, bias, scale and shift that are not None."""
+    block_n, block_c = 32, 32
+    weight, bias, scale, _, scale_stride, _ = operands.affine
+    launch.run(
+        _parameter_gradients_kernel,
+        (launch.ceil_div(operands.channels, block_c),),
+        weight,
+        bias,
+        scale,
+        scale_stride,
+        sums,
+        *(sums if gradient is None else gradient for gradient in gradients),
+        operands.batch,
+        operands.channels,
+        **operands.affine_flags,
+        **{
+            f"NEED_{name}": gradient is not None
+            for name, gradient in zip(("WEIGHT", "BIAS", "SCALE", "SHIFT"), gradients, strict=True)
+        },
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+
+
+def _channels(x: torch.Tensor, skip: torch.Tensor | None):
+    return x.shape[1] + (0 if skip is None else skip.shape[1])
+
+
+def _empty_outputs(x, skip, groups):
+    statistics = torch.empty((x.shape[0], 3, groups), dtype=torch.float32, device=x.device)
+    return empty_like(x, _channels(x, skip)), statistics
+
+
+def _empty_gradients(x, skip, vectors, needed) -> list[torch.Tensor | None]:
+    images = [None if image is None else empty_like(x, image.shape[1]) for image in (x, skip)]
+    rows = [None if v is None else torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in vectors]
+    return [gradient if need else None for gradient, need in zip(images + rows, needed, strict=True)]
+
+
+def _without_none(gradients: list[torch.Tensor | None], x: torch.Tensor) -> list[torch.Tensor]:
+    """An operator must return tensors: empty ones for what nobody needs."""
+    return [x.new_empty((0,)) if gradient is None else gradient for gradient in gradients]
+
+
+def _fake_forward(x, skip, weight, bias, scale, shift, groups, eps, skip_scale, silu):
+    return _empty_outputs(x, skip, groups)
+
+
+def _fake_backward(dy, x, skip, weight, bias, scale, shift, statistics, groups, skip_scale, silu, needed):
+    return _without_none(_empty_gradients(x, skip, (weight, bias, scale, shift), needed), x)
+
+
+def _plan(operands: Operands):
+    """Forward and backward launcher for operands of this size."""
+    scattered = operands.channels_last and operands.group_width % ALIGNED != 0
+    if not scattered or operands.group_width * operands.pixels <= LITTLE:
+        for plan in (group_norm_resident, group_norm_looped):
+            if plan.fits(operands):
+                return plan.forward, plan.backward
+    return group_norm_split.forward, group_norm_split_backward.backward
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, groups, _, skip_scale, silu = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = groups, skip_scale, silu
+
+
+def _backward(ctx, dy, _):
+    needed = list(ctx.needs_input_grad[:6])
+    gradients = _launch_backward(dy, *ctx.saved_tensors, *ctx.options, needed)
+    kept = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    return *kept, None, None, None, None
+
+
+@launch.define(
+    "group_norm_silu_backward(Tensor dy, Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale,"
+    " Tensor? shift, Tensor statistics, int groups, float skip_scale, bool silu, bool[] needed) -> Tensor[]",
+    _fake_backward,
+)
+def _launch_backward(dy, x, skip, weight, bias, scale, shift, statistics, groups, skip_scale, silu, needed):
+    operands = Operands.of(x, skip, weight, bias, scale, shift, groups, skip_scale, silu)
+    dy = dy.contiguous(memory_format=memory_format(operands.x))
+    gradients = _empty_gradients(x, skip, (weight, bias, scale, shift), needed)
+    sums = statistics.new_empty((operands.batch, 2, operands.channels)) if any(needed[2:]) else None
+    _, run = _plan(operands)
+    run(operands, dy, statistics, *gradients[:2], sums)
+    if sums is not None:
+        _parameter_gradients(operands, sums, gradients[2:])
+    return _without_none(gradients, x)
+
+
+@launch.define(
+    "group_norm_silu(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups,"
+    " float eps, float skip_scale, bool silu) -> (Tensor, Tensor)",
+    _fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+def _launch_forward(x, skip, weight, bias, scale, shift, groups, eps, skip_scale, silu):
+    operands = Operands.of(x, skip, weight, bias, scale, shift, groups, skip_scale, silu)
+    y, statistics = _empty_outputs(x, skip, groups)
+    run, _ = _plan(operands)
+    run(operands, y, statistics, eps)
+    return y, statistics
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    groups: int,
+    eps: float = 1e-5,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    skip_scale: float = 1.0,
+    silu: bool = True,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """silu(group_norm(cat(x, skip * skip_scale)) * (scale + 1) + shift), statistics in float32.
+
+    Wu and He, "Group Normalization" (2018). The kernels read the two images where they are.
+
+    Args:
+        x: Images, shape (b, c1, h, w): float32, float16 or bfloat16 for the kernels. NCHW and channels_last are read as
+            they are, other layouts copied.
+        weight: Gain of every channel, shape (c,) with c = c1 + c2, any of these dtypes.
+        bias: Likewise.
+        groups: Number of groups; it divides c.
+        eps: Added to the variance.
+        scale: Per sample, shape (b, c); only together with ``shift``.
+        shift: Likewise.
+        skip: More channels, shape (b, c2, h, w), none if not given.
+        skip_scale: Factor of ``skip``.
+        silu: Whether SiLU follows.
+        implementation: Overrides the policy of :mod:`.dispatch` for this call.
+
+    Returns:
+        Images of shape (b, c, h, w), in the memory format and dtype of ``x`` (of the wider dtype, if that of ``skip``
+        differs; float32 from the reference under autocast).
+
+    Raises:
+        ValueError: if shapes or devices do not fit together, or an implementation was asked for that cannot do the job.
+        TypeError: if a tensor is not floating-point.
+    """
+    _check(x, weight, bias, groups, scale, shift, skip)
+    choice = dispatch.select(
+        "group_norm_silu",
+        {"triton": _triton_reasons(x, skip, weight, bias, scale, shift), "reference": []},
+        x.device,
+        implementation,
+    )
+    if choice == "reference":
+        return _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu)
+    if skip is not None and skip.dtype != x.dtype:
+        wider = torch.promote_types(x.dtype, skip.dtype)
+        x, skip = x.to(wider), skip.to(wider)
+    return _launch_forward(x, skip, weight, bias, scale, shift, groups, eps, skip_scale, silu)[0]
+
+
+def _triton_reasons(x, skip, *vectors) -> list[str]:
+    reasons = dispatch.triton_reasons(x, skip, *vectors)
+    channels, pixels = _channels(x, skip), x.shape[2] * x.shape[3]
+    if channels > LARGEST_CHANNELS or pixels > LARGEST_PIXELS:
+        reasons.append(
+            f"it takes up to {LARGEST_CHANNELS} channels and {LARGEST_PIXELS} pixels, not {channels} and {pixels}"
+        )
+    if pixels == 0:
+        reasons.append("there are no pixels")
+    return reasons
+
+
+def _check(x, weight, bias, groups, scale, shift, skip) -> None:
+    given = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "skip": skip}
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}: convert it with .float()")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}: move it there")
+    if x.ndim != 4:
+        raise ValueError(f"x must have shape (b, c, h, w); got {tuple(x.shape)}")
+    if skip is not None and (skip.ndim != 4 or skip.shape[0] != x.shape[0] or skip.shape[2:] != x.shape[2:]):
+        raise ValueError(
+            f"skip must have shape (b, c2, h, w), like x of shape {tuple(x.shape)} but for c2; got {tuple(skip.shape)}"
+        )
+    channels = _channels(x, skip)
+    if groups < 1 or channels < 1 or channels % groups:
+        raise ValueError(f"groups must divide the number of channels, {channels}; got {groups}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), a value per channel; got {tuple(vector.shape)}")
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together; got one of them: pass zeros for the other")
+    for name, rows in (("scale", scale), ("shift", shift)):
+        if rows is not None and rows.shape != (x.shape[0], channels):
+            raise ValueError(
+                f"{name} must have shape ({x.shape[0]}, {channels}), a value per sample and channel; got"
+                f" {tuple(rows.shape)}"
+            )

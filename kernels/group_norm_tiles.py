@@ -1,0 +1,203 @@
+"""What the kernels of :mod:`.group_norm_silu` share: operands as the kernels read them, and arithmetic on their tiles.
+
+A tile is [pixels, channels] in either memory format; the compiler lays it over the threads along whichever is
+contiguous.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .launch import tl, triton
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The format that the kernels read ``x`` in and give results in; other layouts are copied to the nearest one."""
+    # What is both (one channel, or one pixel) counts as contiguous.
+    if not x.is_contiguous() and x.stride(1) == 1:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def empty_like(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """An uninitialised image with ``channels`` channels, otherwise like ``x``, in the format of ``x``."""
+    b, _, h, w = x.shape
+    return torch.empty((b, channels, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The inputs of one call, dense, in one memory format.
+
+    Attributes:
+        x: Images, shape (b, c1, h, w).
+        skip: More channels for them, shape (b, c2, h, w), or None.
+        weight: Gains, shape (c1 + c2,), or None.
+        bias: Shape (c1 + c2,), or None.
+        scale: Rows of consecutive elements, shape (b, c1 + c2), or None.
+        shift: Like ``scale``.
+        groups: Number of groups.
+        skip_scale: Factor of ``skip``.
+        silu: Whether SiLU follows.
+    """
+
+    x: torch.Tensor
+    skip: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    groups: int
+    skip_scale: float
+    silu: bool
+
+    @classmethod
+    def of(cls, x, skip, weight, bias, scale, shift, groups, skip_scale, silu) -> "Operands":
+        """Copy what is not laid out as the kernels read it."""
+        layout = memory_format(x)
+        x, skip = (image if image is None else image.contiguous(memory_format=layout) for image in (x, skip))
+        weight, bias = (vector if vector is None else vector.contiguous() for vector in (weight, bias))
+        # Halves of a chunk stay where they are.
+        scale, shift = (rows if rows is None or rows.stride(1) == 1 else rows.contiguous() for rows in (scale, shift))
+        return cls(x, skip, weight, bias, scale, shift, groups, skip_scale, silu)
+
+    @property
+    def batch(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.x.shape[1] + (0 if self.skip is None else self.skip.shape[1])
+
+    @property
+    def pixels(self) -> int:
+        return self.x.shape[2] * self.x.shape[3]
+
+    @property
+    def group_width(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def channels_last(self) -> bool:
+        return memory_format(self.x) == torch.channels_last
+
+    @property
+    def images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pointers to both inputs; ``x`` stands in for what is absent, which no kernel then reads."""
+        return self.x, self.x if self.skip is None else self.skip
+
+    @property
+    def affine(self) -> tuple[torch.Tensor | int, ...]:
+        """The first parameters of :func:`affine`."""
+        present = (self.x if v is None else v for v in (self.weight, self.bias, self.scale, self.shift))
+        return *present, *(0 if rows is None else rows.stride(0) for rows in (self.scale, self.shift))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Channels of ``x`` and of both images, pixels, channels of a group, groups."""
+        return self.x.shape[1], self.channels, self.pixels, self.group_width, self.groups
+
+    @property
+    def image_flags(self) -> dict[str, bool | float]:
+        return {
+            "HAS_SKIP": self.skip is not None,
+            "SKIP_SCALE": self.skip_scale,
+            "CHANNELS_LAST": self.channels_last,
+        }
+
+    @property
+    def affine_flags(self) -> dict[str, bool]:
+        return {
+            "HAS_WEIGHT": self.weight is not None,
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SCALE": self.scale is not None,
+        }
+
+
+@triton.jit
+def affine(
+    weight,
+    bias,
+    scale,
+    shift,
+    scale_stride,
+    shift_stride,
+    sample,
+    channel,
+    mask,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    """Per channel, gain and offset such that u = gain * normalised + offset."""
+    gain = tl.full(channel.shape, 1.0, tl.float32)
+    offset = tl.zeros(channel.shape, tl.float32)
+    if HAS_WEIGHT:
+        gain = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        factor = tl.load(scale + sample * scale_stride + channel, mask=mask, other=0.0).to(tl.float32) + 1.0
+        gain *= factor
+        offset = offset * factor + tl.load(shift + sample * shift_stride + channel, mask=mask, other=0.0).to(tl.float32)
+    return gain, offset
+
+
+@triton.jit
+def silu_gradient(u):
+    sigmoid = tl.sigmoid(u)
+    return sigmoid * (1.0 + u * (1.0 - sigmoid))
+
+
+@triton.jit
+def origin(sample, pixel, channel, width, pixels, CHANNELS_LAST: tl.constexpr):
+    """Offset of an element of images with ``width`` channels; ``sample`` and ``pixel`` are 64-bit."""
+    if CHANNELS_LAST:
+        return (sample * pixels + pixel) * width + channel
+    else:
+        return (sample * width + channel) * pixels + pixel
+
+
+@triton.jit
+def offsets(pixel, channel, width, pixels, CHANNELS_LAST: tl.constexpr):
+    """Offsets of a tile's elements from its first one."""
+    if CHANNELS_LAST:
+        return pixel[:, None] * width + channel[None, :]
+    else:
+        return pixel[:, None] + channel[None, :] * pixels
+
+
+@triton.jit
+def pointers(
+    x,
+    skip,
+    sample,
+    start,
+    first,
+    pixel,
+    channel,
+    channels_x,
+    channels,
+    pixels,
+    HAS_SKIP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Where the values of a tile are that begins at pixel ``start`` and channel ``first`` of the concatenation."""
+    if HAS_SKIP:
+        in_x = (
+            x
+            + origin(sample, start, first, channels_x, pixels, CHANNELS_LAST)
+            + offsets(pixel, channel, channels_x, pixels, CHANNELS_LAST)
+        )
+        in_skip = (
+            skip
+            + origin(sample, start, first - channels_x, channels - channels_x, pixels, CHANNELS_LAST)
+            + offsets(pixel, channel, channels - channels_x, pixels, CHANNELS_LAST)
+        )
+        return tl.where((first + channel < channels_x)[None, :], in_x, in_skip)
+    else:
+        return (
+            x
+            + origin(sample, start, first, channels, pixels, CHANNELS_LAST)
+            + offsets(pixel, channel, channels, pixels, CHANNELS_LAST)
+        )

@@ -1,0 +1,121 @@
+"""The 1x1 convolution of two images against that of their concatenation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
+
+from minimagen_fast.kernels.conv1x1_concat import conv1x1_concat
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+FORMATS = pytest.mark.parametrize("memory_format", [NCHW, NHWC], ids=["nchw", "nhwc"])
+SKIP_SCALE = 2**-0.5
+
+
+def ours(**inputs):
+    return conv1x1_concat(**inputs, skip_scale=SKIP_SCALE)
+
+
+def reference(x, skip, weight, bias=None):
+    return F.conv2d(torch.cat((x, skip * SKIP_SCALE), dim=1), weight, bias)
+
+
+def case(b, c1, c2, out, h, w, *, memory_format=NCHW, dtype=torch.float32):
+    return {
+        "x": randn("x", b, c1, h, w, dtype=dtype).contiguous(memory_format=memory_format),
+        "skip": randn("skip", b, c2, h, w, dtype=dtype).contiguous(memory_format=memory_format),
+        "weight": randn("weight", out, c1 + c2, 1, 1, dtype=dtype),
+        "bias": randn("bias", out, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@FORMATS
+@pytest.mark.parametrize("shape", [(2, 8, 8, 4, 5, 7), (1, 3, 10, 16, 1, 1), (3, 1, 1, 1, 2, 3), (2, 64, 32, 48, 4, 4)])
+def test_parity(shape, memory_format, dtype):
+    inputs = case(*shape, memory_format=memory_format, dtype=dtype)
+    # A product with few terms that nearly cancel keeps the rounding of the larger one; there are two products here.
+    out = check_parity(ours, reference, inputs, dtype=dtype, factor=4)
+    assert out.dtype == dtype and out.is_contiguous(memory_format=memory_format)
+
+
+@FORMATS
+def test_without_bias(memory_format):
+    inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
+    del inputs["bias"]
+    check_parity(ours, reference, inputs, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("wanted", [["x"], ["skip"], ["weight"], ["bias"], ["x", "weight"], []], ids=str)
+@FORMATS
+def test_some_gradients(wanted, memory_format):
+    inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
+    check_parity(ours, reference, inputs, dtype=torch.float32, gradients_of=wanted)
+
+
+@pytest.mark.parametrize("one, other", [(NCHW, NHWC), (NHWC, NCHW)])
+def test_layouts(one, other):
+    inputs = case(2, 8, 6, 4, 3, 5, memory_format=one)
+    inputs["skip"] = inputs["skip"].contiguous(memory_format=other)
+    check_parity(ours, reference, inputs, dtype=torch.float32)
+    inputs["skip"] = randn("skip", 2, 1, 3, 5).expand(2, 6, 3, 5)
+    inputs["x"] = randn("x", 2, 8, 5, 3).transpose(2, 3)
+    row = randn("row", 1, 4, 1, 1)
+    check_parity(ours, reference, inputs, dtype=torch.float32, cotangent=lambda out: row.to(out).expand(out.shape))
+
+
+def test_empty_batch():
+    assert (
+        ours(**case(0, 4, 4, 6, 3, 3)).shape == ours(**case(0, 4, 4, 6, 3, 3, memory_format=NHWC)).shape == (0, 6, 3, 3)
+    )
+
+
+@FORMATS
+@pytest.mark.parametrize("images", [torch.float32, torch.bfloat16])
+def test_autocast(images, memory_format):
+    inputs = case(2, 16, 16, 8, 4, 4, memory_format=memory_format)
+    inputs = {k: (v.to(images) if k in ("x", "skip") else v).detach().requires_grad_() for k, v in inputs.items()}
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        out = ours(**inputs)
+    assert out.dtype == torch.bfloat16
+    assert_near(out, reference(**{k: v.detach().double() for k, v in inputs.items()}), dtype=torch.bfloat16)
+    out.backward(randn("g", *out.shape).to(out))
+    assert all(value.grad.dtype == value.dtype for value in inputs.values())
+
+
+def test_skip_of_another_dtype_under_autocast():
+    inputs = case(1, 8, 8, 4, 3, 3, memory_format=NHWC)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        assert ours(**inputs | {"x": inputs["x"].bfloat16()}).dtype == torch.bfloat16
+
+
+@FORMATS
+def test_inputs_are_left_alone(memory_format):
+    inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
+    before = {name: value.clone() for name, value in inputs.items()}
+    ours(**inputs)
+    assert all(torch.equal(inputs[name], before[name]) for name in inputs)
+
+
+@FORMATS
+def test_no_graph_break(memory_format):
+    inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
+    inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    check_parity(compiled, reference, inputs, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"x": torch.ones(2, 8, 3)}, "x must have shape"),
+        ({"skip": torch.ones(2, 8, 3, 4)}, "skip must have shape"),
+        ({"weight": torch.ones(6, 13, 1, 1)}, r"weight must have shape \(c_out, 12, 1, 1\).*got \(6, 13, 1, 1\)"),
+        ({"weight": torch.ones(6, 12, 3, 3)}, "weight must have shape"),
+        ({"bias": torch.ones(5)}, r"bias must have shape \(6,\)"),
+    ],
+)
+def test_clear_errors(changes, words):
+    inputs = case(2, 8, 4, 6, 3, 3) | changes
+    with pytest.raises(ValueError, match=words):
+        ours(**{name: value.to(DEVICE) for name, value in inputs.items()})

@@ -1,0 +1,467 @@
+"""The GroupNorm-SiLU kernels, of one image and two, in both memory formats, against the reference path in float64."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
+
+from minimagen_fast.kernels import group_norm_looped, group_norm_resident, group_norm_split, launch
+from minimagen_fast.kernels.group_norm_silu import group_norm_silu
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+FORMATS = pytest.mark.parametrize("memory_format", [NCHW, NHWC], ids=["nchw", "nhwc"])
+PLANS = ["resident", "looped", "split"]
+SKIP_SCALE = 2**-0.5
+
+
+def force(plan, patch):
+    """Have all sizes computed by the same kernels."""
+    patch.setattr(group_norm_resident, "LARGEST_TILE", 16384 if plan == "resident" else 0)
+    patch.setattr(sys.modules[group_norm_silu.__module__], "LITTLE", 2**30)
+    limit = 2**30 if plan == "looped" else -1
+    patch.setattr(group_norm_looped, "ALWAYS", limit)
+    patch.setattr(group_norm_looped, "IF_MANY", limit)
+
+
+@pytest.fixture(params=PLANS)
+def plan(request, monkeypatch):
+    force(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["looped", "split"])
+def tiled_plan(request, monkeypatch, small_tiles):
+    force(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Many tiles to a program, and chunks to an image."""
+    monkeypatch.setattr(group_norm_looped, "TILE", 256)
+    monkeypatch.setattr(group_norm_split, "TILE", 256)
+    monkeypatch.setattr(group_norm_split, "SMALLEST_CHUNK", 32)
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target((9, 0), 1, 1 << 17))
+
+
+def ours(**inputs):
+    return group_norm_silu(**inputs, implementation="triton")
+
+
+def reference(**inputs):
+    return group_norm_silu(**inputs, implementation="reference")
+
+
+def check(inputs, groups, silu=True, **kw):
+    options = {"groups": groups, "silu": silu, "skip_scale": SKIP_SCALE if inputs.get("skip") is not None else 1.0}
+    return check_parity(lambda **i: ours(**i, **options), lambda **i: reference(**i, **options), inputs, **kw)
+
+
+def case(b, c, h, w, *, skip=0, memory_format=NCHW, dtype=torch.float32, scale=True, x=None):
+    """Images of ``dtype``, parameters in float32, scale and shift as halves of one tensor."""
+    channels = c + skip
+    inputs = {
+        "x": (randn("x", b, c, h, w) if x is None else x).to(dtype).contiguous(memory_format=memory_format),
+        "weight": randn("weight", channels, shift=0.5),
+        "bias": randn("bias", channels),
+        "skip": randn("skip", b, skip, h, w, dtype=dtype).contiguous(memory_format=memory_format) if skip else None,
+    }
+    if scale:
+        inputs["scale"], inputs["shift"] = randn("time", b, 2 * channels, dtype=dtype).chunk(2, dim=1)
+    return inputs
+
+
+def gradients(inputs, cotangent=None, **options):
+    """The output and the gradients of all inputs."""
+    given_inputs = {k: v if v is None else v.detach().requires_grad_() for k, v in inputs.items()}
+    out = ours(**given_inputs, **options)
+    out.backward(randn("cotangent", *out.shape).to(out) if cotangent is None else cotangent)
+    return out.detach(), {k: v.grad for k, v in given_inputs.items() if v is not None}
+
+
+# C/G of 1, 3, 10, 30, 64 and 256, of which some groups straddle the two images.
+SHAPES = [
+    (2, 8, 0, 5, 7, 8),
+    (1, 24, 0, 9, 3, 8),
+    (2, 12, 12, 3, 4, 8),
+    (1, 31, 9, 3, 3, 4),
+    (2, 60, 0, 1, 1, 2),
+    (1, 64, 64, 4, 4, 2),
+    (1, 200, 312, 2, 3, 2),
+]
+
+
+@FORMATS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape, memory_format, plan):
+    b, c, skip, h, w, groups = shape
+    inputs = case(b, c, h, w, skip=skip, memory_format=memory_format, scale=b == 2)
+    out = check(inputs, groups, dtype=torch.float32)
+    assert out.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@FORMATS
+def test_dtypes(memory_format, dtype, plan):
+    out = check(case(2, 16, 4, 6, skip=8, memory_format=memory_format, dtype=dtype), 8, dtype=dtype)
+    assert out.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "names, silu", [("", True), ("weight", False), ("bias", True), ("weight bias", False), ("bias scale shift", True)]
+)
+def test_options(names, silu, plan):
+    inputs = {k: v for k, v in case(2, 8, 3, 3).items() if k in ("x", *names.split())}
+    check(inputs, 4, silu, dtype=torch.float32)
+
+
+def test_parameters_in_half_precision(plan):
+    inputs = case(1, 16, 4, 4, dtype=torch.float16)
+    inputs |= {name: inputs[name].half() for name in ("weight", "bias")}
+    check(inputs, 8, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("pixels", [31, 32, 33])
+@FORMATS
+def test_tiles_of_pixels(pixels, memory_format, tiled_plan):
+    check(case(2, 6, pixels, 1, skip=2, memory_format=memory_format), 2, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("channels", [16, 17, 65])
+@FORMATS
+def test_tiles_of_channels(channels, memory_format, tiled_plan):
+    check(case(1, channels, 5, 4, memory_format=memory_format), 1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 5])
+@FORMATS
+def test_chunks(multiprocessors, memory_format, monkeypatch, small_tiles):
+    force("split", monkeypatch)
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target((9, 0), multiprocessors, 1 << 17))
+    inputs = case(1, 8, 13, 13, skip=4, memory_format=memory_format)
+    check(inputs, 4, dtype=torch.float32)
+
+
+def _planned(*shape, groups, memory_format=NCHW):
+    x = torch.empty(*shape, device="meta").contiguous(memory_format=memory_format)
+    with launch.record(launch.H200) as launches:
+        ours(x=x.requires_grad_(), groups=groups).backward(torch.empty_like(x))
+    return [launched.kernel.fn.__module__.rsplit("_", 1)[-1] for launched in launches]
+
+
+@pytest.mark.parametrize(
+    "shape, modules",
+    [
+        ((1, 8, 128, 128), ["resident"] * 2),
+        ((1, 8, 128, 129), ["looped"] * 2),
+        ((1, 8, 256, 128), ["looped"] * 2),
+        ((1, 8, 256, 129), ["split"] * 3 + ["backward"] * 3),
+        ((17, 8, 256, 256), ["looped"] * 2),
+        ((17, 8, 512, 512), ["split"] * 3 + ["backward"] * 3),
+    ],
+    ids=str,
+)
+def test_which_kernels_run(shape, modules):
+    assert _planned(*shape, groups=8) == modules
+
+
+def test_narrow_groups_are_read_together():
+    for shape, first in (((1, 64, 32, 32), "split"), ((1, 64, 8, 8), "resident"), ((1, 128, 16, 16), "resident")):
+        assert _planned(*shape, groups=8, memory_format=NHWC)[0] == first
+    assert _planned(1, 64, 32, 32, groups=8)[0] == "resident"
+
+
+def test_a_single_large_image_fills_the_card():
+    for memory_format in (NCHW, NHWC):
+        x = torch.empty(1, 128, 256, 256, device="meta").contiguous(memory_format=memory_format)
+        with launch.record(launch.H200) as launches:
+            ours(x=x, groups=8)
+        assert launches[0].grid[0] >= 3 * launch.H200.multiprocessors
+
+
+def _layouts():
+    yield "sliced channels", lambda s: randn("x", s[0], 2 * s[1], *s[2:])[:, ::2]
+    yield (
+        "half of the channels_last",
+        lambda s: randn("x", s[0], 2 * s[1], *s[2:]).contiguous(memory_format=NHWC).chunk(2, dim=1)[1],
+    )
+    yield "sliced pixels", lambda s: randn("x", *s[:2], s[2] + 2, s[3] + 1)[..., 1:-1, 1:]
+    yield "transposed", lambda s: randn("x", *s[:2], s[3], s[2]).transpose(2, 3)
+    yield "batch inside", lambda s: randn("x", *s[1:], s[0]).permute(3, 0, 1, 2)
+    yield "expanded over the batch", lambda s: randn("x", 1, *s[1:]).expand(s)
+    yield "expanded over channels", lambda s: randn("x", s[0], 1, *s[2:]).expand(s)
+    yield "flipped and offset", lambda s: randn("x", 1 + s[0], *s[1:])[1:].flip(1)
+
+
+@pytest.mark.parametrize("layout", [make for _, make in _layouts()], ids=[name for name, _ in _layouts()])
+def test_layouts_of_images(layout):
+    inputs = case(2, 6, 3, 4, skip=6)
+    check(inputs | {"x": layout((2, 6, 3, 4))}, 3, dtype=torch.float32)
+    check(inputs | {"skip": layout((2, 6, 3, 4)) + 1}, 3, dtype=torch.float32)
+    check(inputs, 3, dtype=torch.float32, cotangent=lambda out: layout((2, 12, 3, 4)))
+
+
+@pytest.mark.parametrize("one, other", [(NCHW, NHWC), (NHWC, NCHW)])
+def test_images_of_two_formats(one, other):
+    inputs = case(2, 6, 3, 4, skip=6, memory_format=one)
+    inputs["skip"] = inputs["skip"].contiguous(memory_format=other)
+    out = check(
+        inputs, 3, dtype=torch.float32, cotangent=lambda out: randn("g", *out.shape).contiguous(memory_format=other)
+    )
+    assert out.is_contiguous(memory_format=one)
+
+
+def test_images_of_two_dtypes():
+    inputs = case(2, 8, 3, 3, skip=8)
+    out = check(inputs | {"x": inputs["x"].half()}, 8, dtype=torch.float16)
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 8, 1, 1), (1, 1, 1, 4)], ids=str)
+@FORMATS
+def test_formats_that_coincide(shape, memory_format, plan):
+    groups = 1 if shape[1] == 1 else 2
+    check(case(*shape, memory_format=memory_format), groups, dtype=torch.float32)
+    check(case(*shape, skip=groups, memory_format=memory_format), groups, dtype=torch.float32)
+
+
+def test_one_value_per_group(plan):
+    inputs = case(1, 8, 1, 1, scale=False)
+    out, grads = gradients(inputs, groups=8)
+    assert_near(out, F.silu(inputs["bias"].double())[None, :, None, None], dtype=torch.float32)
+    assert grads["x"].abs().max() < 1e-3
+
+
+def test_strided_parameters(plan):
+    inputs = case(3, 8, 2, 3)
+    inputs["weight"], inputs["bias"] = randn("weight", 16)[::2], randn("bias", 1).expand(8)
+    inputs["scale"], inputs["shift"] = randn("scale", 1, 8).expand(3, 8), randn("shift", 8, 3).t()
+    check(inputs, 4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("cotangent", ["one number", "no stride"])
+def test_gradients_without_strides(cotangent, plan):
+    inputs = case(2, 8, 3, 5, skip=4)
+    make = {
+        "one number": lambda out: randn("one", 1).to(out).expand(out.shape),
+        "no stride": lambda out: randn("row", 1, out.shape[1], 1, 1).to(out).expand(out.shape),
+    }[cotangent]
+    check(inputs, 4, dtype=torch.float32, cotangent=make)
+
+
+def test_every_subset_of_gradients(plan):
+    inputs = case(2, 4, 1, 3, skip=2, memory_format=NHWC)
+    sizes = (0, 1, 2, 5) if plan == "resident" else (0, 1, 5)
+    for wanted in itertools.chain.from_iterable(itertools.combinations(inputs, size) for size in sizes):
+        check(inputs, 2, dtype=torch.float32, gradients_of=wanted)
+
+
+def test_only_needed_gradients_are_computed():
+    with launch.record() as launches:
+        x, weight = torch.empty(1, 64, 128, 128, device="meta"), torch.empty(64, device="meta", requires_grad=True)
+        ours(x=x, weight=weight, groups=8).backward(torch.empty_like(x))
+    names = [launched.kernel.fn.__name__ for launched in launches[3:]]
+    assert names == ["_sums_kernel", "_totals_kernel", "_parameter_gradients_kernel"]
+
+
+@pytest.mark.parametrize("shift", [1e4, -3e5])
+@FORMATS
+def test_small_deviations_from_a_large_mean(shift, memory_format, plan):
+    x = randn("x", 1, 12, 9, 11, scale=1e-5 * abs(shift), shift=shift)
+    check(case(1, 12, 9, 11, x=x, memory_format=memory_format), 4, dtype=torch.float32)
+
+
+def test_first_values_unlike_the_others(tiled_plan):
+    # They are what distances are taken from.
+    x = randn("x", 1, 8, 10, 10)
+    x[:, :, 0] += 1000
+    check(case(1, 8, 10, 10, x=x), 2, dtype=torch.float32, factor=4)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.14159, 65504.0, -1e-6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_constant_groups(value, dtype, plan):
+    inputs = case(2, 8, 7, 9, x=torch.full((2, 8, 7, 9), value, device=DEVICE), dtype=dtype, scale=False)
+    out = ours(**inputs, groups=4)
+    expected = F.silu(inputs["bias"].double())[None, :, None, None].expand(out.shape)
+    assert_near(out, expected, dtype=dtype)
+
+
+def test_values_near_the_largest_float16(plan):
+    x = (randn("x", 2, 8, 4, 5) * 65504).clamp(-65504, 65504)
+    check(case(2, 8, 4, 5, x=x, dtype=torch.float16), 4, dtype=torch.float16)
+
+
+def test_results_beyond_the_largest_float16_are_infinite():
+    inputs = case(1, 4, 2, 2, dtype=torch.float16, scale=False)
+    out = ours(**inputs | {"bias": torch.full((4,), 1e5, device=DEVICE)}, groups=2)
+    assert out.isposinf().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@FORMATS
+def test_what_is_not_finite_spoils_its_group(value, memory_format, plan):
+    inputs = case(2, 6, 4, 4, skip=6, memory_format=memory_format)
+    inputs["x"][0, 5, 3, 3] = value
+    out = ours(**inputs, groups=3)
+    expected = reference(**inputs, groups=3)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out[0, 4:8].isnan().all() and out.isnan().sum() == 64
+    _, grads = gradients(inputs, groups=3)
+    assert grads["x"][0, 4:].isnan().all() and grads["skip"][0, :2].isnan().all()
+    assert not grads["x"][1].isnan().any() and not grads["x"][0, :4].isnan().any()
+
+
+def test_gradients_that_are_not_finite(plan):
+    cotangent = randn("g", 2, 8, 3, 3)
+    cotangent[1, 2, 0, 1] = float("nan")
+    _, grads = gradients(case(2, 8, 3, 3), cotangent, groups=4)
+    assert grads["x"][1, 2:4].isnan().all() and grads["x"].isnan().sum() == 18
+    assert grads["weight"].isnan().nonzero().flatten().tolist() == [2]
+    assert grads["shift"].isnan().nonzero().tolist() == [[1, 2]]
+
+
+def test_parameters_that_are_not_finite(plan):
+    inputs = case(2, 8, 3, 3)
+    inputs["weight"][1] = float("nan")
+    inputs["scale"] = inputs["scale"].clone()
+    inputs["scale"][1, 6] = float("nan")
+    assert torch.equal(ours(**inputs, groups=4).isnan(), reference(**inputs, groups=4).isnan())
+
+
+def test_empty_batch(plan):
+    out, grads = gradients(case(0, 8, 3, 3, skip=8), groups=8)
+    assert out.shape == (0, 16, 3, 3) and grads["x"].shape == (0, 8, 3, 3) and grads["scale"].shape == (0, 16)
+    assert (grads["weight"] == 0).all() and (grads["bias"] == 0).all()
+
+
+@FORMATS
+def test_two_runs_are_bit_identical(memory_format, tiled_plan):
+    inputs = case(2, 12, 9, 9, skip=4, memory_format=memory_format)
+    (one, first), (other, second) = (gradients(inputs, groups=4) for _ in range(2))
+    assert torch.equal(one, other)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_finite_differences(plan):
+    inputs = case(2, 6, 3, 3, skip=3)
+    options = {"groups": 3, "skip_scale": SKIP_SCALE}
+    direction = randn("cotangent", 2, 9, 3, 3)
+
+    def loss(changed):
+        return (ours(**changed, **options).double() * direction.double()).sum()
+
+    _, grads = gradients(inputs, direction, **options)
+    step = 1e-2
+    for name, value in inputs.items():
+        towards = randn("towards", *value.shape)
+        slope = loss(inputs | {name: value + step * towards}) - loss(inputs | {name: value - step * towards})
+        expected = (grads[name] * towards).sum().item()
+        assert slope.item() / (2 * step) == pytest.approx(expected, abs=2e-3, rel=5e-3)
+
+
+def test_reference_gradients_are_those_of_its_values():
+    inputs = [randn(n, *s).double().requires_grad_() for n, s in (("x", (1, 2, 2, 2)), ("w", (4,)), ("b", (4,)))]
+    more = [randn(n, *s).double().requires_grad_() for n, s in (("s", (1, 4)), ("t", (1, 4)), ("k", (1, 2, 2, 2)))]
+    assert torch.autograd.gradcheck(
+        lambda x, w, b, s, t, k: reference(x=x, weight=w, bias=b, groups=2, scale=s, shift=t, skip=k, skip_scale=0.7),
+        (*inputs, *more),
+    )
+
+
+def test_reference_is_the_concatenation_normalised_scaled_and_activated():
+    inputs = case(2, 6, 3, 4, skip=6)
+    joint = torch.cat((inputs["x"], inputs["skip"] * SKIP_SCALE), dim=1)
+    expected = F.group_norm(joint, 3, inputs["weight"], inputs["bias"], 1e-5)
+    expected = F.silu(expected * (inputs["scale"][..., None, None] + 1) + inputs["shift"][..., None, None])
+    assert torch.equal(reference(**inputs, groups=3, skip_scale=SKIP_SCALE), expected)
+
+
+@settings(derandomize=True, max_examples=8, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(0, 9), st.integers(1, 6), st.integers(1, 9),
+    st.booleans(), st.booleans(), st.sampled_from(PLANS),
+)  # fmt: skip
+def test_any_shape(b, groups, width, skip, h, w, channels_last, scale, plan):
+    skip = min(skip, groups * width - 1)
+    memory_format = NHWC if channels_last else NCHW
+    inputs = case(b, groups * width - skip, h, w, skip=skip, memory_format=memory_format, scale=scale)
+    wanted = None if width * h * w > 1 else ["bias"]
+    with pytest.MonkeyPatch.context() as patch:
+        force(plan, patch)
+        # The gradients of two or three values per group nearly cancel.
+        check(inputs, groups, dtype=torch.float32, gradients_of=wanted, factor=1 if width * h * w > 4 else 50)
+
+
+OPCHECKS = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+
+
+def test_opcheck(plan):
+    inputs = case(2, 8, 3, 5, skip=8, memory_format=NHWC)
+    tensors = [inputs[name].requires_grad_() for name in ("x", "skip", "weight", "bias", "scale", "shift")]
+    ops = torch.ops.minimagen_fast
+    torch.library.opcheck(ops.group_norm_silu.default, (*tensors, 4, 1e-5, 0.7, True), test_utils=OPCHECKS)
+    x, *nothing = tensors[0], None, None, None, None, None
+    torch.library.opcheck(ops.group_norm_silu.default, (x, *nothing, 4, 1e-5, 1.0, False), test_utils=OPCHECKS)
+    detached = [tensor.detach() for tensor in tensors]
+    statistics = randn("statistics", 2, 3, 4).abs()
+    for needed in ([True] * 6, [False, True, False, True, False, False]):
+        torch.library.opcheck(
+            ops.group_norm_silu_backward.default,
+            (randn("dy", 2, 16, 3, 5), *detached, statistics, 4, 0.7, True, needed),
+            test_utils=["test_schema", "test_faketensor"],
+        )
+
+
+def test_explicit_choices_that_cannot_be_honoured():
+    x = randn("x", 1, 8, 2, 2).double()
+    with pytest.raises(ValueError, match="'triton' of group_norm_silu .*torch.float64"):
+        ours(x=x, groups=4)
+    assert group_norm_silu(x, groups=4).dtype == torch.float64
+    with pytest.raises(ValueError, match="no pixels"):
+        ours(x=torch.empty(1, 8, 0, 2, device=DEVICE), groups=4)
+    with pytest.raises(ValueError, match="up to .* channels and .* pixels"):
+        ours(x=torch.empty(1, 1, 2**14, 2**14, device="meta"), groups=1)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"x": torch.ones(2, 8, 3)}, ValueError, r"x must have shape \(b, c, h, w\); got \(2, 8, 3\)"),
+        ({"x": torch.ones(2, 8, 3, 3, dtype=torch.int64)}, TypeError, "x must be a floating-point tensor"),
+        ({"groups": 3}, ValueError, "groups must divide the number of channels, 8; got 3"),
+        ({"groups": 0}, ValueError, "groups must divide"),
+        ({"weight": torch.ones(9)}, ValueError, r"weight must have shape \(8,\).*got \(9,\)"),
+        ({"bias": torch.ones(8, 1)}, ValueError, r"bias must have shape \(8,\)"),
+        ({"bias": torch.ones(8, dtype=torch.bool)}, TypeError, "bias must be a floating-point"),
+        ({"skip": torch.ones(2, 8, 3, 4)}, ValueError, "skip must have shape"),
+        ({"skip": torch.ones(1, 8, 3, 3)}, ValueError, "skip must have shape"),
+        ({"shift": None}, ValueError, "scale and shift must be given together"),
+        ({"scale": torch.ones(2, 8, 1, 1)}, ValueError, r"scale must have shape \(2, 8\)"),
+        ({"shift": torch.ones(1, 8)}, ValueError, r"shift must have shape \(2, 8\)"),
+        ({"weight": torch.ones(8, device="meta")}, ValueError, "weight must be on the device of x"),
+    ],
+)
+def test_clear_errors(changes, error, words, implementation):
+    inputs = case(2, 8, 3, 3) | {"groups": 4} | changes
+    inputs = {
+        k: v.to(DEVICE) if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v for k, v in inputs.items()
+    }
+    with pytest.raises(error, match=words):
+        group_norm_silu(**inputs, implementation=implementation)
+
+
+@pytest.mark.gpu
+@FORMATS
+def test_offsets_beyond_32_bits(memory_format):
+    x = torch.randn(9, 16, 4096, 4096, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=memory_format)
+    expected = reference(x=x[-1:].float(), groups=8)
+    assert_near(ours(x=x, groups=8)[-1:], expected.double(), dtype=torch.bfloat16)

@@ -1,0 +1,390 @@
+"""The Triton kernels of attention with a null key against the formula in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
+
+from minimagen_fast.kernels import launch, null_key_attention, null_key_flash
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    # The interpreter computes in numpy, which warns of NaNs and overflows.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+
+NAMES = ("q", "k", "v", "null_key", "null_value")
+
+
+def ours(heads, mask=None):
+    return lambda **inputs: null_key_attention(**inputs, heads=heads, mask=mask, implementation="triton")
+
+
+def reference(heads, mask=None):
+    return lambda **inputs: null_key_attention(**inputs, heads=heads, mask=mask, implementation="reference")
+
+
+def case(b, heads, n, m, d, *, shared=False, dtype=torch.float32, null_dtype=torch.float32):
+    width = d if shared else heads * d
+    inputs = {"q": randn("q", b, n, heads * d), "k": randn("k", b, m, width), "v": randn("v", b, m, width)}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    return inputs | {name: randn(name, d, dtype=null_dtype) for name in ("null_key", "null_value")}
+
+
+def seen(b, m):
+    return randn("mask", b, m) > 0
+
+
+def check(inputs, heads, mask=None, **options):
+    dtype = options.pop("dtype", inputs["q"].dtype)
+    if DEVICE.type == "cuda" and dtype == torch.float32:
+        # Three TF32 products have 21 bits where float32 has 24.
+        options["factor"] = 4 * options.get("factor", 1)
+    if dtype == torch.bfloat16:
+        # delta is made from the rounded output: where few keys share the weight, the queries' gradient is a difference.
+        options["factor"] = 3 * options.get("factor", 1)
+    return check_parity(ours(heads, mask), reference(heads, mask), inputs, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "b, heads, n, m, d",
+    [
+        (1, 2, 64, 64, 64),
+        (1, 2, 5, 261, 64),
+        (2, 3, 35, 33, 32),
+        (1, 1, 66, 2, 32),
+        (2, 2, 1, 1, 64),
+        (1, 1, 130, 7, 64),
+    ],
+)
+def test_parity(b, heads, n, m, d, shared, dtype):
+    out = check(case(b, heads, n, m, d, shared=shared, dtype=dtype), heads)
+    assert out.dtype == dtype and out.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_wide_heads(dtype):
+    check(case(1, 2, 40, 37, 128, dtype=dtype), 2)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("multiprocessors", [1, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the card decides")
+def test_every_card_s_blocks(capability, multiprocessors, dtype, monkeypatch):
+    monkeypatch.setattr(launch, "_stand_in", launch.Target(capability, multiprocessors, 99 * 1024))
+    check(case(1, 1, 129, 67, 32, dtype=dtype), 1)
+
+
+@pytest.mark.parametrize("tile", [31, 32, 33, 63, 65, 128])
+def test_tails(tile):
+    check(case(1, 1, tile, 5, 32, dtype=torch.float16), 1)
+    check(case(1, 1, 5, tile, 32, dtype=torch.float16), 1)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_mask(shared):
+    b, m = 2, 70
+    mask = seen(b, m)
+    mask[1, :64] = False  # a whole block of keys
+    check(case(b, 2, 20, m, 32, shared=shared), 2, mask)
+    check(case(b, 2, 20, m, 32, shared=shared), 2, mask[:1])
+
+
+def test_with_every_key_masked_the_null_key_is_left():
+    inputs = case(2, 2, 5, 7, 32)
+    mask = torch.zeros(2, 7, dtype=torch.bool, device=DEVICE)
+    for x in inputs.values():
+        x.requires_grad_()
+    out = ours(2, mask)(**inputs)
+    torch.testing.assert_close(out, inputs["null_value"].repeat(2).expand_as(out))
+    gradients = torch.autograd.grad(out, list(inputs.values()), randn("grad", *out.shape))
+    for name, gradient in zip(NAMES[:4], gradients, strict=False):
+        # What is left is the rounding of a difference that is zero.
+        assert gradient.abs().max() < (1e-5 if name in ("q", "null_key") else 1e-30), name
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_slices_of_one_projection(shared):
+    inputs = case(2, 2, 20, 9, 32, shared=shared)
+    kv = torch.cat((inputs["k"], inputs["v"]), dim=-1)
+    inputs["k"], inputs["v"] = kv.chunk(2, dim=-1)
+    check(inputs, 2)
+
+
+def test_strided_null_key_and_value():
+    inputs = case(1, 2, 9, 9, 32)
+    inputs["null_key"], inputs["null_value"] = randn("null", 32, 2).unbind(1)
+    check(inputs, 2)
+    inputs["null_value"] = randn("null", 1).expand(32)
+    check(inputs, 2)
+
+
+def test_overlapping_rows():
+    inputs = case(1, 1, 9, 9, 32)
+    inputs["k"], inputs["v"] = randn("k", 1, 40).unfold(1, 32, 1), randn("v", 1, 40).unfold(1, 32, 1)
+    check(inputs, 1)
+
+
+def strided(name, b, n, width):
+    return {
+        "transposed": lambda: randn(name, b, width, n).transpose(1, 2),
+        "batch last": lambda: randn(name, n, width, b).permute(2, 0, 1),
+        "rows of wider ones": lambda: randn(name, b, n, width + 3)[..., 1 : width + 1],
+        "every other row": lambda: randn(name, b, 2 * n, width)[:, ::2],
+        "one row for all": lambda: randn(name, b, 1, width).expand(b, n, width),
+        "one entry for all": lambda: randn(name, 1, n, width).expand(b, n, width),
+        "one number for all": lambda: randn(name, 1, 1, 1).expand(b, n, width),
+    }
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", strided("", 1, 1, 1).keys())
+def test_any_strides(layout, shared):
+    inputs = case(2, 2, 17, 9, 32, shared=shared)
+    # Equal keys give gradients that are the rounding of a difference that is zero.
+    for name in ("q",) if layout == "one number for all" else ("q", "k", "v"):
+        inputs[name] = strided(name, *inputs[name].shape)[layout]()
+    check(inputs, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", strided("", 1, 1, 1).keys())
+def test_any_strides_of_the_gradient(layout, shared):
+    check(
+        case(2, 2, 17, 9, 32, shared=shared),
+        2,
+        cotangent=lambda out: strided("gradient", *out.shape)[layout]().double(),
+    )
+
+
+def test_the_gradient_of_a_sum():
+    inputs = {name: x.requires_grad_() for name, x in case(2, 2, 17, 9, 32).items()}
+    expected = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    ours(2)(**inputs).sum().backward()
+    reference(2)(**expected).sum().backward()
+    for name, x in inputs.items():
+        assert_near(x.grad, expected[name].grad, dtype=torch.float32, what=name)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        (),
+        ("q",),
+        ("k",),
+        ("v",),
+        ("null_key",),
+        ("null_value",),
+        ("q", "v"),
+        ("k", "v", "null_value"),
+        ("q", "null_key"),
+    ],
+)
+def test_gradients_only_of_what_wants_one(wanted):
+    check(case(2, 2, 17, 9, 32), 2, gradients_of=wanted)
+
+
+@pytest.mark.parametrize(
+    "wanted, kernels",
+    [
+        ("q", ["_forward", "_backward_queries"]),
+        ("null_key", ["_forward", "_backward_queries"]),
+        ("k", ["_forward", "_backward_queries", "_backward_keys"]),
+    ],
+)
+def test_nothing_is_launched_for_gradients_that_nobody_wants(wanted, kernels):
+    inputs = {name: x.to("meta").requires_grad_(name == wanted) for name, x in case(2, 2, 17, 9, 32).items()}
+    with launch.record() as launches:
+        out = ours(2)(**inputs)
+        out.backward(torch.empty_like(out))
+    assert [taken.kernel.fn.__name__ for taken in launches] == kernels
+    needs = {key: value for key, value in launches[1].constexprs.items() if key.startswith("NEED")}
+    assert needs == {"NEED_Q": wanted == "q", "NEED_NULL": wanted == "null_key"}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("b, n, m", [(0, 3, 3), (2, 0, 3), (2, 3, 0), (0, 0, 0)])
+def test_empty(b, n, m, shared):
+    check(case(b, 2, n, m, 32, shared=shared), 2)
+
+
+@pytest.mark.parametrize("null_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parameters_of_another_dtype(dtype, null_dtype):
+    lower = min(dtype, null_dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    check(case(2, 2, 9, 9, 32, dtype=dtype, null_dtype=null_dtype), 2, dtype=lower)
+
+
+def test_large_values_with_small_differences():
+    inputs = case(2, 2, 20, 70, 32)
+    inputs["v"] = randn("v", 2, 70, 64, scale=0.1, shift=10000.0)
+    inputs["null_value"] = randn("null_value", 32, scale=0.1, shift=10000.0)
+    check(inputs, 2, gradients_of=())
+
+
+def test_the_largest_values_of_float16():
+    inputs = case(1, 2, 20, 70, 32, dtype=torch.float16)
+    inputs["v"] = 60000 + 5504 * torch.rand(1, 70, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
+    inputs["null_value"] = torch.full((32,), 65504.0, device=DEVICE)
+    out = check(inputs, 2, gradients_of=())
+    assert out.isfinite().all()
+    # Scores that float16 could not hold.
+    inputs = case(1, 2, 20, 70, 32, dtype=torch.float16)
+    inputs["q"], inputs["k"] = 200 * inputs["q"], 200 * inputs["k"]
+    check(inputs, 2, gradients_of=())
+
+
+def test_one_key_that_outweighs_all():
+    inputs = case(1, 1, 20, 70, 32)
+    inputs["k"][:, 40] *= 100
+    inputs["null_key"] *= 50
+    check(inputs, 1, gradients_of=("k", "v", "null_value"), factor=4)  # scores of 1000 have a rounding of 1e-4
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_and_infinity_go_where_they_do_in_torch(name, value):
+    inputs = case(2, 2, 20, 40, 32)
+    inputs[name].view(-1, 32)[1 if inputs[name].ndim == 3 else 0, 3] = value
+    check(inputs, 2, gradients_of=())
+
+
+def test_masked_keys_may_be_nan():
+    inputs, mask = case(2, 2, 20, 40, 32), seen(2, 40)
+    inputs["k"].masked_fill_(~mask[..., None], torch.nan)
+    check(inputs, 2, mask, gradients_of=())
+
+
+def test_two_runs_are_bit_identical():
+    results = []
+    for _ in range(2):
+        inputs = {name: x.requires_grad_() for name, x in case(2, 2, 70, 40, 32, dtype=torch.float16).items()}
+        out = ours(2)(**inputs)
+        results.append((out, *torch.autograd.grad(out, list(inputs.values()), randn("grad", *out.shape).half())))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_differences(name):
+    inputs = case(1, 2, 6, 9, 32)
+    weight = randn("weight", *inputs["q"].shape).double()
+    inputs[name].requires_grad_()
+    (gradient,) = torch.autograd.grad((ours(2)(**inputs).double() * weight).sum(), inputs[name])
+    flat, step = inputs[name].detach().view(-1), 2e-2
+    for at in (0, flat.numel() // 2, flat.numel() - 1):
+        before, values = flat[at].item(), []
+        for sign in (1, -1):
+            flat[at] = before + sign * step
+            values.append((ours(2)(**inputs).detach().double() * weight).sum().item())
+        flat[at] = before
+        slope = (values[0] - values[1]) / (2 * step)
+        assert slope == pytest.approx(gradient.view(-1)[at].item(), rel=2e-2, abs=2e-3)
+
+
+@settings(derandomize=True, deadline=None, max_examples=8)
+@given(
+    b=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    n=st.integers(1, 20),
+    m=st.integers(0, 40),
+    shared=st.booleans(),
+    masked=st.booleans(),
+)
+def test_any_shape(b, heads, n, m, shared, masked):
+    check(case(b, heads, n, m, 32, shared=shared), heads, seen(b, m) if masked else None, factor=2)
+
+
+def bytes_of_launches(b, heads, n, m, d, shared):
+    inputs = case(b, heads, 1, 1, d, shared=shared, dtype=torch.bfloat16)
+    inputs = {
+        name: torch.empty((b, n if name == "q" else m, x.shape[2]) if x.ndim == 3 else x.shape, dtype=x.dtype)
+        for name, x in inputs.items()
+    }
+    inputs = {name: x.to("meta").requires_grad_() for name, x in inputs.items()}
+    with launch.record() as launches:
+        out = ours(heads)(**inputs)
+        out.backward(torch.empty_like(out))
+    tensors = {id(arg): arg for taken in launches for arg in taken.args if isinstance(arg, torch.Tensor)}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_is_linear_in_the_number_of_queries(shared):
+    n = 1024
+    for b in (1, 16):
+        once, twice = (bytes_of_launches(b, 8, size, size, 64, shared) for size in (n, 2 * n))
+        assert twice <= 2.05 * once
+        # q, k, v, out, their gradients, and what is in float32: statistics, and parts of the keys' gradients.
+        assert once < 8 * b * n * 8 * 64 * 2 + 64 * 2**20
+
+
+def arguments(**options):
+    inputs = case(2, 2, 5, 9, 32, **options)
+    return tuple(inputs[name] for name in NAMES)
+
+
+@pytest.mark.parametrize("shared, masked", [(False, True), (True, False)])
+def test_registration(shared, masked):
+    tensors = tuple(x.requires_grad_() for x in arguments(shared=shared))
+    mask = seen(2, 9) if masked else None
+    torch.library.opcheck(null_key_flash.null_key_flash, (*tensors, mask, 2))
+    out, lse = null_key_flash.null_key_flash(*tensors, mask, 2)
+    saved = (*(x.detach() for x in tensors), mask, out.detach(), lse.detach())
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            null_key_flash.null_key_flash_backward,
+            (torch.ones_like(out), *saved, 2, *needs),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(heads=1), "head widths 32, 64, 128, not 96"),
+        (dict(k=torch.zeros(2, 9, 96).half()), "several dtypes"),
+        (dict(q=torch.zeros(2, 5, 96).double()), "float64"),
+        (dict(bias=torch.zeros(2, 3, 5, 10)), "takes no bias"),
+    ],
+)
+def test_what_it_cannot_do_is_said(change, message):
+    inputs = {name: x.to(DEVICE) for name, x in case(2, 3, 5, 9, 32).items()}
+    if change.get("heads") == 1:
+        inputs |= {name: torch.zeros(96, device=DEVICE) for name in ("null_key", "null_value")}
+    change = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
+    with pytest.raises(ValueError, match=message):
+        null_key_attention(**{**inputs, "heads": 3, **change}, implementation="triton")
+
+
+def test_wide_heads_in_float32_are_refused():
+    with pytest.raises(ValueError, match="exceeds the registers"):
+        ours(1)(**case(1, 1, 2, 2, 128))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    heads, d = 8, 64
+    n = 2**31 // (heads * d) + 1000
+    inputs = case(1, heads, 1, 16, d, dtype=torch.bfloat16)
+    inputs["q"] = torch.zeros(1, n, heads * d, dtype=torch.bfloat16, device=DEVICE)
+    inputs["q"][:, -100:] = randn("q", 1, 100, heads * d, dtype=torch.bfloat16)
+    last = inputs | {"q": inputs["q"][:, -100:].double()}
+    out = ours(heads)(**inputs)[:, -100:]
+    assert_near(out, reference(heads)(**{k: x.double() for k, x in last.items()}), dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_memory_on_the_card():
+    inputs = case(1, 8, 16384, 16384, 64, shared=True, dtype=torch.bfloat16)
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = ours(8)(**inputs)
+    out.backward(torch.ones_like(out))
+    # The scores of all heads would be 4 GB.
+    assert torch.cuda.max_memory_allocated() - before < 2**28

@@ -1,0 +1,57 @@
+"""Trace whole U-Nets with the Triton choice forced, on meta tensors; run as a program without Triton's interpreter.
+
+Prints one line of JSON a U-Net: how often it was compiled, and the operators in the graphs.
+"""
+
+import json
+import sys
+
+import torch
+
+from minimagen_fast.kernels import use_implementation
+from minimagen_fast.Unet import Base, BaseTest, Super, SuperTest
+
+# As deep as the real ones, but narrow: what is traced depends on the structure.
+UNETS = {
+    "Base": (Base, {"dim": 16, "cond_dim": 32, "attend_at_middle": True}, 32),
+    "Super": (Super, {"dim": 16, "cond_dim": 32, "lowres_cond": True}, 64),
+    "BaseTest": (BaseTest, {}, 16),
+    "SuperTest": (SuperTest, {"lowres_cond": True}, 16),
+}
+
+
+def main(name: str) -> None:
+    make, arguments, side = UNETS[name]
+    unet = make(**arguments).to("meta").to(memory_format=torch.channels_last)
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return aot_eager(graph, example_inputs)
+
+    aot_eager = torch._dynamo.backends.registry.lookup_backend("aot_eager")
+    compiled = torch.compile(unet, fullgraph=True, backend=keep)
+    meta = {"device": "meta"}
+    with use_implementation("triton"):
+        for step in range(3):
+            # Timesteps are values in a tensor and, when a caller has them as numbers, new tensors every time.
+            condition = {
+                "text_embeds": torch.randn(2, 7, 512, **meta),
+                "text_mask": torch.ones(2, 7, dtype=torch.bool, **meta),
+            }
+            if unet.lowres_cond:
+                condition["lowres_cond_img"] = torch.randn(2, 3, side, side, **meta)
+                condition["lowres_noise_times"] = torch.full((2,), step, **meta)
+            x = torch.randn(2, 3, side, side, **meta).to(memory_format=torch.channels_last)
+            x.requires_grad_()
+            out = compiled(x, torch.full((2,), 900 - 100 * step, **meta), **condition)
+            assert out.shape == x.shape
+            (out * torch.randn(out.shape, **meta)).sum().backward()
+            assert x.grad.shape == x.shape
+            missing = [n for n, p in unet.named_parameters() if p.grad is None]
+            assert not missing, missing
+    print(json.dumps({"unet": name, "graphs": len(graphs), "operators": sorted(set().union(*graphs))}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent
 # Read as text: importing the package here would need it to be importable before it is built.
 VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "minimagen_fast" / "__init__.py").read_text(), re.M).group(1)
 
-# setuptools is what the packaging test builds with, without a network.
-TEST = ["hypothesis", "pytest>=8", "setuptools>=77", "wheel"]
+# setuptools is what the packaging test builds with, without a network; a short benchmark run is one of the tests.
+TEST = ["hypothesis", "matplotlib", "pytest>=8", "pytest-benchmark", "setuptools>=77", "wheel"]
 
 setup(
     name="minimagen_fast",

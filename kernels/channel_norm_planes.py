@@ -248,6 +248,9 @@ def _plan(x: torch.Tensor, most: int, per_thread: int) -> tuple[bool, int, int, 
     """For tiles of at most ``most`` elements: whether channels come block by block, programs, warps and tile sizes."""
     b, c, h, w = x.shape
     c_padded = launch.next_power_of_2(c)
+    if h * w % 16:
+        # Lines that are not aligned come value by value, and every value has an address of its own.
+        most //= 2
     if c_padded * MIN_PIXELS <= most:
         pixels = min(max(TILE // c_padded, 2 * MIN_PIXELS), MAX_PIXELS)
         pixels = pixels if c_padded * pixels <= most else MIN_PIXELS

@@ -266,7 +266,7 @@ def _apply_kernel(
 def reduction(operands: Operands) -> dict[str, int]:
     """Tile of the kernels that combine the chunks of a group."""
     block_c = min(launch.next_power_of_2(operands.group_width), 64)
-    return {"BLOCK_K": 2048 // max(block_c, 16), "BLOCK_C": block_c, "num_warps": 8}
+    return {"BLOCK_K": 2048 // max(block_c, 16), "BLOCK_C": block_c, "num_warps": 4}
 
 
 def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: float) -> None:

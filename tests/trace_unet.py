@@ -9,14 +9,12 @@ import sys
 import torch
 
 from minimagen_fast.kernels import use_implementation
-from minimagen_fast.Unet import Base, BaseTest, Super, SuperTest
+from minimagen_fast.Unet import Base, Super
 
 # As deep as the real ones, but narrow: what is traced depends on the structure.
 UNETS = {
     "Base": (Base, {"dim": 16, "cond_dim": 32, "attend_at_middle": True}, 32),
     "Super": (Super, {"dim": 16, "cond_dim": 32, "lowres_cond": True}, 64),
-    "BaseTest": (BaseTest, {}, 16),
-    "SuperTest": (SuperTest, {"lowres_cond": True}, 16),
 }
 
 

@@ -1,0 +1,448 @@
+"""The ahead-of-time table: every kernel as machine code for three generations of cards, without a card.
+
+``python -m benchmarks.aot`` compiles a representative part of the launches that the U-Nets Base, Super, BaseTest and
+SuperTest can make, and prints what became of each configuration as a Markdown table; ``--all`` compiles all of them,
+``--write`` keeps the table in benchmarks/results/aot.md. tests/test_aot.py holds the representative part to
+:func:`complaints`, and to the kept table.
+
+Launches are enumerated by running the operations forward and backward on meta tensors, see ``kernels.launch.record``:
+what they would launch on an A100, an H200 and a B200. Those of one kernel that Triton compiles alike are one
+configuration. Registers, stack and static shared memory are what ``cuobjdump`` finds in the machine code; widths of
+global accesses and tensor-core instructions are those in the PTX.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from minimagen_fast.kernels import launch
+from minimagen_fast.Unet import Base, BaseTest, Super, SuperTest
+
+from .kernel_cases import Case, unet_cases
+
+TABLE = Path(__file__).parent / "results" / "aot.md"
+TARGETS = {80: launch.A100, 90: launch.H200, 100: launch.B200}
+PROCESSES = 2
+UNETS = (Base, Super, BaseTest, SuperTest)
+DTYPES = (torch.bfloat16, torch.float32)
+FORMATS = (torch.channels_last, torch.contiguous_format)
+
+# Of one multiprocessor.
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
+# The system's own share of every block's.
+RESERVED_SHARED_MEMORY = 1024
+# A table's row may need that many times its recorded registers.
+REGISTER_SLACK = 1.10
+
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_GLOBAL = r"{}\.global(?:\.[A-Za-z_][\w:]*)*?(?:\.v(\d))?\.[busf](\d+)\b"
+_LOAD, _STORE = (re.compile(_GLOBAL.format(name)) for name in ("ld", "st"))
+_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global\S* \[[^]]*\], \[[^]]*\], (0x[\da-f]+|\d+)")
+# By what the machine code calls them.
+_PRODUCTS = {"wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCMMA", "mma.sync": "HMMA"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """What Triton compiles once: a kernel, specialised as its just-in-time compiler does it for a launch.
+
+    Attributes:
+        module: Where the kernel is defined.
+        kernel: Its name there.
+        signature: Its parameters' names and types.
+        constexprs: Values of those that are constants, by position.
+        aligned: Positions of numbers and addresses that are known to be multiples of 16.
+        num_warps: Warps of a program.
+        num_stages: Stages of its software pipeline.
+        capability: Compute capability as one number: 80, 90, 100.
+    """
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[tuple[int, ...], Any], ...]
+    aligned: tuple[tuple[int, ...], ...]
+    num_warps: int
+    num_stages: int
+    capability: int
+
+    @property
+    def config(self) -> str:
+        """All that sets it apart from other builds of the kernel, for people to read."""
+        constants = dict(self.constexprs)
+        types, names = [], []
+        for position, (name, kind) in enumerate(self.signature):
+            if kind != "constexpr":
+                known = (position,) in self.aligned or kind in ("fp32", "u1")
+                types.append(kind.removeprefix("*") + ("" if known else "?"))
+            elif name.isupper():
+                names.append(f"{name}={constants[(position,)]}")
+            else:
+                types.append(str(constants[(position,)]))
+        return f"{' '.join(types)}; {' '.join(names)}; {self.num_warps} warps, {self.num_stages} stages"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a build. Bytes but for registers (of a thread), warps and occupancy (share of the most warps)."""
+
+    kernel: str
+    config: str
+    target: str
+    registers: int
+    spill: int
+    shared: int
+    warps: int
+    occupancy: str
+    load: int
+    store: int
+    products: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.kernel, self.config, self.target
+
+
+def specialise(recorded: launch.Launch, capability: int) -> Build:
+    """The build that a launch needs on a card."""
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    kernel = recorded.kernel
+    options = {"num_warps": recorded.num_warps, "num_stages": recorded.num_stages}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(*recorded.args, **recorded.constexprs, **options)
+    keywords = {**recorded.constexprs, **options}
+    _, signature, constexprs, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
+    return Build(
+        kernel.fn.__module__,
+        kernel.fn.__qualname__,
+        tuple(signature.items()),
+        tuple(constexprs.items()),
+        tuple(position for position, attribute in attributes.items() if attribute),
+        recorded.num_warps,
+        recorded.num_stages,
+        capability,
+    )
+
+
+def compile_build(build: Build) -> Row:
+    """Compile, and read the result."""
+    kernel = getattr(importlib.import_module(build.module), build.kernel)
+    attributes = {position: [["tt.divisibility", 16]] for position in build.aligned}
+    compiled = triton.compile(
+        ASTSource(kernel, dict(build.signature), dict(build.constexprs), attributes),
+        target=GPUTarget("cuda", build.capability, 32),
+        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+    )
+    registers, stack, local, static = _resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    # On newer cards cuobjdump's number is the system's share.
+    shared += static if build.capability < 90 else 0
+    ptx = compiled.asm["ptx"]
+    copies = [int(size, 0) for size in _COPY.findall(ptx)] + [16] * ("cp.async.bulk" in ptx)
+    products = [name for instruction, name in _PRODUCTS.items() if instruction in ptx]
+    return Row(
+        f"{build.module.rpartition('.')[2]}.{build.kernel}",
+        build.config,
+        f"sm_{build.capability}",
+        registers,
+        stack + local,
+        shared,
+        build.num_warps,
+        f"{occupancy(build.capability, registers, shared, build.num_warps):.0%}",
+        max([*_widths(_LOAD, ptx), *copies], default=0),
+        max(_widths(_STORE, ptx), default=0),
+        " ".join(products) or "-",
+    )
+
+
+def compile_launch(recorded: launch.Launch, capability: int) -> Row:
+    """What a launch runs on a card."""
+    return compile_build(specialise(recorded, capability))
+
+
+def _resources(cubin: bytes) -> tuple[int, ...]:
+    """Registers, stack, local and static shared memory of the only kernel in a piece of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_BIN / "cuobjdump", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return tuple(int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL", "SHARED"))
+
+
+def _widths(access: re.Pattern, ptx: str) -> list[int]:
+    return [int(number or 1) * int(bits) // 8 for number, bits in access.findall(ptx)]
+
+
+def occupancy(capability: int, registers: int, shared: int, num_warps: int) -> float:
+    """Share of a multiprocessor's warps that programs of this size can fill."""
+    # Registers are given out in units of 256 to each warp.
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS // per_warp // num_warps
+    by_memory = SHARED_MEMORY[capability] // (shared + RESERVED_SHARED_MEMORY)
+    return min(by_registers, by_memory, BLOCKS, WARPS // num_warps) * num_warps / WARPS
+
+
+def launches(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, card: launch.Target):
+    """What a case launches on a card, backward included."""
+    with launch.record(card) as recorded:
+        for implementation in ("triton", *(case.libraries if dtype != torch.float32 else ())):
+            inputs = case.inputs("meta", dtype, memory_format, gradients=True)
+            out = case.run(inputs, implementation)
+            if case.gradients:
+                out.backward(torch.empty_like(out))
+    return recorded
+
+
+def enumerate_builds(
+    sides: Iterable[int],
+    batches: Iterable[int],
+    *,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    targets: Iterable[int] = TARGETS,
+) -> dict[Build, bool]:
+    """All builds for square images of these sizes, in batches of these sizes, each once, in a fixed order.
+
+    Each with whether 16-byte accesses are due: not if only the Test U-Nets need it, whose images have 8 channels, nor
+    for images of less than 8x8 pixels.
+    """
+    builds: dict[Build, bool] = {}
+    for side, batch, unet in itertools.product(sides, batches, UNETS):
+        for case in {case.name: case for case in unet_cases(unet, side, batch)}.values():
+            first, *_ = case.inputs("meta", torch.float32).values()
+            formats = FORMATS if case.images else FORMATS[:1]
+            for dtype, memory_format, capability in itertools.product(dtypes, formats, targets):
+                wide = unet in (Base, Super) and (not case.images or first.shape[2:].numel() >= 64)
+                for recorded in launches(case, dtype, memory_format, TARGETS[capability]):
+                    build = specialise(recorded, capability)
+                    builds[build] = builds.get(build, False) or wide
+    return builds
+
+
+def compile_builds(builds: Iterable[Build], processes: int = PROCESSES) -> Iterator[Row]:
+    """Compile them side by side, in their order."""
+    # Compilers and torch have threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(compile_build, builds, chunksize=4)
+
+
+def representatives(builds: dict[Build, bool], each: int = 2) -> list[Build]:
+    """Of every kernel, dtype and target, those of the smallest tiles and of the largest, ``each`` in all.
+
+    Once among the builds where 16-byte accesses are due, and once among the others.
+    """
+    kinds: dict[tuple, list[Build]] = {}
+    for build, wide in builds.items():
+        kind = (build.module, build.kernel, build.capability, build.signature[0][1], wide)
+        kinds.setdefault(kind, []).append(build)
+    chosen = []
+    for kind in kinds.values():
+        kind.sort(key=lambda build: (_volume(build), build.num_warps, build.config))
+        last, number = len(kind) - 1, min(each, len(kind))
+        chosen += [kind[round(i * last / max(number - 1, 1))] for i in range(number)]
+    return chosen
+
+
+def _volume(build: Build) -> int:
+    """Elements of a tile per thread, up to a factor that is the same for all builds of a kernel."""
+    volume = 1
+    for position, value in build.constexprs:
+        if build.signature[position[0]][0].isupper() and type(value) is int and value > 0:
+            volume *= value
+    return volume // build.num_warps
+
+
+# Kernels whose loads or stores are of vectors and partial sums: a small part of what their operation moves.
+_NARROW: dict[str, tuple[str, ...]] = {
+    "group_norm_silu._parameter_gradients_kernel": ("load", "store"),
+    "group_norm_split._moments_kernel": ("store",),
+    "group_norm_split._statistics_kernel": ("load", "store"),
+    "group_norm_split_backward._sums_kernel": ("store",),
+    "group_norm_split_backward._totals_kernel": ("load", "store"),
+    "row_norm._sum_kernel": ("store",),
+}
+_ATTENTION = "null_key_flash."
+
+
+def complaints(row: Row, *, wide: bool = True) -> list[str]:
+    """What is wrong with the machine code; ``wide`` if it should have 16-byte accesses."""
+    wrong = []
+    limit = TARGETS[int(row.target.removeprefix("sm_"))].shared_memory
+    if row.spill:
+        wrong.append(f"spills {row.spill} bytes a thread")
+    if row.shared > limit:
+        wrong.append(f"needs {row.shared} bytes of shared memory, the card has {limit}")
+    for what in ("load", "store"):
+        if wide and getattr(row, what) < 16 and what not in _NARROW.get(row.kernel, ()):
+            wrong.append(f"its widest {what} is of {getattr(row, what)} bytes, not of 16")
+    if row.kernel.startswith(_ATTENTION) and row.config.startswith("bf16"):
+        if row.products == "-":
+            wrong.append("has no tensor-core instruction")
+        elif row.target == "sm_90" and "HGMMA" not in row.products:
+            wrong.append(f"multiplies with {row.products}, not with HGMMA")
+    return wrong
+
+
+def regressions(row: Row, recorded: dict[tuple[str, str, str], Row]) -> list[str]:
+    """In what a row is worse than its row of the kept table."""
+    before = recorded.get(row.key)
+    if before is None:
+        return ["is not in the table"]
+    wrong = []
+    if row.registers > before.registers * REGISTER_SLACK:
+        wrong.append(f"needs {row.registers} registers, {before.registers} in the table")
+    for what in ("spill", "shared"):
+        if getattr(row, what) > getattr(before, what):
+            wrong.append(f"{what} {getattr(row, what)} bytes, {getattr(before, what)} in the table")
+    return wrong
+
+
+_COLUMNS = {
+    "kernel": "kernel",
+    "config": "configuration",
+    "target": "target",
+    "registers": "registers",
+    "spill": "spill",
+    "shared": "shared memory",
+    "warps": "warps",
+    "occupancy": "occupancy",
+    "load": "widest load",
+    "store": "widest store",
+    "products": "products",
+}
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown, which :func:`parse` reads."""
+    lines = [f"| {' | '.join(_COLUMNS.values())} |", "|" + "---|" * len(_COLUMNS)]
+    lines += [f"| {' | '.join(str(getattr(row, name)) for name in _COLUMNS)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def parse(text: str) -> dict[tuple[str, str, str], Row]:
+    """The rows of :func:`table` in a text, by their keys."""
+    rows = {}
+    kinds = {entry.name: entry.type for entry in dataclasses.fields(Row)}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if len(cells) == len(_COLUMNS) and cells != list(_COLUMNS.values()):
+            values = {k: int(v) if kinds[k] is int else v for k, v in zip(_COLUMNS, cells, strict=True)}
+            row = Row(**values)
+            rows[row.key] = row
+    return rows
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """Markdown: the worst of every kernel and target."""
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault((row.kernel, row.target), []).append(row)
+    lines = [
+        "| kernel | target | configurations | registers | spill | shared memory | occupancy | widest load"
+        " | widest store | products |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for (kernel, target), group in kinds.items():
+        most = {name: max(getattr(row, name) for row in group) for name in ("registers", "spill", "shared")}
+        least = {name: min(getattr(row, name) for row in group) for name in ("load", "store")}
+        products = sorted({row.products for row in group})
+        lowest = min((row.occupancy for row in group), key=lambda share: int(share.rstrip("%")))
+        cells = kernel, target, len(group), *most.values(), lowest, *least.values(), ", ".join(products)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _versions() -> str:
+    return f"triton {triton.__version__}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 1 if there are complaints."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="all configurations: an hour or so on two cores")
+    parser.add_argument("--write", action="store_true", help=f"keep the tables in benchmarks/results/{TABLE.name}")
+    options = parser.parse_args(arguments)
+    if launch.INTERPRETED:
+        parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
+        return _run(options.all, options.write)
+
+
+def _run(everything: bool, write: bool) -> int:
+    builds = enumerate_builds(*(ALL_SIZES if everything else SOME_SIZES))
+    chosen = representatives(enumerate_builds(*SOME_SIZES) if everything else builds)
+    compiled = list(builds) if everything else chosen
+    print(f"{len(compiled)} of {len(builds)} configurations", file=sys.stderr)
+    recorded_text = TABLE.read_text() if TABLE.exists() else ""
+    # Another compiler makes other code: then there is nothing to compare with.
+    recorded = parse(recorded_text) if _versions() in recorded_text and not write else None
+    rows, wrong = {}, False
+    for build, row in zip(compiled, compile_builds(compiled), strict=True):
+        rows[build] = row
+        found = complaints(row, wide=builds[build])
+        if recorded is not None and build in chosen:
+            found += regressions(row, recorded)
+        for complaint in found:
+            wrong = True
+            print(f"{row.kernel} ({row.config}) on {row.target} {complaint}", file=sys.stderr)
+    if wrong and recorded is not None:
+        print("To take this into the table on purpose: python -m benchmarks.aot --write", file=sys.stderr)
+    overview = summary(rows.values())
+    details = table(rows[build] for build in chosen)
+    print(f"{overview}\n{details}")
+    if write:
+        extent = "all" if everything else f"{len(rows)} representative ones of {len(builds)}"
+        TABLE.write_text(_HEAD.format(versions=_versions(), extent=extent, overview=overview, details=details))
+    return int(wrong)
+
+
+# Sides of images in pixels, and batch sizes.
+ALL_SIZES = tuple(2**i for i in range(3, 11)), tuple(2**i for i in range(9))
+SOME_SIZES = (16, 64, 256), (2, 16)
+
+_HEAD = """# Machine code of the kernels
+
+Written by `python -m benchmarks.aot --write` with {versions}, no card needed: what the kernels compile to for an A100
+(sm_80), an H200 (sm_90) and a B200 (sm_100), in bfloat16 and float32, NCHW and channels_last. Registers and spills are
+those of a thread (spills in bytes), shared memory in bytes of a program, occupancy the share of a multiprocessor's
+warps that programs of this kind can fill. The widest global loads and stores are in bytes; narrow ones are those of the
+Test U-Nets, which have 8 channels, of images of a few pixels, and of kernels that sum up vectors. Products: HGMMA,
+UTCMMA and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
+
+## The worst of every kernel
+
+Configurations compiled: {extent}.
+
+{overview}
+## Representative configurations
+
+A configuration is the types of the arguments (addresses and numbers; `?` after those that are not known to be multiples
+of 16, a value or None for a constant), the constants by name, and the size of a program. The tests compile these, and
+fail if one gets worse.
+
+{details}"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

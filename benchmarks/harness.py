@@ -1,0 +1,245 @@
+"""One case from beginning to end: prepare, check, time, count, record."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .ceilings import ceilings
+from .floors import Floor, floor_of
+from .machine import cache_bytes
+from .measure import Clock, Subject, Timer, launches, peak_bytes, settle
+from .profiles import Profile
+from .results import Identity, Record, ResultFile
+
+# The timer that the tests give to pytest-benchmark: it stands still but for the samples that are taken here.
+CLOCK = Clock()
+# From here on one call more only to see how long it takes is too much.
+STEADY_SECONDS = 0.5
+
+
+class Unavailable(Exception):
+    """A case cannot be measured here; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a case is prepared for.
+
+    Attributes:
+        device: Where to measure.
+        profile: How much.
+        ceilings: What the device can do at best, see :func:`.ceilings.ceilings`.
+        cache_bytes: Size of its last cache, past which inputs are rotated; 0 if they are not.
+        scratch: A folder for what cases keep, empty at the start of the run.
+    """
+
+    device: torch.device
+    profile: Profile
+    ceilings: dict[str, Any]
+    cache_bytes: int
+    scratch: Path
+
+    @classmethod
+    def of(cls, device: torch.device, profile: Profile, scratch: Path) -> "Context":
+        """Measure the ceilings of a device."""
+        sizes = dict(copy_mib=profile.copy_mib, matrix_side=profile.matrix_side)
+        return cls(device, profile, ceilings(device, **sizes), cache_bytes(device) if profile.rotate else 0, scratch)
+
+    def floor(self, function: Callable[[], Any]) -> Floor:
+        """See :func:`.floors.floor_of`."""
+        return floor_of(function, self.ceilings)
+
+
+@dataclass
+class Prepared:
+    """A case that is ready to be checked and timed.
+
+    Attributes:
+        subject: What is timed: called with the number of a set of inputs.
+        wrong: Says what is wrong with the result of the subject's first call, None if nothing is.
+        copies: How many sets of inputs there are.
+        steady: Whether the subject's first call, if it is a long one, takes about as long as any other.
+        sample: Takes a sample by itself instead of a :class:`.measure.Timer`; then there is no first call for
+            ``wrong``, which gets None.
+        rounds: How many samples then.
+        memory: Whether to count memory (and launches, if ``count_launches``), which takes further calls.
+        count_launches: Whether to count what is started on the device.
+        bytes: See :class:`.results.Record`, and so the others.
+        flops: As there.
+        floor: As there.
+        extra: As there.
+        more: Called with the samples at the end, for what can only be said then; gives more for ``extra``.
+    """
+
+    subject: Subject | None
+    wrong: Callable[[Any], str | None]
+    copies: int = 1
+    steady: bool = False
+    sample: Callable[[], float] | None = None
+    rounds: int = 1
+    memory: bool = True
+    count_launches: bool = False
+    bytes: int | None = None
+    flops: int | None = None
+    floor: Floor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    more: Callable[[Sequence[float]], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A case to be measured.
+
+    Attributes:
+        identity: Which.
+        prepare: Makes it ready; raises :class:`Unavailable` if it cannot be.
+        priority: Cases with small numbers come first, so that a run that is stopped has told the most.
+        seconds: How long it takes, about, where that is long: it is not begun with less time left.
+    """
+
+    identity: Identity
+    prepare: Callable[[Context], Prepared]
+    priority: int = 0
+    seconds: float = 0.0
+
+
+class Harness:
+    """Measures cases one after the other and writes each down.
+
+    Args:
+        context: Device, profile and ceilings.
+        results: Where to write.
+        started: When the run began, in seconds of ``time.monotonic()``.
+
+    Attributes:
+        last_summary: A line on the case before.
+    """
+
+    def __init__(self, context: Context, results: ResultFile, started: float):
+        self.context = context
+        self.results = results
+        self.last_summary = ""
+        self._started = started
+
+    def run(self, plan: Plan, benchmark) -> Record:
+        """Measure one case with pytest-benchmark's fixture.
+
+        The test fails where parity does or something goes wrong, and is skipped where a case cannot be measured. In
+        every case there is a record, but for an interruption.
+        """
+        record = Record(plan.identity)
+        try:
+            self._measure(plan, record, benchmark)
+        except Unavailable as reason:
+            record.status, record.reason = "unavailable", str(reason)
+        except torch.OutOfMemoryError as error:
+            record.status, record.reason = "unavailable", f"out of memory: {_first_line(error)}"
+        except Exception as error:
+            record.status, record.reason = "error", f"{type(error).__name__}: {_first_line(error)}"
+            raise
+        finally:
+            if record.samples or record.status != "ok":
+                self.results.add(record, self.seconds)
+                self.last_summary = summary(record)
+            settle(self.context.device)
+        if record.status == "unavailable":
+            pytest.skip(record.reason)
+        if record.status == "parity_failed":
+            pytest.fail(f"not timed: {record.reason}", pytrace=False)
+        return record
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run began."""
+        return time.monotonic() - self._started
+
+    def _measure(self, plan: Plan, record: Record, benchmark) -> None:
+        context, profile = self.context, self.context.profile
+        if self.seconds + plan.seconds > profile.seconds:
+            left = f", but for less than the {plan.seconds:.0f} s that it may take" if plan.seconds else ""
+            raise Unavailable(f"the {profile.seconds:.0f} s of profile {profile.name} were used up{left}")
+        if plan.identity.graph and context.device.type != "cuda":
+            raise Unavailable("CUDA graphs need a CUDA device")
+        with ExitStack() as stack:
+            if context.device.type == "cuda":
+                # What autograd recorded on one stream it also runs there, and the default one cannot be captured.
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(context.device)))
+            prepared = plan.prepare(context)
+            record.extra = prepared.extra
+            self._check(prepared, record)
+            if record.status != "ok":
+                return
+            settle(context.device)
+            samples = self._samples(plan, prepared, record, benchmark)
+            self._describe(prepared, record)
+            if prepared.more:
+                record.extra.update(prepared.more(samples))
+            record.samples = samples
+
+    def _check(self, prepared: Prepared, record: Record) -> None:
+        result = None
+        if prepared.sample is None:
+            started = time.perf_counter()
+            result = prepared.subject(0)
+            if self.context.device.type == "cuda":
+                torch.cuda.synchronize(self.context.device)
+            record.extra["first_call_seconds"] = time.perf_counter() - started
+        record.reason = prepared.wrong(result)
+        if record.reason:
+            record.status = "parity_failed"
+
+    def _samples(self, plan: Plan, prepared: Prepared, record: Record, benchmark) -> list[float]:
+        profile = self.context.profile
+        sample, rounds = prepared.sample, prepared.rounds
+        if sample is None:
+            first = record.extra["first_call_seconds"]
+            known = first if prepared.steady and first > STEADY_SECONDS else None
+            timer = Timer(
+                prepared.subject,
+                self.context.device,
+                copies=prepared.copies,
+                graph=plan.identity.graph,
+                call_seconds=known,
+            )
+            sample, rounds = timer.sample, timer.rounds(profile.case_seconds, profile.min_rounds, profile.max_rounds)
+        benchmark.group = "/".join(plan.identity.id.split("/")[:-1])
+        benchmark.pedantic(lambda: CLOCK.advance(sample()), rounds=rounds)
+        return list(benchmark.stats.stats.data)
+
+    def _describe(self, prepared: Prepared, record: Record) -> None:
+        record.bytes, record.flops = prepared.bytes, prepared.flops
+        if prepared.floor:
+            record.floor_seconds, record.floor_by_family = prepared.floor.seconds, prepared.floor.by_family
+        if prepared.memory and prepared.subject:
+            record.peak_bytes = peak_bytes(prepared.subject, self.context.device)
+            if prepared.count_launches:
+                record.launches = launches(prepared.subject, self.context.device)
+
+
+def summary(record: Record) -> str:
+    """One line on a record, for whoever watches."""
+    if record.status != "ok":
+        return f"{record.identity.id}: {record.status}: {record.reason}"
+    values = record.as_dict()["seconds"]
+    line = f"{record.identity.id}: {_readable(values['median'])}"
+    line += f" [{_readable(values['q1'])} to {_readable(values['q3'])}]"
+    if record.floor_seconds:
+        line += f", {values['median'] / record.floor_seconds:.3g} x floor"
+    return line
+
+
+def _readable(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

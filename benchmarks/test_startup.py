@@ -1,0 +1,90 @@
+"""What one waits for before the first result: imports, and compiling; each in a process of its own."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from .denoisers import COMPILE_SECONDS
+from .harness import CLOCK, Context, Plan, Prepared
+from .machine import ROOT
+from .results import Identity
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+
+IMPORTS = {"torch": "import torch", "ours": "from minimagen_fast.Imagen import Imagen"}
+# The first call of a network in a fresh process, the time of which it prints.
+FIRST_STEP = """
+import sys, time, torch
+from benchmarks.denoisers import NETWORKS, OURS_BF16, OURS_COMPILED
+network, device = NETWORKS[sys.argv[1]], torch.device(sys.argv[3])
+variant = {"eager": OURS_BF16, "compiled": OURS_COMPILED}[sys.argv[2]]
+module, inputs = variant.module(network, device), network.inputs(2, device)
+started = time.perf_counter()
+with torch.no_grad(), variant.active(device):
+    variant.compiled(module)(**inputs).float().sum().item()
+print(time.perf_counter() - started)
+"""
+IMPORT_ROUNDS = {"smoke": 1}
+TIMEOUT = 600
+
+
+def plans(profile: str, device: torch.device) -> Iterator[Plan]:
+    for variant in IMPORTS:
+        identity = Identity("startup", "import", None, "process", "float32", variant)
+        yield Plan(identity, functools.partial(_prepare_import, variant), 2)
+    if profile == "smoke":
+        return
+    name = "laptop-base@64" if device.type == "cuda" else "tiny-base@16"
+    for variant in ("eager", "compiled-cold", "compiled-warm"):
+        identity = Identity("startup", "first-step", "forward", name, "float32", variant)
+        seconds = COMPILE_SECONDS[device.type] if variant != "eager" else 0.0
+        yield Plan(identity, functools.partial(_prepare_first_step, name, variant), 4, seconds)
+
+
+def _prepare_import(variant: str, context: Context) -> Prepared:
+    code = f"import time; started = time.perf_counter(); {IMPORTS[variant]}; print(time.perf_counter() - started)"
+    # Once before: the files are in the system's cache then, and their bytecode is compiled.
+    _seconds(code)
+    return Prepared(
+        None, lambda _: None, sample=lambda: _seconds(code), rounds=IMPORT_ROUNDS.get(context.profile.name, 5)
+    )
+
+
+def _prepare_first_step(name: str, variant: str, context: Context) -> Prepared:
+    kind, _, cache = variant.partition("-")
+    # What compiling leaves is what a warm start finds: one folder for both.
+    folder = context.scratch / f"compiled-{name}"
+
+    def sample() -> float:
+        return _seconds(FIRST_STEP, name, kind, context.device.type, cache=folder if cache else None)
+
+    def wrong(_: None) -> str | None:
+        if cache == "warm" and not folder.exists():
+            sample()
+        return "something was compiled before" if cache == "cold" and folder.exists() else None
+
+    return Prepared(None, wrong, sample=sample, extra={"network": name, "compile_cache": cache or "not used"})
+
+
+def _seconds(code: str, *words: str, cache: Path | None = None) -> float:
+    """What a program prints last: seconds. ``cache`` is where compilers keep what they made."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if cache is not None:
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the process ended with status {done.returncode}: {last}")
+    return float(done.stdout.split()[-1])
+
+
+def test_startup(plan, harness, benchmark):
+    harness.run(plan, benchmark)

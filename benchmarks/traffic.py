@@ -1,0 +1,253 @@
+"""The traffic table: what the kernels load and store, counted access by access, without a card.
+
+``python -m benchmarks.traffic`` runs the small cases of :mod:`.kernel_cases`, forward and backward, in Triton's
+interpreter, which executes every load and store of every program, and prints a Markdown table; ``--write`` keeps it in
+benchmarks/results/traffic.md. tests/test_traffic.py holds every row to its floor's limit.
+
+Counted are the bytes of all elements that a load or store touches: those that its mask leaves out are not. What
+several programs or loop turns read again counts again, be it in a cache or not, and partial sums on their way from one
+kernel to the next count as well. "Distinct" counts an address once a launch: less than the bytes means that a kernel
+reads something again. Copies and sums that an operation leaves to torch are not seen.
+
+Kernels are launched as on an H200, but for the row norms: as on a card with a sixteenth of its multiprocessors. Each
+of their programs reads the gain once and then takes tile after tile, so that the share of the gain depends on how many
+tiles there are for each multiprocessor: what an image is to this card, sixteen are to an H200.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+# Before the first import of Triton.
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+from minimagen_fast.kernels import launch
+
+from .kernel_cases import CASES, LIMIT, Case, Floor
+
+TABLE = Path(__file__).parent / "results" / "traffic.md"
+# Of what an H200 has, the share that stands in for it, by operation.
+SHARES = {"layer_norm": 16, "channel_layer_norm": 16}
+# Elements of a page of addresses.
+PAGE = 2**18
+# Images in half precision and parameters in float32, so that parameters weigh most.
+DTYPE = torch.float16
+FORMATS = {torch.channels_last: "NHWC", torch.contiguous_format: "NCHW"}
+
+
+@dataclass
+class Traffic:
+    """What one launch of a kernel loads and stores.
+
+    Attributes:
+        kernel: Its name.
+        loaded: Bytes loaded, re-reads included.
+        stored: Bytes stored.
+    """
+
+    kernel: str
+    loaded: int = 0
+    stored: int = 0
+    # By kind, size of the elements and page: which of the page's elements were touched.
+    _touched: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def bytes(self) -> int:
+        return self.loaded + self.stored
+
+    @property
+    def distinct(self) -> int:
+        """Bytes at different addresses, loads and stores each for themselves."""
+        return sum(size * int(np.count_nonzero(touched)) for (_, size, _), touched in self._touched.items())
+
+    def add(self, kind: str, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
+        """Count one load or store of a program."""
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        setattr(self, kind, getattr(self, kind) + size * addresses.size)
+        elements = addresses.ravel() // size
+        pages = elements // PAGE
+        for page in np.unique(pages):
+            touched = self._touched.setdefault((kind, size, int(page)), np.zeros(PAGE, bool))
+            touched[elements[pages == page] - page * PAGE] = True
+
+
+@contextmanager
+def count() -> Iterator[list[Traffic]]:
+    """Count what the kernels launched in this block load and store, in the list this gives: an entry per launch."""
+    assert launch.INTERPRETED, "loads and stores can be counted only in Triton's interpreter"
+    counted: list[Traffic] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, start = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    # All other kinds of loads and stores end in these two.
+    def counting_load(self, pointers, mask, *rest):
+        counted[-1].add("loaded", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        counted[-1].add("stored", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def counting_start(self, *args, **kwargs):
+        counted.append(Traffic(self.fn.__name__))
+        return start(self, *args, **kwargs)
+
+    def refuse(self, *args):
+        raise NotImplementedError("atomic operations are not counted")
+
+    replaced = {
+        "create_masked_load": counting_load,
+        "create_masked_store": counting_store,
+        "create_atomic_rmw": refuse,
+        "create_atomic_cas": refuse,
+    }
+    with mock.patch.multiple(builder, **replaced), mock.patch.object(executor, "__call__", counting_start):
+        yield counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an operation moves, all its launches together, in bytes."""
+
+    operation: str
+    direction: str
+    shape: str
+    memory_format: str
+    launches: int
+    floor: int
+    moved: int
+    distinct: int
+    rule: Floor
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation} {self.direction} {self.shape} {self.memory_format}"
+
+    @property
+    def complaints(self) -> list[str]:
+        if not self.moved:
+            return ["moves nothing: it launches no kernel"]
+        limits = {"moved": self.rule.limit, "distinct": self.rule.distinct}
+        return [
+            f"{what} {getattr(self, what) / self.floor:.3f} times its floor ({self.rule}), allowed are {limit}"
+            for what, limit in limits.items()
+            if limit is not None and getattr(self, what) > limit * self.floor
+        ]
+
+
+def measure(case: Case, memory_format: torch.memory_format = torch.contiguous_format) -> list[Row]:
+    """Run a case forward and, if it has gradients, backward, and count."""
+    card = replace(launch.H200, multiprocessors=launch.H200.multiprocessors // SHARES.get(case.operation, 1))
+    with mock.patch.object(launch, "_stand_in", card):
+        return _measure(case, memory_format)
+
+
+def _measure(case: Case, memory_format: torch.memory_format) -> list[Row]:
+    inputs = case.inputs("cpu", DTYPE, memory_format, gradients=True)
+    with count() as forward:
+        out = case.run(inputs, implementation="triton")
+    rows = [_row(case, "forward", memory_format, forward, inputs, out)]
+    if case.backward is not None:
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        gradient = gradient.contiguous(memory_format=memory_format if out.ndim == 4 else torch.contiguous_format)
+        with count() as backward:
+            out.backward(gradient)
+        rows.append(_row(case, "backward", memory_format, backward, inputs, out))
+    return rows
+
+
+def _row(
+    case: Case,
+    direction: str,
+    memory_format: torch.memory_format,
+    counted: list[Traffic],
+    inputs: dict[str, Any],
+    out: Any,
+) -> Row:
+    floor = case.floor(direction, memory_format)
+    return Row(
+        case.operation,
+        direction,
+        case.shape,
+        format_name(case, memory_format),
+        len(counted),
+        floor.bytes(inputs, out),
+        sum(launch.bytes for launch in counted),
+        sum(launch.distinct for launch in counted),
+        floor,
+    )
+
+
+def runs(cases: Iterable[Case]) -> Iterator[tuple[Case, torch.memory_format]]:
+    """All of them, those with images in both memory formats."""
+    for case in cases:
+        for memory_format in FORMATS if case.images else [torch.contiguous_format]:
+            yield case, memory_format
+
+
+def format_name(case: Case, memory_format: torch.memory_format) -> str:
+    """As it stands in the table."""
+    return FORMATS[memory_format] if case.images else "-"
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| operation | | shape | format | launches | floor, bytes | moved / floor | distinct / floor | limits | rule |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        moved, distinct = row.moved / row.floor, row.distinct / row.floor
+        words = row.operation, row.direction, row.shape, row.memory_format, row.launches, f"{row.floor:,}"
+        ratios = f"{moved:.3f}", f"{distinct:.3f}", f"{row.rule.limit or '-'}, {row.rule.distinct}"
+        lines.append(f"| {' | '.join(map(str, (*words, *ratios, row.rule)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 1 if a row is above its limit."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"keep the table in benchmarks/results/{TABLE.name}")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="only cases whose name starts so")
+    options = parser.parse_args(arguments)
+    if options.write and options.cases:
+        parser.error("--write keeps the whole table: name no cases")
+    names = tuple(options.cases) or ("",)
+    rows = []
+    for run in runs(case for case in CASES.values() if case.small and case.name.startswith(names)):
+        for row in measure(*run):
+            rows.append(row)
+            print(f"{row.name}: {row.moved / row.floor:.3f} x floor", *row.complaints, file=sys.stderr)
+    text = table(rows)
+    print(text)
+    if options.write:
+        TABLE.write_text(_HEAD + text)
+    return int(any(row.complaints for row in rows))
+
+
+_HEAD = f"""# Memory traffic of the kernels
+
+Written by `python -m benchmarks.traffic --write`, no card needed: bytes that the kernels load and store, counted in
+Triton's interpreter, over the floor of the operation. Images and tokens are float16, parameters float32. "Moved" counts
+every access, partial sums between kernels included; "distinct" counts an address once in a launch. The limit is {LIMIT}
+times the floor for both, but for what stands in the table; attention has none for what it moves, since every block of
+queries reads all keys again. Kernels are launched as on an
+H200; the row norms as on a sixteenth of one, to which an image is what sixteen are to the whole card.
+
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

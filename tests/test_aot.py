@@ -1,0 +1,142 @@
+"""The kernels as machine code for three generations of cards: no spills, wide accesses, tensor cores, no step back."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import aot
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ROW = aot.Row("row_norm._forward_kernel", "fp32 None", "sm_90", 100, 0, 2048, 8, "25%", 16, 16, "-")
+
+
+def run(*words: str, timeout: int) -> subprocess.CompletedProcess:
+    # What is compiled are the functions of triton.jit, not those of its interpreter.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def changed(**values) -> aot.Row:
+    return dataclasses.replace(ROW, **values)
+
+
+def test_a_sound_row_has_no_complaints():
+    assert aot.complaints(ROW) == []
+    assert aot.regressions(ROW, {ROW.key: ROW}) == []
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        (changed(spill=8), "spills 8 bytes"),
+        (changed(shared=232_449), "of shared memory"),
+        (changed(load=8), "widest load is of 8 bytes"),
+        (changed(store=4), "widest store is of 4 bytes"),
+        (changed(kernel="null_key_flash._forward", config="bf16 bf16"), "no tensor-core instruction"),
+        (changed(kernel="null_key_flash._forward", config="bf16 bf16", products="HMMA"), "not with HGMMA"),
+    ],
+)
+def test_what_is_wrong_with_machine_code_is_said(row, complaint):
+    (said,) = aot.complaints(row)
+    assert complaint in said
+
+
+def test_narrow_accesses_are_fine_where_no_wide_ones_are_due():
+    assert aot.complaints(changed(load=2, store=2), wide=False) == []
+    # Partial sums are a small part of what the operation moves.
+    assert aot.complaints(changed(kernel="row_norm._sum_kernel", store=4)) == []
+
+
+def test_the_a100_has_less_shared_memory():
+    assert aot.complaints(changed(shared=200_000)) == []
+    assert aot.complaints(changed(shared=200_000, target="sm_80"))
+
+
+@pytest.mark.parametrize(
+    "row, regression",
+    [
+        (changed(registers=111), "needs 111 registers, 100 in the table"),
+        (changed(spill=4), "spill 4 bytes, 0 in the table"),
+        (changed(shared=2049), "shared 2049 bytes, 2048 in the table"),
+        (changed(config="fp32 fp32"), "not in the table"),
+    ],
+)
+def test_a_step_back_is_said(row, regression):
+    (said,) = aot.regressions(row, {ROW.key: ROW})
+    assert regression in said
+    assert aot.regressions(changed(registers=110), {ROW.key: ROW}) == []
+
+
+def test_the_table_is_read_back():
+    rows = [ROW, changed(target="sm_80", products="HMMA")]
+    assert list(aot.parse(aot.summary(rows) + aot.table(rows)).values()) == rows
+
+
+def test_occupancy():
+    # 128 registers for each of 256 threads: two programs. One of 512 threads with 255 each does not fit twice either.
+    assert aot.occupancy(90, 128, 0, 8) == 0.25
+    assert aot.occupancy(90, 255, 0, 8) == 0.125
+    # 32 programs of one warp, however few registers; memory for two programs, for one on the older card.
+    assert aot.occupancy(90, 16, 0, 1) == 0.5
+    assert aot.occupancy(90, 32, 110_000, 4) == 0.125
+    assert aot.occupancy(80, 32, 110_000, 4) == 0.0625
+
+
+def test_the_kept_table_is_of_sound_kernels():
+    rows = aot.parse(aot.TABLE.read_text())
+    assert {row.target for row in rows.values()} == {"sm_80", "sm_90", "sm_100"}
+    modules = {row.kernel.split(".")[0] for row in rows.values()}
+    assert {"group_norm_split", "null_key_flash", "diffusion", "sampling_kernels", "row_norm"} <= modules
+    assert not [row for row in rows.values() if aot.complaints(row, wide=False)]
+
+
+@pytest.mark.slow
+def test_bad_kernels_are_found_out():
+    done = run("tests/aot_kernels.py", "kernels", timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 15 and all(result["table"] for result in found.values())
+    for target in ("sm_80", "sm_90", "sm_100"):
+        assert found[f"__main__.good {target}"]["complaints"] == []
+        assert found[f"__main__.good {target}"]["widths"] == [16, 16]
+        assert any("spills" in said for said in found[f"__main__.spilling {target}"]["complaints"])
+        assert any("widest store" in said for said in found[f"__main__.strided {target}"]["complaints"])
+        # The address of the second element of a tensor is no multiple of 16.
+        assert found[f"__main__.good {target} unaligned"]["widths"] == [2, 2]
+    products = {target: found[f"__main__.product {target}"]["products"] for target in ("sm_80", "sm_90", "sm_100")}
+    assert products == {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, side, arguments",
+    [
+        ("Base", 16, {}),
+        ("Super", 32, {"lowres_cond": True}),
+        ("BaseTest", 16, {}),
+        ("SuperTest", 16, {"lowres_cond": True}),
+    ],
+)
+def test_what_a_whole_unet_launches_is_enumerated(name, side, arguments):
+    done = run("tests/aot_kernels.py", "unet", name, str(side), json.dumps(arguments), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["needed"] > 10
+    assert result["missing"] == []
+
+
+@pytest.mark.slow
+def test_representative_configurations_compile_and_are_no_worse_than_recorded():
+    done = run("-m", "benchmarks.aot", timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]

@@ -1,0 +1,378 @@
+"""The benchmark suite: that its smoke profile runs, and that what it says can be trusted."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import kernel_cases, test_kernels
+from benchmarks.floors import count_flops, floor_of
+from benchmarks.harness import CLOCK, Context, Harness, Plan, Prepared, Unavailable
+from benchmarks.measure import MAX_COPIES, Timer, copies_needed, launches, peak_bytes
+from benchmarks.parity import difference, relative_distance
+from benchmarks.profiles import PROFILES
+from benchmarks.results import SECTIONS, STATUSES, Identity, Record, ResultFile, spread
+from minimagen_fast.kernels.group_norm_silu import group_norm_silu
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+# Round numbers: a byte takes a second, and so do ten FLOPs.
+CEILINGS = {"copy_bytes_per_second": 1.0, "flops_per_second": {"float32": 10.0, "bfloat16": 100.0}}
+IDENTITY = Identity("kernels", "op", "forward", "b1", "float32", "ours")
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    """The smoke profile in a process of its own, in which kernels do not run in Triton's interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--profile", "smoke", "--results", str(folder), *words]
+    return subprocess.Popen(
+        [*command, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def result_in(folder: Path) -> dict:
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_the_smoke_profile_runs_and_leaves_a_complete_result(tmp_path):
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    result = result_in(tmp_path)
+    assert (result["schema"], result["profile"], result["complete"]) == (1, "smoke", True), output
+    assert result["machine"]["type"] == "cpu" and result["machine"]["threads"] == 1
+    assert result["software"]["torch"] == torch.__version__
+    assert {case["section"] for case in result["cases"]} == {*SECTIONS}
+    ids = [case["id"] for case in result["cases"]]
+    assert len(set(ids)) == len(ids)
+    for case in result["cases"]:
+        # On a machine that is busy with other things the time may run out; then that is the reason given.
+        assert case["status"] == "ok" or (case["status"] == "unavailable" and "used up" in case["reason"]), case
+        if case["status"] == "ok":
+            seconds = case["seconds"]
+            assert 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] <= seconds["q3"], case
+            least = 1 if case["section"] == "startup" else PROFILES["smoke"].min_rounds
+            assert case["reason"] is None and len(seconds["samples"]) >= least
+            assert all(case[name] is None or case[name] > 0 for name in ("bytes", "flops", "floor_seconds")), case
+            assert case["id"] in output
+        if case["floor_seconds"]:
+            assert math.isclose(sum(case["floor_by_family"].values()), case["floor_seconds"])
+    denoisers = [case for case in result["cases"] if case["section"] == "denoiser" and case["status"] == "ok"]
+    assert denoisers and all(case["floor_seconds"] and case["flops"] and case["peak_bytes"] for case in denoisers)
+    assert {entry["what"] for entry in result["missing"]} >= {f"peer {p}" for p in ("xformers", "liger_kernel")} - {
+        f"peer {name}" for name, version in result["software"]["peers"].items() if version
+    }
+    assert all(entry["why"] for entry in result["missing"])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_leaves_what_it_has(tmp_path):
+    process = start(tmp_path, "-k", "denoiser")
+    deadline = time.monotonic() + 300
+    while not any(json.loads(file.read_text())["cases"] for file in tmp_path.glob("*.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == pytest.ExitCode.INTERRUPTED, output
+    result = result_in(tmp_path)
+    assert result["complete"] is False
+    assert result["cases"][0]["status"] == "ok" and result["seconds"] > 0
+
+
+class Benchmark:
+    """Stands for pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+
+    def pedantic(self, target, rounds):
+        for _ in range(rounds):
+            before = CLOCK()
+            target()
+            self.stats.stats.data.append(CLOCK() - before)
+
+
+@pytest.fixture
+def harness(tmp_path):
+    context = Context(CPU, PROFILES["smoke"], CEILINGS, cache_bytes=1024, scratch=tmp_path)
+    return Harness(context, ResultFile(tmp_path / "result.json", {"profile": "smoke"}), time.monotonic())
+
+
+def test_a_right_case_is_timed_and_recorded(harness):
+    prepared = Prepared(lambda index: torch.ones(256), lambda result: None, bytes=8, extra={"note": 1})
+    record = harness.run(Plan(IDENTITY, lambda context: prepared), Benchmark())
+    (case,) = json.loads(harness.results.path.read_text())["cases"]
+    assert case["id"] == record.identity.id == "kernels/op/forward/b1/float32/ours"
+    assert (case["status"], case["bytes"], case["peak_bytes"], case["launches"]) == ("ok", 8, 1024, None)
+    assert case["seconds"]["median"] > 0 and case["extra"]["note"] == 1
+
+
+def wrong_in_one_value(x, weight, bias, **options):
+    """What a wrong kernel does: all is right but one value."""
+    if options["implementation"] == "reference":
+        return group_norm_silu(x, weight, bias, **options)
+    out = group_norm_silu(x, weight, bias, **{**options, "implementation": "reference"}).clone()
+    out[0, 0, 0, 0] += 10
+    return out
+
+
+def test_a_wrong_kernel_is_reported_and_never_timed(harness):
+    case = replace(kernel_cases.group_norm(1, 16, 4, 4), function=wrong_in_one_value)
+    prepare = test_kernels._preparer(
+        case,
+        lambda case: lambda inputs: case.run(inputs, implementation="auto"),
+        torch.float32,
+        torch.contiguous_format,
+        "forward",
+    )
+    benchmark = Benchmark()
+    with pytest.raises(pytest.fail.Exception, match="not timed: .* away from the reference"):
+        harness.run(Plan(IDENTITY, prepare), benchmark)
+    (recorded,) = json.loads(harness.results.path.read_text())["cases"]
+    assert recorded["status"] == "parity_failed" and "away from the reference" in recorded["reason"]
+    assert recorded["seconds"] is None and not benchmark.stats.stats.data
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_right_kernel_passes_the_check(harness, direction):
+    case = kernel_cases.group_norm(1, 16, 4, 4, scale=True)
+    run = lambda inputs: case.run(inputs, implementation="reference")  # noqa: E731
+    prepare = test_kernels._preparer(case, lambda case: run, torch.float32, torch.contiguous_format, direction)
+    record = harness.run(Plan(IDENTITY, prepare), Benchmark())
+    assert record.status == "ok" and record.floor_seconds == record.bytes > 0
+
+
+def test_what_cannot_be_measured_is_listed_with_its_reason(harness):
+    def prepare(context):
+        raise Unavailable("there is no such card")
+
+    with pytest.raises(pytest.skip.Exception):
+        harness.run(Plan(IDENTITY, prepare), Benchmark())
+    result = json.loads(harness.results.path.read_text())
+    assert [(c["status"], c["reason"], c["seconds"]) for c in result["cases"]] == [
+        ("unavailable", "there is no such card", None)
+    ]
+    assert result["missing"] == [{"what": IDENTITY.id, "why": "there is no such card"}]
+
+
+def test_an_error_is_recorded_and_raised(harness):
+    def prepare(context):
+        raise RuntimeError("broken\nwith details")
+
+    with pytest.raises(RuntimeError):
+        harness.run(Plan(IDENTITY, prepare), Benchmark())
+    (case,) = json.loads(harness.results.path.read_text())["cases"]
+    assert (case["status"], case["reason"]) == ("error", "RuntimeError: broken")
+
+
+def test_no_case_is_begun_when_the_time_is_used_up(tmp_path):
+    context = Context(CPU, PROFILES["smoke"], CEILINGS, cache_bytes=1024, scratch=tmp_path)
+    started = time.monotonic() - PROFILES["smoke"].seconds - 1
+    late = Harness(context, ResultFile(tmp_path / "result.json", {}), started)
+    with pytest.raises(pytest.skip.Exception, match="were used up"):
+        late.run(Plan(IDENTITY, lambda context: pytest.fail("it was begun")), Benchmark())
+
+
+def test_a_long_case_is_not_begun_shortly_before_the_end(harness):
+    plan = Plan(IDENTITY, lambda context: pytest.fail("it was begun"), seconds=PROFILES["smoke"].seconds)
+    with pytest.raises(pytest.skip.Exception, match="were used up, but for less than"):
+        harness.run(plan, Benchmark())
+
+
+def test_an_interrupted_case_leaves_those_before_it(harness):
+    harness.run(Plan(IDENTITY, lambda context: Prepared(lambda index: None, lambda result: None)), Benchmark())
+
+    def prepare(context):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(Plan(replace(IDENTITY, variant="reference"), prepare), Benchmark())
+    result = json.loads(harness.results.path.read_text())
+    assert [case["variant"] for case in result["cases"]] == ["ours"] and result["complete"] is False
+
+
+# Results
+
+
+def test_spread_of_samples():
+    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {
+        "median": 3.0,
+        "q1": 2.0,
+        "q3": 4.0,
+        "min": 1.0,
+        "samples": [4.0, 1.0, 2.0, 3.0, 5.0],
+    }
+    assert spread([2.0])["q1"] == spread([2.0])["q3"] == 2.0
+    assert spread([]) is None
+
+
+def test_a_result_file_is_whole_or_not_there(tmp_path):
+    results = ResultFile(tmp_path / "run.json", {"profile": "smoke"})
+    before = results.path.read_text()
+    record = Record(IDENTITY, samples=[1.0], extra={"cannot": object()})
+    with pytest.raises(TypeError):
+        results.add(record, 1.0)
+    assert results.path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_sections_and_statuses_are_those_of_the_format():
+    assert {*SECTIONS} == {"kernels", "denoiser", "sampling", "training", "startup", "ablation"}
+    assert {*STATUSES} == {"ok", "parity_failed", "unavailable", "error"}
+
+
+# Floors
+
+
+def test_floor_of_a_matrix_product_is_the_larger_of_work_and_traffic():
+    a, b = torch.empty(8, 16), torch.empty(16, 4)
+    floor = floor_of(lambda: a @ b, CEILINGS)
+    size, flops = 4 * (8 * 16 + 16 * 4 + 8 * 4), 2 * 8 * 16 * 4
+    assert (floor.bytes, floor.flops) == (size, flops)
+    assert floor.seconds == size == floor.by_family["linear"]
+    slow = {**CEILINGS, "flops_per_second": {"float32": 0.5}}
+    assert floor_of(lambda: a @ b, slow).seconds == flops / 0.5
+    assert count_flops(lambda: a @ b) == flops
+
+
+def test_floor_charges_each_family_and_no_view_or_copy():
+    x, weight = torch.empty(2, 3, 4, 4), torch.empty(5, 3, 1, 1)
+
+    def network():
+        h = torch.conv2d(x, weight)
+        h = h.permute(0, 2, 3, 1).reshape(2, 16, 5).contiguous().transpose(1, 2)
+        return torch.relu(h.to(torch.bfloat16))
+
+    floor = floor_of(network, CEILINGS)
+    assert floor.by_family == {
+        "convolution": 4 * (2 * 3 * 16 + 15 + 2 * 5 * 16),
+        "elementwise": 2 * (2 * 2 * 5 * 16),
+    }
+
+
+def test_floor_reads_an_input_once_and_an_expanded_one_as_it_lies():
+    x = torch.empty(10)
+    assert floor_of(lambda: x * x, CEILINGS).bytes == 4 * (10 + 10)
+    assert floor_of(lambda: x + torch.empty(1).expand(10), CEILINGS).bytes == 4 * (10 + 1 + 10)
+
+
+def test_floor_of_our_own_operation_is_that_of_one_pass():
+    x = torch.empty(1, 64, 8, 8, device="meta")
+    ours = floor_of(lambda: group_norm_silu(x, groups=8, implementation="triton"), CEILINGS)
+    plain = floor_of(lambda: group_norm_silu(x, groups=8, implementation="reference"), CEILINGS)
+    assert 2 <= ours.seconds / x.nbytes < 2.1
+    assert {*ours.by_family} == {"group norm"}
+    assert plain.seconds / x.nbytes >= 3, "normalised and activated in turn"
+
+
+def test_floor_counts_the_backward():
+    x = torch.empty(4, 8, requires_grad=True)
+    w = torch.empty(8, 2, requires_grad=True)
+    floor = floor_of(lambda: (x @ w).sum().backward(), CEILINGS)
+    assert floor.flops == 3 * (2 * 4 * 8 * 2)
+
+
+# Parity
+
+
+def test_difference_finds_what_is_wrong():
+    good = torch.linspace(1, 2, 10_000)
+    limits = 1e-3, 1e-2
+    assert difference((good, good), (good, good.double()), limits) is None
+    assert "worst value" in difference(good.clone().index_fill_(0, torch.tensor([3]), 1.05), good, limits)
+    assert "away" in difference(good * 1.002, good, limits)
+    assert "shape" in difference(good[1:], good, limits)
+    assert "tensors" in difference((good,), (good, good), limits)
+    assert "finite" in difference(good.clone().fill_(math.nan), good, limits)
+    assert relative_distance([good * math.nan], [good]) == math.inf
+
+
+# Measuring
+
+
+def test_a_sample_is_the_time_of_one_call_and_inputs_are_rotated():
+    seen = []
+
+    def subject(index):
+        seen.append(index)
+        time.sleep(0.004)
+
+    timer = Timer(subject, CPU, copies=3)
+    assert 0.004 <= timer.sample() < 0.4
+    assert seen == [index % 3 for index in range(len(seen))]
+
+
+def test_fewer_rounds_of_slow_calls():
+    timer = Timer(lambda index: None, CPU, call_seconds=0.1)
+    assert timer.rounds(seconds=100, least=5, most=30) == 30
+    assert timer.rounds(seconds=1, least=5, most=30) == 10
+    assert timer.rounds(seconds=0.2, least=5, most=30) == 5
+    assert timer.rounds(seconds=0.045, least=5, most=30) == 4
+    assert timer.rounds(seconds=0.001, least=5, most=30) == 3
+
+
+def test_short_calls_are_timed_in_groups():
+    calls = []
+    timer = Timer(calls.append, CPU)
+    before = len(calls)
+    assert 0 < timer.sample() < 1e-3
+    assert len(calls) - before > 10
+
+
+def test_copies_of_inputs_are_more_than_the_cache_holds():
+    assert copies_needed(1000, 5000) * 1000 > 2 * 5000
+    assert copies_needed(10**9, 5000) == 2
+    assert copies_needed(1, 10**9) == MAX_COPIES
+    assert copies_needed(1000, 0) == 1
+
+
+def test_peak_memory_of_a_call():
+    x = torch.ones(1 << 16)  # 256 KiB
+
+    def subject(index):
+        a = x + 1
+        b = a + 1
+        del a
+        return b.sum()
+
+    assert 2 * x.nbytes <= peak_bytes(subject, CPU) < 2.1 * x.nbytes
+    assert launches(subject, CPU) is None
+
+
+@pytest.mark.gpu
+def test_timing_and_counting_on_a_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    inputs = [torch.randn(1 << 22, device=device) for _ in range(3)]
+    seen = []
+
+    def subject(index):
+        seen.append(index)
+        return inputs[index] * 2 + 1
+
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        subject(0)
+        eager, graphed = Timer(subject, device, copies=3), Timer(subject, device, copies=3, graph=True)
+        calls = len(seen)
+        assert 1e-6 < graphed.sample() < 1e-2
+        assert len(seen) == calls, "a replay calls nothing"
+        assert 1e-6 < eager.sample() < 1e-1 and len(seen) > calls
+        assert launches(subject, device) == 2
+        assert 2 * inputs[0].nbytes <= peak_bytes(subject, device) < 2.1 * inputs[0].nbytes

@@ -1,0 +1,108 @@
+"""What the kernels load and store, against what their operations must move."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.kernel_cases import CASES, Case, Floor
+from minimagen_fast.kernels import launch
+from minimagen_fast.kernels.launch import tl, triton
+
+if not launch.INTERPRETED:
+    pytest.skip("loads and stores are counted in Triton's interpreter", allow_module_level=True)
+
+from benchmarks import traffic
+
+SMALL = [case for case in CASES.values() if case.small]
+
+
+@triton.jit
+def _scale(x, gain, out, n, BLOCK: tl.constexpr, GAIN_EACH: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(gain + at * 0, mask=at < n) if GAIN_EACH else tl.load(gain)
+    tl.store(out + at, tl.load(x + at, mask=at < n) * factor, mask=at < n)
+
+
+def scale(x, gain, *, gain_each=False, times=1, implementation=None):
+    out = torch.empty_like(x)
+    for _ in range(times):
+        launch.run(
+            _scale, (launch.ceil_div(x.numel(), 1024),), x, gain, out, x.numel(), BLOCK=1024, GAIN_EACH=gain_each
+        )
+    return out
+
+
+def make_case(**options) -> Case:
+    def make_inputs(make):
+        return {"x": make.tokens(3, 1000), "gain": make.tokens(1)}
+
+    return Case("scale", "3x1000", scale, make_inputs, Floor({"x": 1, "gain": 1}, ("output",)), options=options)
+
+
+def test_every_access_is_counted_and_nothing_else():
+    # Three thousand values in three tiles: what the last mask leaves out is not touched.
+    (row,) = traffic.measure(make_case())
+    assert row.floor == 2 * 3000 * 2 + 2
+    assert row.moved == 2 * 3000 * 2 + 3 * 2
+    assert row.distinct == row.floor
+    assert (row.launches, row.complaints) == (1, [])
+
+
+def test_a_parameter_read_for_every_element_is_found_out():
+    (row,) = traffic.measure(make_case(gain_each=True))
+    assert row.moved == 3 * 3000 * 2
+    assert row.distinct == row.floor
+    (complaint,) = row.complaints
+    assert "moved 1.500 times its floor (reads x, gain; writes output)" in complaint
+
+
+def test_all_launches_of_an_operation_count():
+    (row,) = traffic.measure(make_case(times=2))
+    assert row.launches == 2 and row.moved == 2 * (2 * 3000 * 2 + 3 * 2)
+    assert [complaint.split()[0] for complaint in row.complaints] == ["moved", "distinct"]
+
+
+def test_an_operation_without_kernels_is_found_out():
+    (row,) = traffic.measure(make_case(times=0))
+    assert row.complaints == ["moves nothing: it launches no kernel"]
+
+
+def test_atomic_operations_are_refused():
+    @triton.jit
+    def add(x):
+        tl.atomic_add(x, 1.0)
+
+    with traffic.count(), pytest.raises(Exception, match="atomic operations are not counted"):
+        launch.run(add, (1,), torch.zeros(1))
+
+
+def test_counting_ends_with_its_block():
+    x, gain = torch.ones(8), torch.ones(1)
+    with traffic.count() as counted:
+        scale(x, gain)
+    scale(x, gain)
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize(
+    "case, memory_format",
+    [pytest.param(case, f, id=f"{case.name}-{traffic.FORMATS[f]}") for case, f in traffic.runs(SMALL)],
+)
+def test_no_operation_moves_more_than_its_limit(case, memory_format):
+    rows = traffic.measure(case, memory_format)
+    assert not [f"{row.name} {complaint}" for row in rows for complaint in row.complaints]
+
+
+def test_the_kept_table_is_of_the_cases_that_are_measured():
+    kept = {
+        tuple(cell.strip() for cell in line.split("|")[1:5])
+        for line in traffic.TABLE.read_text().splitlines()
+        if "|" in line
+    }
+    expected = {
+        (case.operation, direction, case.shape, traffic.format_name(case, f))
+        for case, f in traffic.runs(SMALL)
+        for direction in ("forward", "backward")[: 1 if case.backward is None else 2]
+    }
+    assert expected <= kept

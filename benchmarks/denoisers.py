@@ -168,7 +168,7 @@ OURS_COMPILED = Variant("ours-compiled", channels_last=True, autocast=True, comp
 REFERENCE = Variant("reference", "reference")
 
 # How long a network's compilation may take, by device: for each of its shapes of blocks there is C++ code on a CPU.
-COMPILE_SECONDS = {"cpu": 150.0, "cuda": 60.0}
+COMPILE_SECONDS = {"cpu": 120.0, "cuda": 60.0}
 
 # Largest relative distance from the reference network in float32, over all values together: outputs, gradients. On CUDA
 # float32 convolutions are allowed TF32.

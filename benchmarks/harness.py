@@ -13,7 +13,7 @@ import torch
 from .ceilings import ceilings
 from .floors import Floor, floor_of
 from .machine import cache_bytes
-from .measure import Clock, Subject, Timer, launches, peak_bytes, settle
+from .measure import Clock, NotCapturable, Subject, Timer, launches, peak_bytes, settle
 from .profiles import Profile
 from .results import Identity, Record, ResultFile
 
@@ -138,6 +138,8 @@ class Harness:
             self._measure(plan, record, benchmark)
         except Unavailable as reason:
             record.status, record.reason = "unavailable", str(reason)
+        except NotCapturable as error:
+            record.status, record.reason = "unavailable", f"it cannot be captured as a CUDA graph: {error}"
         except torch.OutOfMemoryError as error:
             record.status, record.reason = "unavailable", f"out of memory: {_first_line(error)}"
         except Exception as error:
@@ -175,7 +177,6 @@ class Harness:
             self._check(prepared, record)
             if record.status != "ok":
                 return
-            settle(context.device)
             samples = self._samples(plan, prepared, record, benchmark)
             self._describe(prepared, record)
             if prepared.more:

@@ -28,6 +28,10 @@ CACHES = 2
 MAX_COPIES = 64
 
 
+class NotCapturable(Exception):
+    """A call cannot be made part of a CUDA graph; the message says why."""
+
+
 class Clock:
     """A clock that stands still but for what it is told: pytest-benchmark's timer, set forward by our samples."""
 
@@ -58,6 +62,9 @@ class Timer:
 
     Attributes:
         call_seconds: About how long a call takes.
+
+    Raises:
+        NotCapturable: if a graph is wanted and the subject cannot be captured.
     """
 
     def __init__(
@@ -133,9 +140,15 @@ class Timer:
         self._calls_each = self._copies
         self._next = 0
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self._device)):
-            for _ in range(self._calls_each):
-                self._call()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self._device)):
+                for _ in range(self._calls_each):
+                    self._call()
+        except RuntimeError as error:
+            # Who waits for the device, to choose what to launch next, cannot be recorded.
+            if "captur" not in str(error):
+                raise
+            raise NotCapturable(str(error).strip().splitlines()[0]) from error
         self._step = graph.replay
 
 

@@ -90,7 +90,16 @@ def _device(run: Run, root: Path) -> str:
         *_network_rows(run, "training", "training"),
     ]
     if networks:
-        header = ("what", "ours", "as a variant of ours", "against the original", "against it, compiled", "x floor")
+        originals = in_order([str(case.extra["original"]) for case in run.cases if "original" in case.extra])
+        parts.append(f"What stands for the original: {', '.join(originals) or NOTHING}.")
+        header = (
+            "what",
+            "ours",
+            "as a variant of ours",
+            "against the original",
+            "against the original, compiled",
+            "x floor",
+        )
         parts.append(table(header, networks))
     kernels = _kernel_rows(run)
     if kernels:

@@ -160,7 +160,8 @@ class Run:
         shares = []
         if case.seconds and case.bytes:
             shares.append((case.bytes / case.seconds.median / self.ceilings["copy_bytes_per_second"], "bandwidth"))
-        rate = self.ceilings["flops_per_second"].get(RATE_OF.get(case.dtype, case.dtype))
+        computes_in = str(case.extra.get("computes_in", case.dtype))
+        rate = self.ceilings["flops_per_second"].get(RATE_OF.get(computes_in, computes_in))
         if case.seconds and case.flops and rate:
             shares.append((case.flops / case.seconds.median / rate, "matrix rate"))
         return max(shares, default=None)

@@ -108,7 +108,7 @@ def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
     if any(tensor.device != device for tensor in given):
         reasons.append(f"the tensors are on several devices, {', '.join(sorted({str(t.device) for t in given}))}")
     elif device.type == "cuda":
-        capability = launch.target(device).capability
+        capability = launch.capability(device)
         if capability < OLDEST_CAPABILITY:
             reasons.append(f"{device} has compute capability {capability}, less than {OLDEST_CAPABILITY}")
     elif device.type != "meta" and not (device.type == "cpu" and launch.INTERPRETED):

@@ -29,6 +29,7 @@ __all__ = [
     "INTERPRETED",
     "Launch",
     "Target",
+    "capability",
     "ceil_div",
     "define",
     "next_power_of_2",
@@ -74,6 +75,12 @@ def target(device: torch.device) -> Target:
     if device.type != "cuda":
         return _stand_in
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; torch.compile asks once and does not trace the question."""
+    return target(device).capability
 
 
 @dataclass(frozen=True)

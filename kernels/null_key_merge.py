@@ -218,7 +218,7 @@ def reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask:
         dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     else:
         dtypes = (torch.float16, torch.bfloat16)
-        if q.device.type == "cuda" and launch.target(q.device).capability < (8, 0):
+        if q.device.type == "cuda" and launch.capability(q.device) < (8, 0):
             found.append("the library's flash attention needs compute capability (8, 0)")
     if not (q.dtype == k.dtype == v.dtype and q.dtype in dtypes):
         names = ", ".join(str(dtype) for dtype in dtypes)

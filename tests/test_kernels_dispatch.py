@@ -1,0 +1,104 @@
+"""Which implementation runs, and how launches are recorded."""
+
+import warnings
+
+import pytest
+import torch
+
+from minimagen_fast.kernels import dispatch, implementation, launch, layer_norm, use_implementation
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+
+def test_auto_takes_the_first_that_can_do_the_job():
+    assert dispatch.select("op", {"triton": [], "reference": []}, CUDA) == "triton"
+    with pytest.warns(UserWarning, match="op runs as 'sdpa', not as a Triton kernel: too wide; too long"):
+        chosen = dispatch.select("op", {"triton": ["too wide", "too long"], "sdpa": [], "reference": []}, CUDA)
+    assert chosen == "sdpa"
+
+
+def test_auto_warns_once_for_a_reason_and_never_without_a_cuda_device():
+    candidates = {"triton": ["too wide"], "reference": []}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for device in (CUDA, CUDA, CPU, torch.device("meta")):
+            assert dispatch.select("op", candidates, device) == "reference"
+        dispatch.select("op", {**candidates, "triton": ["too long"]}, CUDA)
+    assert [str(warning.message).partition(": ")[2] for warning in said] == ["too wide", "too long"]
+
+
+def test_auto_leaves_the_interpreter_to_those_who_ask_for_it():
+    candidates = {"triton": [], "reference": []}
+    assert dispatch.select("op", candidates, CPU) == "reference"
+    assert dispatch.select("op", candidates, CPU, "triton") == "triton"
+
+
+def test_a_choice_that_cannot_be_honoured_is_refused_with_every_reason():
+    with pytest.raises(ValueError, match="'triton' of op cannot be used here: too wide; too long"):
+        dispatch.select("op", {"triton": ["too wide", "too long"], "reference": []}, CUDA, "triton")
+
+
+def test_a_choice_for_attention_leaves_other_operations_alone():
+    with use_implementation("xformers"):
+        assert dispatch.select("op", {"triton": [], "reference": []}, CUDA) == "triton"
+
+
+def test_the_block_sets_the_choice_and_the_call_overrides_it():
+    before = implementation()
+    with use_implementation("reference"):
+        assert implementation() == "reference" and implementation("triton") == "triton"
+        with pytest.raises(RuntimeError), use_implementation("sdpa"):
+            raise RuntimeError
+        assert implementation() == "reference"
+    assert implementation() == before
+    with pytest.raises(ValueError, match="implementation must be one of auto, triton"):
+        implementation("fastest")
+
+
+@pytest.mark.parametrize(
+    "tensors, reason",
+    [
+        ([torch.zeros(1), torch.zeros(1, device="meta")], "several devices, cpu, meta"),
+        ([torch.zeros(1, dtype=torch.float64)], "not from torch.float64"),
+        ([torch.zeros(1), None, torch.zeros(1, dtype=torch.int64)], None),
+    ],
+)
+def test_reasons_against_triton(monkeypatch, tensors, reason):
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    reasons = dispatch.triton_reasons(*tensors)
+    assert len(reasons) == (reason is not None) and all(reason in text for text in reasons)
+
+
+def test_what_is_not_installed_or_not_there_is_a_reason(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert dispatch.triton_reasons(torch.zeros(1)) == ["the tensors are on cpu, not on a CUDA device"]
+    monkeypatch.setattr(launch, "AVAILABLE", False)
+    assert "triton is not installed" in dispatch.triton_reasons(torch.zeros(1, device="meta"))
+
+
+def test_the_card_is_a_constant_to_torch_compile(monkeypatch):
+    monkeypatch.setattr(launch, "_cuda_target", lambda index: launch.Target((7, 5), 10 + index, 1))
+
+    def function(x):
+        return x + launch.capability(torch.device("cuda", 3))[0]
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [7, 7]
+
+
+def test_launches_on_meta_tensors_are_recorded_for_the_card_that_is_asked_about():
+    x, gain = torch.empty(2**18, 256, device="meta"), torch.empty(256, device="meta")
+    grids = []
+    for card in (launch.A100, launch.B200):
+        with launch.record(card) as recorded:
+            layer_norm(x, gain, implementation="triton")
+        (only,) = recorded
+        assert only.args[0].shape == x.shape and only.constexprs["C"] == 256
+        grids.append(only.grid[0])
+    assert grids[0] < grids[1]
+    assert layer_norm(x, gain, implementation="triton").shape == x.shape and len(recorded) == 1

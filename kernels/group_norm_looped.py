@@ -7,7 +7,16 @@ write backward, of which the second reads mostly find the group in the cache; an
 import torch
 
 from . import launch
-from .group_norm_tiles import Operands, affine, offsets, origin, pointers, silu_gradient
+from .group_norm_tiles import (
+    Operands,
+    affine,
+    offsets,
+    origin,
+    pointers,
+    run_backward,
+    run_forward,
+    silu_gradient,
+)
 from .launch import tl, triton
 
 TILE = 8192
@@ -258,47 +267,10 @@ def _backward_kernel(
 
 
 def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: float) -> None:
-    """Fill the output and the statistics, (b, 3, groups): the mean, its rounding error, and 1 / deviation."""
-    launch.run(
-        _forward_kernel,
-        (operands.batch * operands.groups,),
-        *operands.images,
-        *operands.affine,
-        y,
-        statistics,
-        *operands.sizes,
-        EPS=eps,
-        SILU=operands.silu,
-        **operands.image_flags,
-        **operands.affine_flags,
-        **_config(operands),
-    )
+    """See :func:`.run_forward`."""
+    run_forward(_forward_kernel, _config(operands), operands, y, statistics, eps)
 
 
-def backward(
-    operands: Operands,
-    dy: torch.Tensor,
-    statistics: torch.Tensor,
-    dx: torch.Tensor | None,
-    dskip: torch.Tensor | None,
-    sums: torch.Tensor | None,
-) -> None:
-    """Fill those of the gradients of the inputs and the sums of du and du * normalised, (b, 2, c), that are given."""
-    launch.run(
-        _backward_kernel,
-        (operands.batch * operands.groups,),
-        *operands.images,
-        *operands.affine,
-        dy,
-        statistics,
-        *(dy if out is None else out for out in (dx, dskip)),
-        statistics if sums is None else sums,
-        *operands.sizes,
-        NEED_X=dx is not None,
-        NEED_SKIP=dskip is not None,
-        NEED_SUMS=sums is not None,
-        SILU=operands.silu,
-        **operands.image_flags,
-        **operands.affine_flags,
-        **_config(operands),
-    )
+def backward(operands: Operands, *tensors: torch.Tensor | None) -> None:
+    """See :func:`.run_backward`."""
+    run_backward(_backward_kernel, _config(operands), operands, *tensors)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import launch
 from .launch import tl, triton
 
 
@@ -201,3 +202,60 @@ def pointers(
             + origin(sample, start, first, channels, pixels, CHANNELS_LAST)
             + offsets(pixel, channel, channels, pixels, CHANNELS_LAST)
         )
+
+
+def run_forward(
+    kernel, config: dict[str, int], operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: float
+) -> None:
+    """Launch one program for each group of each sample.
+
+    Fills the output and the statistics, (b, 3, groups): the mean, its rounding error, and 1 / deviation.
+    """
+    launch.run(
+        kernel,
+        (operands.batch * operands.groups,),
+        *operands.images,
+        *operands.affine,
+        y,
+        statistics,
+        *operands.sizes,
+        EPS=eps,
+        SILU=operands.silu,
+        **operands.image_flags,
+        **operands.affine_flags,
+        **config,
+    )
+
+
+def run_backward(
+    kernel,
+    config: dict[str, int],
+    operands: Operands,
+    dy: torch.Tensor,
+    statistics: torch.Tensor,
+    dx: torch.Tensor | None,
+    dskip: torch.Tensor | None,
+    sums: torch.Tensor | None,
+) -> None:
+    """Launch one program for each group of each sample.
+
+    Fills those of the gradients of the inputs and the sums of du and du * normalised, (b, 2, c), that are given.
+    """
+    launch.run(
+        kernel,
+        (operands.batch * operands.groups,),
+        *operands.images,
+        *operands.affine,
+        dy,
+        statistics,
+        *(dy if out is None else out for out in (dx, dskip)),
+        statistics if sums is None else sums,
+        *operands.sizes,
+        NEED_X=dx is not None,
+        NEED_SKIP=dskip is not None,
+        NEED_SUMS=sums is not None,
+        SILU=operands.silu,
+        **operands.image_flags,
+        **operands.affine_flags,
+        **config,
+    )

@@ -145,6 +145,6 @@ class ResultFile:
                 file.write("\n")
             os.chmod(name, 0o644)
             os.replace(name, self.path)
-        except BaseException:
+        finally:
+            # There only if it did not take its place.
             Path(name).unlink(missing_ok=True)
-            raise

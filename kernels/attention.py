@@ -1,8 +1,9 @@
 """Scaled dot-product attention with one learned null key that every query may attend to.
 
-One function, five implementations: the kernels of :mod:`.null_key_flash` (``triton``), the library's kernel without the
+One function, six implementations: the kernels of :mod:`.null_key_flash` (``triton``), the library's kernel without the
 null key and a merge (``sdpa_merge``, :mod:`.null_key_merge`), the library's kernel on keys that the null key was put
-before (``sdpa``), that of xFormers on the same (``xformers``), and the formula in plain torch (``reference``).
+before (``sdpa``), that of xFormers on the same (``xformers``), the formula in plain torch (``reference``), and, for
+half precision on a CPU, where the library's kernel is slow, matrix products over some queries at a time (``matmul``).
 On CUDA :mod:`.attention_table` says which is tried first.
 """
 
@@ -70,6 +71,7 @@ def null_key_attention(
         if mask.ndim != 2 or mask.shape[0] not in (1, k.shape[0]) or mask.shape[1] != k.shape[1]:
             raise ValueError(f"mask must have shape {tuple(k.shape[:2])}, (b, m); got {tuple(mask.shape)}")
         mask = mask.bool().expand(k.shape[:2])
+    implementation = dispatch.attention_override(implementation)
     candidates = _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation)
     choice = dispatch.select("null_key_attention", candidates, q.device, implementation)
     return _RUN[choice](q, k, v, null_key, null_value, heads, mask, bias)
@@ -104,6 +106,7 @@ def null_key_cross_attention(
     Returns:
         Attended values, shape (b, n, heads * d).
     """
+    implementation = dispatch.attention_override(implementation)
     if (
         dispatch.implementation(implementation) == "auto"
         and q.device.type == "cpu"
@@ -112,6 +115,17 @@ def null_key_cross_attention(
         return _by_query(q, context, to_kv, null_key, null_value, heads, mask)
     k, v = F.linear(context, to_kv).chunk(2, dim=-1)
     return null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
+
+
+def keys_are_worth_keeping(context: torch.Tensor, heads: int, dim_head: int) -> bool:
+    """Whether many calls of :func:`null_key_cross_attention` with one context go faster with its keys and values kept.
+
+    They do but on a CPU with a narrow context, where the scores take fewer multiplications without them.
+    """
+    (_, m, c), width = context.shape, heads * dim_head
+    by_query = c * width + m * heads * c
+    chosen = dispatch.implementation(dispatch.attention_override(None))
+    return context.device.type != "cpu" or chosen != "auto" or m * width <= by_query
 
 
 def _fewer_by_query(q: torch.Tensor, context: torch.Tensor, heads: int) -> bool:
@@ -129,7 +143,7 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         order = attention_table.order(k.shape[2] != q.shape[2], dim_head, q.shape[1], k.shape[1], training)
     else:
-        order = ("sdpa", "sdpa_merge", "triton")
+        order = ("matmul", "sdpa", "sdpa_merge", "triton")
     if dispatch.implementation(implementation) == "xformers":
         order = (*order, "xformers")
     biased = [] if bias is None else ["it takes no bias"]
@@ -137,6 +151,7 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         "triton": lambda: dispatch.triton_reasons(*tensors, mask) + null_key_flash.reasons(q, k, v, heads),
         "sdpa_merge": lambda: null_key_merge.reasons(q, k, v, heads, mask),
         "sdpa": lambda: [],
+        "matmul": lambda: _matmul_reasons(q, k, v, heads),
         "xformers": lambda: _xformers_reasons(q, mask),
     }
     return {**{name: biased + reasons[name]() for name in order}, "reference": []}
@@ -166,6 +181,41 @@ def _reference(q, k, v, null_key, null_value, heads, mask, bias):
     return torch.einsum("b h n m, b h m d -> b n h d", _weights(scores, mask), v).reshape(b, n, width)
 
 
+# Scores of a piece: they stay in the second cache.
+_PIECE = 2**20
+# Scores that a training step may keep for its backward pass; the library's kernel keeps none.
+_MOST_KEPT_SCORES = 2**24
+
+
+@functools.cache
+def _has_fast_half_attention() -> bool:
+    """Whether the CPU has the matrix units for which the library's kernel in half precision is made."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
+
+
+def _matmul_reasons(q, k, v, heads) -> list[str]:
+    found = []
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or _has_fast_half_attention():
+        found.append("only for half precision on a CPU without matrix units is it faster than the library's kernel")
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if trains and q.shape[0] * heads * q.shape[1] * k.shape[1] > _MOST_KEPT_SCORES:
+        found.append("it would keep too many scores for the backward pass")
+    return found
+
+
+def _matmul(q, k, v, null_key, null_value, heads, mask, bias):
+    assert bias is None
+    b, n, width = q.shape
+    k, v = _with_null(null_key, k), _with_null(null_value, v)
+    q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
+    # Heads that share keys are just more queries of one head: as in _sdpa.
+    q = q.reshape(b, 1, n * heads, -1) if k.shape[1] == 1 else q.transpose(1, 2)
+    pieces = q.split(max(_PIECE // (b * k.shape[1] * k.shape[2]), 1), dim=2)
+    out = torch.cat([_weights(piece @ k.transpose(-1, -2), mask) @ v for piece in pieces], dim=2)
+    return (out if k.shape[1] == 1 else out.transpose(1, 2)).reshape(b, n, width)
+
+
 def _by_query(q, context, to_kv, null_key, null_value, heads, mask):
     (b, n, width), c = q.shape, context.shape[-1]
     q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
@@ -176,8 +226,13 @@ def _by_query(q, context, to_kv, null_key, null_value, heads, mask):
     projected = torch.cat((projected, null_scores[..., None].to(projected.dtype)), dim=-1).reshape(b, heads * n, c + 1)
     context = F.pad(context, (0, 1, 1, 0))
     context[:, 0, c] = 1.0
-    weights = _weights((projected @ context.transpose(1, 2)).reshape(b, heads, n, -1), mask)
-    attended = (weights.reshape(b, heads * n, -1) @ context).reshape(b, heads, n, c + 1)
+    if projected.dtype == torch.float32:
+        one_head = projected[:, None], context[:, None], context[:, None]
+        attended = F.scaled_dot_product_attention(*one_head, attn_mask=_visible(mask), scale=1.0)
+    else:
+        weights = _weights((projected @ context.transpose(1, 2)).reshape(b, heads, n, -1), mask)
+        attended = weights.reshape(b, heads * n, -1) @ context
+    attended = attended.reshape(b, heads, n, c + 1)
     out = torch.einsum("b h n c, h d c -> b n h d", attended[..., :c], to_value)
     return (out + attended[..., c:].transpose(1, 2) * null_value.to(out.dtype)).reshape(b, n, width)
 
@@ -247,6 +302,7 @@ def _xformers_reasons(q: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
 
 
 _RUN = {
+    "matmul": _matmul,
     "triton": _triton,
     "sdpa_merge": _sdpa_merge,
     "sdpa": _sdpa,

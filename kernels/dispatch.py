@@ -3,14 +3,14 @@
 Choices: ``auto`` (the fastest that can do the job), ``triton`` (kernels of this package), ``reference`` (plain torch:
 the yardstick of every other one) and, for attention alone, ``sdpa``, ``sdpa_merge`` and ``xformers`` (see
 :mod:`.attention`; the other operations then choose as under ``auto``). The environment variable
-``MINIMAGEN_FAST_KERNELS`` sets the choice at start, :func:`use_implementation` for a block of code, an operation's
-``implementation`` argument for one call.
+``MINIMAGEN_FAST_KERNELS`` sets the choice at start, :func:`use_implementation` (for attention :func:`use_attention`)
+for a block of code, an operation's ``implementation`` argument for one call.
 """
 
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -32,6 +32,7 @@ def _checked(name: str, source: str) -> str:
 
 
 _current = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+_attention: str | None = None
 _warned: set[str] = set()
 
 
@@ -58,6 +59,44 @@ def use_implementation(name: str) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+@contextmanager
+def use_attention(name: str) -> Iterator[None]:
+    """Set the choice for attention alone, over that of :func:`use_implementation`, for a block of code.
+
+    Raises:
+        ValueError: if ``name`` is no known choice.
+    """
+    global _attention
+    before = _attention
+    _attention = _checked(name, "attention")
+    try:
+        yield
+    finally:
+        _attention = before
+
+
+@contextmanager
+def _use(name: str, attention: str | None) -> Iterator[None]:
+    global _attention
+    before = _attention
+    with use_implementation(name):
+        _attention = attention
+        try:
+            yield
+        finally:
+            _attention = before
+
+
+def as_now() -> AbstractContextManager[None]:
+    """A block of code that, whenever it runs, has the choices that are in force now."""
+    return _use(_current, _attention)
+
+
+def attention_override(override: str | None) -> str | None:
+    """A call's ``implementation`` of attention: what is given, else what :func:`use_attention` says."""
+    return _attention if override is None else override
 
 
 def select(operation: str, candidates: Mapping[str, Reasons], device: torch.device, override: str | None = None) -> str:

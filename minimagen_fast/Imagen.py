@@ -7,14 +7,14 @@ https://arxiv.org/abs/2205.11487.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
+from .acceleration import Acceleration, checked_request, resolve
 from .diffusion_model import GaussianDiffusion
 from .helpers import (
     cast_tuple,
@@ -29,9 +29,10 @@ from .helpers import (
     unnormalize_zero_to_one,
     usable_device,
 )
-from .kernels import ancestral_step
 from .pictures import PIL_MODES, to_pil_images
 from .resize import noise_for
+from .samplers import Sampler, Update
+from .sampling import Task, sample_images
 from .t5 import get_encoded_dim, t5_encode_text
 from .Unet import Unet
 
@@ -145,6 +146,8 @@ class Imagen(nn.Module):
         for unet, size in zip(self.unets, self.image_sizes, strict=True):
             unet.check_image_size(size, size)
 
+        # What was asked for, not what it comes to: that depends on where the model is.
+        self._acceleration: dict[str, Any] = {}
         self.register_buffer("_temp", torch.zeros(1), persistent=False)  # knows the device
         self.to(module_device(self.unets))
 
@@ -183,6 +186,31 @@ class Imagen(nn.Module):
     def device(self) -> torch.device:
         """The device of this instance; move it with ``to``."""
         return self._temp.device
+
+    def accelerate(self, preset: str = "auto", **settings: Any) -> "Imagen":
+        """Choose how this model is run; what it computes stays the same within rounding.
+
+        Args:
+            preset: 'auto', the fastest for the device; 'reference', plain torch throughout, to compare with.
+            settings: Settings that differ from it, see :class:`.acceleration.Acceleration`; 'auto' for those to be
+                chosen from the device.
+
+        Returns:
+            This instance.
+
+        Raises:
+            TypeError, ValueError: for an unknown setting or value, or one that this model's device cannot have.
+        """
+        request = checked_request(preset, **settings)
+        for unet in self.unets:
+            resolve(request, self.device, unet.dtype)
+        self._acceleration = request
+        return self
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """How this instance is run on the device where it is now, with the reasons; see :meth:`accelerate`."""
+        return resolve(self._acceleration, self.device, self.unets[0].dtype)
 
     def _get_unet(self, unet_number: int | None) -> Unet:
         """The U-Net with this number, counted from 1."""
@@ -330,84 +358,37 @@ class Imagen(nn.Module):
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss of ``unet`` on un-noised images (b, c, s, s) at the given times (b,)."""
-        noise = default(noise, lambda: noise_for(x_start, resized=False))
-        x_noisy = noise_scheduler.q_sample(x_start, times, noise, normalize=self.auto_normalize_img)
-        if exists(lowres_cond_img):
-            lowres_aug_times = default(lowres_aug_times, times)
-            lowres_noise = noise_for(lowres_cond_img, resized=True)
-            lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise)
-        pred = unet.forward(
-            x_noisy,
-            times,
-            text_embeds=text_embeds,
-            text_mask=text_mask,
-            lowres_noise_times=lowres_aug_times,
-            lowres_cond_img=lowres_cond_img,
-            cond_drop_prob=self.cond_drop_prob,
-        )
+        acceleration = resolve(self._acceleration, x_start.device, unet.dtype)
+        layout = acceleration.layout
+        with acceleration.training(x_start.device, unet.dtype):
+            noise = default(noise, lambda: noise_for(x_start, resized=False))
+            x_noisy = noise_scheduler.q_sample(
+                x_start, times, noise, normalize=self.auto_normalize_img, memory_format=layout
+            )
+            if exists(lowres_cond_img):
+                lowres_aug_times = default(lowres_aug_times, times)
+                lowres_noise = noise_for(lowres_cond_img, resized=True)
+                lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise, layout)
+            pred = unet(
+                x_noisy,
+                times,
+                text_embeds=text_embeds,
+                text_mask=text_mask,
+                lowres_noise_times=lowres_aug_times,
+                lowres_cond_img=lowres_cond_img,
+                cond_drop_prob=self.cond_drop_prob,
+            )
         return self.loss_fn(pred.float(), noise.float())
 
-    def _noise_lowres(self, images: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Noise conditioning augmentation: normalise low-resolution images, then noise them."""
-        return self.lowres_noise_schedule.q_sample(images, times, noise, normalize=self.auto_normalize_img)
-
-    # Sampling
-
-    @torch.no_grad()
-    def _p_sample(
-        self,
-        unet: Unet,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        *,
-        noise_scheduler: GaussianDiffusion,
-        generator: torch.Generator | None = None,
-        cond_scale: float = 1.0,
-        **condition,
+    def _noise_lowres(
+        self, images: torch.Tensor, times: torch.Tensor, noise: torch.Tensor, layout: torch.memory_format | None = None
     ) -> torch.Tensor:
-        """One step of ancestral sampling, from x_t to x_{t-1} (algorithm 2 of the DDPM paper)."""
-        null_pred = None
-        if cond_scale in (0, 1):
-            pred = unet.forward_with_cond_scale(x, t, cond_scale=cond_scale, **condition)
-        else:
-            null_pred = unet.forward(x, t, **condition, cond_drop_prob=1.0)
-            pred = unet.forward(x, t, **condition)
-        return ancestral_step(
-            x,
-            t,
-            pred,
-            torch.randn(x.shape, generator=generator, device=x.device),
-            noise_scheduler.sqrt_recip_alphas_cumprod,
-            noise_scheduler.sqrt_recipm1_alphas_cumprod,
-            noise_scheduler.posterior_mean_coef1,
-            noise_scheduler.posterior_mean_coef2,
-            noise_scheduler.posterior_log_variance_clipped,
-            percentile=self.dynamic_thresholding_percentile,
-            null_pred=null_pred,
-            cond_scale=cond_scale,
+        """Noise conditioning augmentation: normalise low-resolution images, then noise them."""
+        return self.lowres_noise_schedule.q_sample(
+            images, times, noise, normalize=self.auto_normalize_img, memory_format=layout
         )
 
-    @torch.no_grad()
-    def _p_sample_loop(
-        self,
-        unet: Unet,
-        shape: tuple,
-        *,
-        noise_scheduler: GaussianDiffusion,
-        generator: torch.Generator | None = None,
-        description: str = "",
-        progress: bool = False,
-        after_step: Callable[[int, torch.Tensor], None] | None = None,
-        **condition,
-    ) -> torch.Tensor:
-        """Sample images of shape (b, c, s, s) with one U-Net, from pure noise to x_0, in the range of the training."""
-        img = torch.randn(shape, generator=generator, device=self.device)
-        timesteps = noise_scheduler._get_sampling_timesteps(shape[0], device=self.device)
-        for step, times in enumerate(tqdm(timesteps, desc=description, disable=not progress)):
-            img = self._p_sample(unet, img, times, noise_scheduler=noise_scheduler, generator=generator, **condition)
-            if exists(after_step):
-                after_step(step, self.unnormalize_img(img.clamp(-1.0, 1.0)))
-        return self.unnormalize_img(img.clamp(-1.0, 1.0))
+    # Sampling
 
     @torch.no_grad()
     @eval_decorator
@@ -429,6 +410,10 @@ class Imagen(nn.Module):
         start_image: torch.Tensor | None = None,
         match_original: bool = False,
         offload_idle_unets: bool = False,
+        sampler: str | list[str] | tuple[str, ...] = "ddpm",
+        steps: int | None | list[int | None] | tuple[int | None, ...] = None,
+        eta: float | list[float] | tuple[float, ...] = 0.0,
+        batch_size: int | None = None,
     ) -> torch.Tensor | list[PIL.Image.Image]:
         """Make images from text.
 
@@ -453,6 +438,12 @@ class Imagen(nn.Module):
             match_original: Noise low-resolution images before normalising them, as the original package did when
                 sampling (but not when training, which spoils the result): for reproducing its images.
             offload_idle_unets: Keep only the U-Net at work on the device and the others in main memory.
+            sampler: 'ddpm', ancestral sampling; 'ddim' or 'dpmpp_2m', DPM-Solver++(2M), which need fewer steps, see
+                :mod:`.samplers`. This and the next two: one value or one for each U-Net.
+            steps: Number of steps; all timesteps if not given.
+            eta: Share of ancestral sampling's noise that 'ddim' adds, in [0, 1].
+            batch_size: Most images that go through a U-Net at a time; all if not given, or as many as the memory of a
+                CUDA device suffices for. The images are the same but for rounding.
 
         Returns:
             Images, float32 in [0, 1] ([-1, 1] without ``auto_normalize_img``), shape (b, c, s, s); or PIL images.
@@ -467,6 +458,9 @@ class Imagen(nn.Module):
                 f"cond_scale must be 1, got {cond_scale}: this Imagen was made with cond_drop_prob=0, so its U-Nets do"
                 " not know images without text"
             )
+        samplers = self._checked_samplers(sampler, steps, eta)
+        if exists(batch_size) and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be a whole number, at least 1; got {batch_size!r}")
         level = default(lowres_sample_noise_level, self.lowres_sample_noise_level)
         self._check_noise_level(level)
         last = default(stop_at_unet_number, number)
@@ -497,29 +491,56 @@ class Imagen(nn.Module):
                         lowres_cond_img = self.normalize_img(noised)
                     else:
                         lowres_cond_img = self._noise_lowres(img, lowres_noise_times, noise)
-                img = self._p_sample_loop(
-                    unet,
-                    (batch, self.channels, size, size),
-                    noise_scheduler=self.noise_schedulers[unet_number - 1],
+                scheduler, cond_scale = self.noise_schedulers[unet_number - 1], cond_scales[unet_number - 1]
+                task = Task(
+                    unet=unet,
+                    update=Update(
+                        samplers[unet_number - 1],
+                        scheduler,
+                        percentile=self.dynamic_thresholding_percentile,
+                        cond_scale=cond_scale,
+                    ),
+                    cond_scale=cond_scale,
+                    text_embeds=text_embeds,
+                    text_mask=text_masks,
+                    lowres_cond_img=lowres_cond_img,
+                    lowres_noise_times=lowres_noise_times,
+                    batch_size=batch_size,
+                )
+                img = sample_images(
+                    task,
+                    torch.randn((batch, self.channels, size, size), generator=generator, device=device),
+                    resolve(self._acceleration, device, unet.dtype),
                     generator=generator,
                     description=f"U-Net {unet_number} of {number}, {size}x{size}",
                     progress=progress,
                     after_step=self._reporter(callback, unet_number),
-                    text_embeds=text_embeds,
-                    text_mask=text_masks,
-                    cond_scale=cond_scales[unet_number - 1],
-                    lowres_cond_img=lowres_cond_img,
-                    lowres_noise_times=lowres_noise_times,
                 )
+                img = self._finished(img)
 
         if not return_pil_images:
             return img
         low, high = self.input_image_range
         return to_pil_images((img - low) / (high - low))
 
-    @staticmethod
-    def _reporter(callback: Callable | None, unet_number: int) -> Callable[[int, torch.Tensor], None] | None:
-        return (lambda step, images: callback(unet_number, step, images)) if exists(callback) else None
+    def _finished(self, img: torch.Tensor) -> torch.Tensor:
+        """Images in the range of the training."""
+        return self.unnormalize_img(img.clamp(-1.0, 1.0))
+
+    def _reporter(self, callback: Callable | None, unet_number: int) -> Callable[[int, torch.Tensor], None] | None:
+        if not exists(callback):
+            return None
+        return lambda step, images: callback(unet_number, step, self._finished(images))
+
+    def _checked_samplers(self, sampler, steps, eta) -> list[Sampler]:
+        number = len(self.unets)
+        values = (
+            _one_for_each(name, value, number) for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta))
+        )
+        samplers = [Sampler(*each) for each in zip(*values, strict=True)]
+        for one, scheduler in zip(samplers, self.noise_schedulers, strict=True):
+            one.timesteps(scheduler.num_timesteps)
+        return samplers
 
     @staticmethod
     def _checked_generator(

@@ -1,11 +1,14 @@
 """The U-Net that predicts the noise in an image, and its four built-in sizes."""
 
-from typing import Any
+import itertools
+from collections.abc import Iterable
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .blocks import run_block
 from .helpers import cast_tuple, default, exists, prob_mask_like
 from .layers import (
     Attention,
@@ -43,6 +46,15 @@ def _check_int(name: str, value: Any, at_least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+class BlockCondition(TypedDict, total=False):
+    """What a :class:`.ResnetBlock` is told about time and text: arguments of its ``forward``."""
+
+    time_emb: torch.Tensor
+    cond: torch.Tensor
+    scale_shift: torch.Tensor
+    keys_values: torch.Tensor
 
 
 class Unet(nn.Module):
@@ -259,6 +271,12 @@ class Unet(nn.Module):
             ),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What sampling keeps belongs to these very tensors: it goes into no copy and no file.
+        state = super().__getstate__()
+        state.pop("_kept", None)
+        return state
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
@@ -319,38 +337,64 @@ class Unet(nn.Module):
             ValueError: if shapes do not fit together or a low-resolution input is missing or not wanted.
         """
         self._check_inputs(x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob)
-        if exists(lowres_cond_img):
-            x = torch.cat((x, lowres_cond_img.to(x.dtype)), dim=1)
-
         t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
         t, c = self._text_condition(text_embeds, cond_drop_prob, text_mask, t, time_tokens)
+        return self.denoise(x, lowres_cond_img, itertools.repeat(BlockCondition(time_emb=t, cond=c)))
+
+    def denoise(
+        self, x: torch.Tensor, lowres_cond_img: torch.Tensor | None, conditions: Iterable[BlockCondition]
+    ) -> torch.Tensor:
+        """What :meth:`forward` does with the images, once the conditions are known.
+
+        Args:
+            x: Noised images, shape (b, channels, h, w).
+            lowres_cond_img: Low-resolution images, of the same shape; only with ``lowres_cond``.
+            conditions: One for each of :attr:`resnet_blocks`. If all hold a ``scale_shift`` they may be for more images
+                than there are, see :meth:`.ResnetBlock.forward`.
+
+        Returns:
+            Predicted noise, shape (b, channels_out, h, w), or as many as there are conditions.
+        """
+        if exists(lowres_cond_img):
+            x = torch.cat((x, lowres_cond_img.to(x.dtype)), dim=1)
+        given = iter(conditions)
+        skip_scale = self.skip_connect_scale
+        middle = len(self.downs)
 
         x = self.init_conv(x.to(self.dtype))
         hiddens = []
-        for pre_downsample, init_block, resnet_blocks, attn_block, post_downsample in self.downs:
+        for level, (pre_downsample, init_block, resnet_blocks, attn_block, post_downsample) in enumerate(self.downs):
             if exists(pre_downsample):
                 x = pre_downsample(x)
-            x = init_block(x, t, c)
+            x = run_block(level, init_block, x, **next(given))
             for resnet_block in resnet_blocks:
-                x = resnet_block(x, t)
+                x = run_block(level, resnet_block, x, **next(given))
                 hiddens.append(x)
-            x = attn_block(x)
+            x = run_block(level, attn_block, x)
             hiddens.append(x)
             if exists(post_downsample):
                 x = post_downsample(x)
 
-        x = self.mid_block1(x, t, c)
+        x = run_block(middle, self.mid_block1, x, **next(given))
         if exists(self.mid_attn):
-            x = self.mid_attn(x)
-        x = self.mid_block2(x, t, c)
+            x = run_block(middle, self.mid_attn, x)
+        x = run_block(middle, self.mid_block2, x, **next(given))
 
-        for init_block, resnet_blocks, attn_block, upsample in self.ups:
-            x = init_block(x, t, c, skip=hiddens.pop(), skip_scale=self.skip_connect_scale)
+        for place, (init_block, resnet_blocks, attn_block, upsample) in enumerate(self.ups, start=1):
+            level = middle - place
+            x = run_block(level, init_block, x, **next(given), skip=hiddens.pop(), skip_scale=skip_scale)
             for resnet_block in resnet_blocks:
-                x = resnet_block(x, t, skip=hiddens.pop(), skip_scale=self.skip_connect_scale)
-            x = upsample(attn_block(x))
+                x = run_block(level, resnet_block, x, **next(given), skip=hiddens.pop(), skip_scale=skip_scale)
+            x = upsample(run_block(level, attn_block, x))
 
-        return self.final_conv(self.final_res_block(x, t))
+        return self.final_conv(run_block(0, self.final_res_block, x, **next(given)))
+
+    @property
+    def resnet_blocks(self) -> list[ResnetBlock]:
+        """All of them, in the order in which :meth:`denoise` runs them."""
+        down = [block for _, first, further, _, _ in self.downs for block in (first, *further)]
+        up = [block for first, further, _, _ in self.ups for block in (first, *further)]
+        return [*down, self.mid_block1, self.mid_block2, *up, self.final_res_block]
 
     def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> torch.Tensor:
         """Predict the noise in images with classifier-free guidance.
@@ -454,13 +498,19 @@ class Unet(nn.Module):
         if not exists(text_embeds):
             return t, self.norm_cond(time_tokens)
 
+        keep = prob_mask_like((len(text_embeds),), 1 - cond_drop_prob, device=text_embeds.device)
+        hidden, tokens = self._text_tokens(text_embeds, text_mask, keep)
+        return t + hidden, self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
+
+    def _text_tokens(
+        self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None, keep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled text (b, time_cond_dim) and tokens (b, 256, cond_dim), of null text where ``keep`` (b,) is False."""
         # Cut before the projection: no work on what is thrown away.
         text_embeds = text_embeds[:, : self.max_text_len].to(self.dtype)
-        batch, words, _ = text_embeds.shape
-        padding = self.max_text_len - words
+        padding = self.max_text_len - text_embeds.shape[1]
         tokens = F.pad(self.text_to_cond(text_embeds), (0, 0, 0, padding))
 
-        keep = prob_mask_like((batch,), 1 - cond_drop_prob, device=tokens.device)
         keep_token = keep[:, None, None]
         if exists(text_mask):
             text_mask = F.pad(text_mask[:, : self.max_text_len].bool(), (0, padding), value=False)
@@ -468,8 +518,7 @@ class Unet(nn.Module):
         tokens = torch.where(keep_token, tokens, self.null_text_embed.to(tokens.dtype))
 
         hidden = self.to_text_non_attn_cond(tokens.mean(dim=1))
-        hidden = torch.where(keep[:, None], hidden, self.null_text_hidden.to(hidden.dtype))
-        return t + hidden, self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
+        return torch.where(keep[:, None], hidden, self.null_text_hidden.to(hidden.dtype)), tokens
 
 
 class Base(Unet):

@@ -89,6 +89,8 @@ def _add_sample(commands) -> None:
     add("-c", "--CAPTIONS", required=True, help="a caption, or a .txt file with one caption a line")
     add("--cond-scale", type=float, default=1.0, help="guidance weight: more follows the text more (%(default)s)")
     add("--seed", type=int, help="the same seed makes the same pictures")
+    add("--sampler", default="ddpm", help="ddpm, or ddim or dpmpp_2m, which need fewer steps (%(default)s)")
+    add("--steps", type=int, help="number of steps of each U-Net (all of its timesteps)")
     add("--out", type=Path, help="folder for the pictures (generated_images_ and the time)")
     add("--grid", action="store_true", help="also save all pictures in one, with their captions, as grid.png")
     add("--device", help="where to sample, such as cpu or cuda:1 (cuda if there is one)")
@@ -121,7 +123,12 @@ def _sample(args: argparse.Namespace) -> int:
         captions,
         training_directory=args.TRAINING_DIRECTORY,
         save_directory=out,
-        sample_args={"cond_scale": args.cond_scale, "seed": args.seed},
+        sample_args={
+            "cond_scale": args.cond_scale,
+            "seed": args.seed,
+            "sampler": args.sampler,
+            "steps": args.steps,
+        },
         device=args.device,
     )
     print(f"{len(captions)} pictures in {out / 'generated_images'}")

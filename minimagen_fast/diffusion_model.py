@@ -120,6 +120,7 @@ class GaussianDiffusion(nn.Module):
         noise: torch.Tensor | None = None,
         *,
         normalize: bool = False,
+        memory_format: torch.memory_format | None = None,
     ) -> torch.Tensor:
         """Noise images: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, equation 4 of the DDPM paper.
 
@@ -128,13 +129,20 @@ class GaussianDiffusion(nn.Module):
             t: Timestep of each image, int64, shape (b,), values in [0, T).
             noise: Standard normal noise of the images' shape; drawn if not given.
             normalize: Whether the images come in [0, 1] and are first mapped to [-1, 1].
+            memory_format: Of the result, contiguous or channels_last; that of the images if not given.
 
         Returns:
             Noised images x_t, shape (b, c, h, w).
         """
         noise = default(noise, lambda: torch.randn_like(x_start))
         return kernels.q_sample(
-            x_start, t, noise, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, normalize=normalize
+            x_start,
+            t,
+            noise,
+            self.sqrt_alphas_cumprod,
+            self.sqrt_one_minus_alphas_cumprod,
+            normalize=normalize,
+            memory_format=memory_format,
         )
 
     def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

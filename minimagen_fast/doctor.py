@@ -6,7 +6,8 @@ import platform
 import torch
 
 from . import __version__
-from .kernels import implementation
+from .acceleration import resolve
+from .kernels import dispatch, implementation
 from .tiny_t5 import embedded_t5_directory
 
 REQUIRED = ("torch", "triton", "transformers", "sentencepiece", "protobuf", "einops", "pillow", "numpy", "safetensors")
@@ -35,9 +36,23 @@ def diagnosis() -> str:
         lines.append(f"  {package:18} {_version(package) or f'not installed (needed for {purpose})'}")
     lines += ["", "Devices", f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
     lines += [f"  {line}" for line in _cuda()]
-    lines += ["", "Attention", f"  {implementation()} (MINIMAGEN_FAST_KERNELS: auto, reference or sdpa)"]
+    lines += ["", f"Kernels: {implementation()}, from {dispatch.ENVIRONMENT_VARIABLE}: {', '.join(dispatch.CHOICES)}"]
+    for device in _devices():
+        lines += ["", f"Acceleration of a float32 model on {device}", *(f"  {line}" for line in _acceleration(device))]
     lines += ["", "Text encoders", *(f"  {line}" for line in _text_encoders())]
     return "\n".join(lines)
+
+
+def _devices() -> list[torch.device]:
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [torch.device(name) for name in names]
+
+
+def _acceleration(device: torch.device) -> list[str]:
+    try:
+        return str(resolve({}, device, torch.float32)).splitlines()
+    except ValueError as error:
+        return [f"none: {error}"]
 
 
 def _cuda() -> list[str]:

@@ -226,9 +226,10 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        context: torch.Tensor,
+        context: torch.Tensor | None,
         mask: torch.Tensor | None = None,
         *,
+        keys_values: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend from every token to the null key and the context.
@@ -237,16 +238,27 @@ class CrossAttention(nn.Module):
             x: Tokens, shape (b, n, dim).
             context: Context tokens, shape (b, m, context_dim).
             mask: Which context tokens may be attended to, bool, shape (b, m).
+            keys_values: What :meth:`project_context` makes of the context, to be given instead of it.
             residual: Added to the result, shape (b, n, dim).
 
         Returns:
             Tokens, shape (b, n, dim).
         """
-        q, context = self.to_q(self.norm(x)), self.norm_context(context)
+        q = self.to_q(self.norm(x))
         null_key, null_value = self.null_kv
-        out = null_key_cross_attention(q, context, self.to_kv.weight, null_key, null_value, heads=self.heads, mask=mask)
+        if exists(keys_values):
+            k, v = keys_values.chunk(2, dim=-1)
+            out = null_key_attention(q, k, v, null_key, null_value, heads=self.heads, mask=mask)
+        else:
+            context = self.norm_context(context)
+            to_kv = self.to_kv.weight
+            out = null_key_cross_attention(q, context, to_kv, null_key, null_value, heads=self.heads, mask=mask)
         project, norm = self.to_out
         return norm(project(out), residual=residual)
+
+    def project_context(self, context: torch.Tensor) -> torch.Tensor:
+        """The keys and, after them, the values of context tokens (b, m, context_dim): shape (b, m, 2 * heads * d)."""
+        return self.to_kv(self.norm_context(context))
 
 
 class CrossEmbedLayer(nn.Module):
@@ -381,15 +393,20 @@ class ResnetBlock(nn.Module):
         time_emb: torch.Tensor | None = None,
         cond: torch.Tensor | None = None,
         *,
+        scale_shift: torch.Tensor | None = None,
+        keys_values: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
         skip_scale: float = 1.0,
     ) -> torch.Tensor:
         """Map images (b, dim, h, w) to (b, dim_out, h, w).
 
         Args:
-            x: Images.
+            x: Images. There may be fewer of them than there are conditions: with n images, image i stands under the
+                conditions i, i + n, i + 2 n... The work on what they share is done once.
             time_emb: Time conditioning, shape (b, time_cond_dim).
             cond: Conditioning tokens, shape (b, m, cond_dim); needed if the block was made with ``cond_dim``.
+            scale_shift: What ``time_mlp`` makes of the time conditioning, shape (b, 2 * dim_out), instead of it.
+            keys_values: What the cross attention's ``project_context`` makes of the tokens, instead of them.
             skip: More channels of the images, which come after those of ``x``; together they are ``dim``. The two are
                 never put into one tensor where a kernel can read them apart.
             skip_scale: Factor of ``skip``.
@@ -397,16 +414,19 @@ class ResnetBlock(nn.Module):
         Raises:
             ValueError: if the block attends to tokens and none are given.
         """
-        scale_shift = None
         if exists(self.time_mlp) and exists(time_emb):
-            scale_shift = rearrange(self.time_mlp(time_emb), "b c -> b c 1 1").chunk(2, dim=1)
+            scale_shift = self.time_mlp(time_emb)
 
         h = self.block1(x, skip=skip, skip_scale=skip_scale)
+        if exists(scale_shift) and len(scale_shift) > len(h):
+            copies = len(scale_shift) // len(h)
+            h, x = (images.repeat(copies, 1, 1, 1) for images in (h, x))
         if exists(self.cross_attn):
-            if not exists(cond):
+            if not exists(cond) and not exists(keys_values):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")
-            h = self.cross_attn(h, context=cond, residual=h)
-        h = self.block2(h, scale_shift=scale_shift)
+            h = self.cross_attn(h, context=cond, keys_values=keys_values, residual=h)
+        by_channel = rearrange(scale_shift, "b c -> b c 1 1").chunk(2, dim=1) if exists(scale_shift) else None
+        h = self.block2(h, scale_shift=by_channel)
         if not exists(skip):
             return h + self.res_conv(x)
         if isinstance(self.res_conv, Identity):

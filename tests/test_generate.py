@@ -220,7 +220,7 @@ def test_mistakes_are_found_before_anything_is_sampled_or_written(
     monkeypatch.chdir(tmp_path)
     options = dict(options)
     imagen = make_imagen(1, channels=options.pop("channels", 3))
-    monkeypatch.setattr(imagen, "_p_sample_loop", lambda *args, **kwargs: pytest.fail("sampled"))
+    monkeypatch.setattr("minimagen_fast.Imagen.sample_images", lambda *args, **kwargs: pytest.fail("sampled"))
     with pytest.raises(error, match=message):
         sample_and_save(captions, **{"minimagen": imagen, "save_directory": "out", **options})
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,266 @@
+"""How a model is run: one small configuration, taken from its device, that changes speed and never a saved file.
+
+Every setting is ``auto`` until someone says otherwise: in a call of :meth:`.Imagen.accelerate`, or for all models in
+the environment variable ``MINIMAGEN_FAST_ACCELERATION`` (``reference``, or settings like ``precision=float32``, with
+commas between them). What ``auto`` comes to, and why, is settled anew for every use, since a model can be moved. What
+was asked for by name and cannot be had is an error.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from .blocks import use_blocks
+from .kernels import dispatch, launch
+
+ENVIRONMENT_VARIABLE = "MINIMAGEN_FAST_ACCELERATION"
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": ("weights", "float32", "bfloat16"),
+    "memory_format": ("contiguous", "channels_last"),
+    "kernels": ("auto", "triton", "reference"),
+    "attention": ("auto", "triton", "sdpa", "sdpa_merge", "xformers", "reference"),
+    "compile": ("off", "blocks"),
+    "cuda_graphs": ("off", "on"),
+    "condition_cache": ("off", "on"),
+}
+# The reason of a setting that someone has chosen.
+ASKED_FOR = "asked for"
+REFERENCE = {
+    "precision": "weights",
+    "memory_format": "contiguous",
+    "kernels": "reference",
+    "attention": "reference",
+    "compile": "off",
+    "cuda_graphs": "off",
+    "condition_cache": "off",
+}
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """How a model is run on a device.
+
+    Attributes:
+        precision: What most is computed in. Where it is ``bfloat16`` and the weights are float32, sampling uses a
+            bfloat16 copy of them and training runs under autocast. ``weights`` asks for that of the weights.
+        memory_format: How images lie in memory.
+        kernels: What :func:`.kernels.use_implementation` is told; with ``auto`` what is in force stays so.
+        attention: The same for attention.
+        compile: ``blocks`` if the U-Net's blocks run through torch.compile.
+        cuda_graphs: ``on`` if a step of sampling is captured and replayed.
+        condition_cache: ``on`` if what the steps of a sampling share is computed once, and guidance takes one call of
+            the U-Net a step, not two.
+        checkpoint_levels: Levels of the U-Nets, 0 the one of the highest resolution, that in training keep less and
+            compute it again.
+        reasons: For each setting why it is what it is.
+    """
+
+    precision: str
+    memory_format: str
+    kernels: str
+    attention: str
+    compile: str
+    cuda_graphs: str
+    condition_cache: str
+    checkpoint_levels: tuple[int, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision as torch has it."""
+        return getattr(torch, self.precision)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format as torch has it."""
+        return torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Have kernels chosen and blocks run in this way, for a block of code."""
+        with ExitStack() as stack:
+            if self.kernels != "auto":
+                stack.enter_context(dispatch.use_implementation(self.kernels))
+            if self.attention != "auto":
+                stack.enter_context(dispatch.use_attention(self.attention))
+            stack.enter_context(use_blocks(compiled=self.compile == "blocks", checkpoint_levels=self.checkpoint_levels))
+            yield
+
+    @contextmanager
+    def training(self, device: torch.device, weights: torch.dtype) -> Iterator[None]:
+        """What :meth:`active` does, and autocast where the precision calls for it and none is in force already."""
+        with ExitStack() as stack:
+            stack.enter_context(self.active())
+            if self.dtype != weights and autocast_dtype(device) is None:
+                stack.enter_context(torch.autocast(device.type, self.dtype))
+            yield
+
+    def __str__(self) -> str:
+        shown = [entry.name for entry in fields(self) if entry.name != "reasons"]
+        return "\n".join(
+            f"{name:18} {getattr(self, name)!s:14} {self.reasons.get(name, '')}".rstrip() for name in shown
+        )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on a device; None where it is not in force."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def checked_request(preset: str = "auto", **settings: Any) -> dict[str, Any]:
+    """What is asked for: every setting that is not ``auto``.
+
+    Args:
+        preset: ``auto``, or ``reference`` for plain torch throughout, which ``settings`` then change.
+        settings: See :class:`Acceleration`; ``auto`` takes a setting back.
+
+    Raises:
+        TypeError, ValueError: for an unknown preset, setting or value.
+    """
+    if preset not in ("auto", "reference"):
+        raise ValueError(f"preset must be 'auto' or 'reference', got {preset!r}")
+    request: dict[str, Any] = dict(REFERENCE) if preset == "reference" else {}
+    for name, value in settings.items():
+        if name == "checkpoint_levels":
+            request[name] = _checked_levels(value)
+        elif name not in CHOICES:
+            raise TypeError(f"there is no setting {name!r}; there are {', '.join(CHOICES)}, checkpoint_levels")
+        elif value == "auto":
+            request.pop(name, None)
+        elif value not in CHOICES[name]:
+            raise ValueError(f"{name} must be auto or one of {', '.join(CHOICES[name])}; got {value!r}")
+        else:
+            request[name] = value
+    return request
+
+
+def _checked_levels(levels: Any) -> tuple[int, ...]:
+    if not isinstance(levels, list | tuple) or not all(type(level) is int and level >= 0 for level in levels):
+        raise TypeError(f"checkpoint_levels must be a list of levels, numbered from 0; got {levels!r}")
+    return tuple(levels)
+
+
+def environment_request() -> dict[str, Any]:
+    """What the environment variable asks for.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    preset, settings = "auto", {}
+    for word in text.replace(",", " ").split():
+        name, equals, value = word.partition("=")
+        if equals:
+            settings[name] = value
+        else:
+            preset = name
+    try:
+        return checked_request(preset, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the environment variable {ENVIRONMENT_VARIABLE} is {text!r}: {error}") from error
+
+
+def resolve(request: Mapping[str, Any], device: torch.device, weights: torch.dtype) -> Acceleration:
+    """What a request comes to on a device, for a model whose weights are of this dtype.
+
+    Raises:
+        ValueError: if what is asked for by name cannot be had there.
+    """
+    asked = {**environment_request(), **request}
+    values, reasons = {}, {}
+    for name in CHOICES:
+        chosen, reason = _AUTOMATIC[name](device, weights)
+        if name in asked:
+            if obstacle := _obstacle(name, asked[name], device, weights):
+                raise ValueError(f"{name}={asked[name]!r} cannot be had: {obstacle}; choose 'auto', or another value")
+            chosen, reason = asked[name], ASKED_FOR
+        values[name], reasons[name] = chosen, reason
+    if values["precision"] == "weights":
+        values["precision"] = _name(weights)
+    if values["cuda_graphs"] == "on" and values["condition_cache"] == "off":
+        if "cuda_graphs" in asked:
+            raise ValueError("cuda_graphs='on' cannot be had: it needs condition_cache='on'; choose 'auto'")
+        values["cuda_graphs"], reasons["cuda_graphs"] = "off", "it needs the condition cache"
+    levels = asked.get("checkpoint_levels", ())
+    reasons["checkpoint_levels"] = ASKED_FOR if levels else "nothing is computed twice"
+    return Acceleration(**values, checkpoint_levels=levels, reasons=reasons)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _precision(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
+    if weights != torch.float32:
+        return _name(weights), "the dtype of the weights"
+    if device.type != "cuda":
+        return "float32", "bfloat16 is only chosen on CUDA; on request, elsewhere"
+    if launch.capability(device) < dispatch.OLDEST_CAPABILITY:
+        return "float32", f"{device} has no tensor cores for bfloat16"
+    return "bfloat16", "the tensor cores are fastest with it"
+
+
+def _memory_format(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
+    if device.type == "cuda":
+        return "channels_last", "what the tensor cores' convolutions read"
+    if device.type == "cpu":
+        return "channels_last", "what the fastest convolutions read"
+    return "contiguous", f"nothing is known of {device.type} devices"
+
+
+def _compile(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "off", "it takes minutes, which only long runs pay back; on request"
+    if obstacle := _no_compiler(device):
+        return "off", obstacle
+    return "blocks", "fewer launches for what lies between our kernels and the convolutions"
+
+
+def _cuda_graphs(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "off", "only for CUDA"
+    return "on", "a replayed step does not wait for the host"
+
+
+_AUTOMATIC = {
+    "precision": _precision,
+    "memory_format": _memory_format,
+    "kernels": lambda device, weights: ("auto", "the fastest that can do the job"),
+    "attention": lambda device, weights: ("auto", "the fastest that can do the job"),
+    "compile": _compile,
+    "cuda_graphs": _cuda_graphs,
+    "condition_cache": lambda device, weights: ("on", "text and timesteps are worked on once"),
+}
+
+
+def _obstacle(name: str, value: str, device: torch.device, weights: torch.dtype) -> str | None:
+    """Why a setting cannot have a value."""
+    if name == "precision" and value not in ("weights", _name(weights)) and weights != torch.float32:
+        return f"the weights are {weights}; convert the model with .float() for other precisions"
+    if name in ("kernels", "attention") and value == "triton":
+        return "; ".join(dispatch.triton_reasons(torch.empty(0, device=device)))
+    if name == "cuda_graphs" and value == "on" and device.type != "cuda":
+        return f"the model is on {device}, not on a CUDA device"
+    if name == "compile" and value == "blocks":
+        return _no_compiler(device)
+    return None
+
+
+@functools.cache
+def _no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot be used on a device."""
+    if device.type == "cuda":
+        return None if launch.AVAILABLE else "torch.compile needs triton there, which is not installed"
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
+        return None if compiler else "torch.compile needs a C++ compiler there, and none was found"
+    return None

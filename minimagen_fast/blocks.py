@@ -1,0 +1,79 @@
+"""How the blocks of a U-Net are run: as they are, compiled, or so that the backward pass computes them again."""
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .kernels import dispatch
+
+# Shapes of blocks that a process may compile; Dynamo's own limit of 8 is less than one U-Net has.
+_MOST_SHAPES = 512
+
+
+@dataclass(frozen=True)
+class _Way:
+    compiled: bool = False
+    checkpoint_levels: Collection[int] = ()
+
+
+_way = _Way()
+
+
+@contextmanager
+def use_blocks(*, compiled: bool, checkpoint_levels: Collection[int] = ()) -> Iterator[None]:
+    """Set for a block of code, for all threads of the process, how :func:`run_block` runs.
+
+    Args:
+        compiled: Whether through torch.compile: blocks of the same kind and shape are compiled once, together.
+        checkpoint_levels: Levels of the U-Net, 0 the one of the highest resolution, whose blocks keep nothing but their
+            inputs for the backward pass; Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
+    """
+    global _way
+    before = _way
+    _way = _Way(compiled, tuple(checkpoint_levels))
+    try:
+        yield
+    finally:
+        _way = before
+
+
+def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The result of a block of this level, in the way in force."""
+    # What has no parts does nothing that is worth compiling, or computing again.
+    if not block._modules:
+        return block(*args, **kwargs)
+    call: Callable[..., torch.Tensor] = block
+    if _way.compiled and not torch.compiler.is_compiling():
+        call = functools.partial(_run_compiled, block)
+    if level in _way.checkpoint_levels and torch.is_grad_enabled():
+        # Nothing in a block is random, and to save the state of the random numbers would wait for the device.
+        return checkpoint(
+            call, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_then_and_again, **kwargs
+        )
+    return call(*args, **kwargs)
+
+
+def _then_and_again() -> tuple[AbstractContextManager, AbstractContextManager]:
+    # The backward pass may come when other kernels are chosen, and these would save other tensors.
+    return nullcontext(), dispatch.as_now()
+
+
+def _run_compiled(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+        return _compiled_call()(block, *args, **kwargs)
+
+
+@functools.cache
+def _compiled_call() -> Callable[..., torch.Tensor]:
+    # One function for all modules, so that what is compiled for one serves all that are alike.
+    return torch.compile(_call, dynamic=False)
+
+
+def _call(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return block(*args, **kwargs)

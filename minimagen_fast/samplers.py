@@ -1,0 +1,147 @@
+"""From pure noise to images: which timesteps are visited, and how an image gets from one to the next.
+
+``ddpm`` is ancestral sampling, algorithm 2 of Ho et al., "Denoising Diffusion Probabilistic Models" (2020); ``ddim``
+that of Song et al., "Denoising Diffusion Implicit Models" (2021); ``dpmpp_2m`` is algorithm 2 of Lu et al.,
+"DPM-Solver++" (2022). On fewer timesteps than the model was trained with, ``ddpm`` is the DDIM step with eta = 1, which
+is the ancestral step of the respaced process (Song et al., section 4.1).
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from .diffusion_model import GaussianDiffusion
+from .kernels import ancestral_step, ddim_step, dpm_solver_pp_2m_step
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to sample.
+
+    Attributes:
+        name: One of :data:`SAMPLERS`.
+        steps: Number of steps; all timesteps if not given.
+        eta: Share of ancestral sampling's noise that ``ddim`` adds, in [0, 1]; the others take none but 0.
+
+    Raises:
+        TypeError, ValueError: if a value is of the wrong type or out of range.
+    """
+
+    name: str = "ddpm"
+    steps: int | None = None
+    eta: float = 0.0
+
+    def __post_init__(self):
+        if self.name not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {self.name!r}")
+        if self.steps is not None and (isinstance(self.steps, bool) or not isinstance(self.steps, int)):
+            raise TypeError(f"steps must be an int or None, got {self.steps!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
+        if self.eta and self.name != "ddim":
+            raise ValueError(f"eta is for the sampler 'ddim', got eta={self.eta} with sampler={self.name!r}")
+
+    def timesteps(self, total: int) -> list[int]:
+        """The timesteps that are visited, of 0 to ``total`` - 1: evenly spaced, the last and the first among them.
+
+        Raises:
+            ValueError: if there are to be more steps than timesteps.
+        """
+        number = total if self.steps is None else self.steps
+        if number > total:
+            raise ValueError(
+                f"steps is {number}, but the U-Net was made with {total} timesteps: choose no more than these"
+            )
+        if number == 1:
+            return [total - 1]
+        # Half up, in whole numbers: floats would round some of the halves down.
+        return [(2 * i * (total - 1) + number - 1) // (2 * (number - 1)) for i in range(number - 1, -1, -1)]
+
+
+class Update:
+    """From the noise that a model predicts to the next image, for one schedule of timesteps.
+
+    Args:
+        sampler: The sampler.
+        scheduler: The diffusion process, on the device of the images.
+        percentile: Quantile of |x_0| at which dynamic thresholding sets in.
+        cond_scale: Guidance weight.
+
+    Attributes:
+        times: Timesteps in the order in which they are visited, int64, shape (s,), on the device.
+        draws: Whether a step adds fresh noise.
+    """
+
+    def __init__(self, sampler: Sampler, scheduler: GaussianDiffusion, *, percentile: float, cond_scale: float):
+        visited = sampler.timesteps(scheduler.num_timesteps)
+        self._scheduler: Any = scheduler
+        device = cast(torch.Tensor, scheduler.betas).device
+        self.times = torch.tensor(visited, device=device)
+        self._following = torch.tensor([*visited[1:], -1], device=device)
+        self._visited = tuple(visited)
+        ancestral = len(visited) == scheduler.num_timesteps
+        self._kind = "ancestral" if sampler.name == "ddpm" and ancestral else sampler.name
+        self._eta = 1.0 if sampler.name == "ddpm" else sampler.eta
+        self.draws = self._kind == "ancestral" or (self._kind in ("ddpm", "ddim") and self._eta > 0)
+        # With a scale of 0 or 1 there is one prediction, and nothing to combine it with.
+        self._common: dict[str, Any] = {"percentile": percentile, "cond_scale": 1.0 if cond_scale == 0 else cond_scale}
+
+    @property
+    def signature(self) -> tuple:
+        """Equal for two that do the same with the same tensors."""
+        tensors = (value.data_ptr() for value in self._scheduler.buffers())
+        return self._kind, self._eta, tuple(self._common.items()), self._visited, *tensors
+
+    @property
+    def multistep(self) -> bool:
+        """Whether a step needs the x_0 of the step before: there the first one differs from the others."""
+        return self._kind == "dpmpp_2m"
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        step: torch.Tensor,
+        pred: torch.Tensor,
+        null_pred: torch.Tensor | None,
+        noise: torch.Tensor,
+        last_x_start: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next images and, if :attr:`multistep`, the x_0 on which they rest.
+
+        Args:
+            x: Images at the timestep of this step, float32, shape (b, c, h, w).
+            step: Number of the step, int64, shape (1,), on the device: nothing waits for its value.
+            pred: Predicted noise, shape (b, c, h, w); or (2 b, c, h, w), the half with text first.
+            null_pred: Predicted noise without text, if it is not in ``pred``.
+            noise: Fresh noise; what is in it does not matter unless :attr:`draws`.
+            last_x_start: The x_0 of the step before, if :attr:`multistep` and this is not the first step.
+        """
+        scheduler, common = self._scheduler, {**self._common, "null_pred": null_pred}
+        t = self.times.index_select(0, step).expand(len(x))
+        if self._kind == "ancestral":
+            out = ancestral_step(
+                x,
+                t,
+                pred,
+                noise,
+                scheduler.sqrt_recip_alphas_cumprod,
+                scheduler.sqrt_recipm1_alphas_cumprod,
+                scheduler.posterior_mean_coef1,
+                scheduler.posterior_mean_coef2,
+                scheduler.posterior_log_variance_clipped,
+                **common,
+            )
+            return out, None
+        following = self._following.index_select(0, step).expand(len(x))
+        schedules = scheduler.sqrt_alphas_cumprod, scheduler.sqrt_one_minus_alphas_cumprod
+        if self._kind != "dpmpp_2m":
+            return ddim_step(x, t, following, pred, *schedules, eta=self._eta, noise=noise, **common), None
+        t_last = None if last_x_start is None else self.times.index_select(0, step - 1).expand(len(x))
+        return dpm_solver_pp_2m_step(
+            x, t, following, pred, *schedules, last_x_start=last_x_start, t_last=t_last, **common
+        )

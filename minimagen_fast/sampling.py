@@ -1,0 +1,355 @@
+"""The loop that takes one U-Net's images from pure noise to x_0, and what it does to be fast.
+
+A step predicts the noise, with text and without in one call of the U-Net where guidance needs both, and updates the
+images in place. It reads nothing but tensors that stay where they are, the number of the step among them: so on CUDA it
+is captured once, and replayed for all steps of all samplings of its shape. Nothing in it waits for the device.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from .acceleration import ASKED_FOR, Acceleration, autocast_dtype
+from .conditioning import Conditions
+from .kept import kept_with
+from .kernels import dispatch
+from .samplers import Update
+from .Unet import Unet
+
+# Captured steps that are kept for each U-Net: every one holds the memory of a step.
+_MOST_GRAPHS = 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one U-Net is to sample.
+
+    Attributes:
+        unet: The U-Net.
+        update: The way from one image to the next.
+        cond_scale: Guidance weight; 0 and 1 need one prediction a step, others two.
+        text_embeds: Text embeddings, shape (b, n, text_embed_dim).
+        text_mask: Which tokens are text, bool, shape (b, n).
+        lowres_cond_img: Low-resolution images, noised, shape (b, c, h, w), for a U-Net that wants them.
+        lowres_noise_times: Timestep to which they were noised, the same for all, int64, shape (b,).
+        batch_size: Most images that go through the U-Net at a time; all if not given.
+    """
+
+    unet: Unet
+    update: Update
+    cond_scale: float
+    text_embeds: torch.Tensor
+    text_mask: torch.Tensor | None
+    lowres_cond_img: torch.Tensor | None
+    lowres_noise_times: torch.Tensor | None
+    batch_size: int | None
+
+    @property
+    def with_text(self) -> tuple[bool, ...]:
+        """The predictions that a step needs, each with text or without."""
+        return (True, False) if self.cond_scale not in (0, 1) else (self.cond_scale == 1,)
+
+
+def sample_images(
+    task: Task,
+    x: torch.Tensor,
+    acceleration: Acceleration,
+    *,
+    generator: torch.Generator | None = None,
+    description: str = "",
+    progress: bool = False,
+    after_step: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Sample with one U-Net.
+
+    Args:
+        task: What to sample.
+        x: Pure noise, float32, shape (b, c, h, w).
+        acceleration: How to run the U-Net.
+        generator: Source of the random numbers, on the device of the images; the global one if not given.
+        description: What the progress bar says.
+        progress: Whether to show one.
+        after_step: Called after each step with its number and the images.
+
+    Returns:
+        Images x_0, dtype and shape of ``x``.
+    """
+    # What is kept for the next sampling must be usable in it, also if this one runs in inference mode.
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(acceleration.active())
+        stack.enter_context(_autocast_if_needed(task.unet, x.device, acceleration))
+        steps = stack.enter_context(_steps(task, x, acceleration))
+        for number in tqdm(range(len(task.update.times)), desc=description, disable=not progress):
+            if task.update.draws:
+                steps.noise.normal_(generator=generator)
+            steps.advance(first=number == 0)
+            if after_step is not None:
+                after_step(number, steps.x.clone())
+        return steps.x.clone()
+
+
+class _Steps:
+    """Images on their way, in tensors that stay where they are."""
+
+    def __init__(self, predict: "_CachedPrediction | _PlainPrediction", update: Update, x: torch.Tensor):
+        self.x = x.clone()
+        self.noise = torch.empty_like(self.x)
+        self._predict, self._update = predict, update
+        self._number = torch.zeros(1, dtype=torch.long, device=x.device)
+        self._x_start = torch.empty_like(self.x) if update.multistep else None
+
+    def advance(self, first: bool) -> None:
+        """One step; the first, which has no step before it, may differ."""
+        pred, null_pred = self._predict(self.x, self._number)
+        last = None if first else self._x_start
+        out, x_start = self._update(self.x, self._number, pred, null_pred, self.noise, last)
+        self.x.copy_(out)
+        if x_start is not None and self._x_start is not None:
+            self._x_start.copy_(x_start)
+        self._number.add_(1)
+
+
+class _ReplayedSteps(_Steps):
+    """The same, by replaying a CUDA graph."""
+
+    def __init__(self, predict: "_CachedPrediction", update: Update, x: torch.Tensor, required: bool):
+        super().__init__(predict, update, x)
+        self._conditions, self._required = predict, required
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._may_capture = True
+        self._has_run = False
+
+    def begin(self, predict: "_CachedPrediction", x: torch.Tensor) -> None:
+        """Start again with other images and conditions, of the same shapes."""
+        self.x.copy_(x)
+        self._number.zero_()
+        self._conditions.load(predict)
+
+    def advance(self, first: bool) -> None:
+        differs = first and self._update.multistep
+        # Before it is captured a step must run once, for what libraries and compilers do at first.
+        if self._graph is None and self._may_capture and self._has_run and not differs:
+            self._graph = self._capture()
+        if self._graph is None or differs:
+            super().advance(first)
+            self._has_run = self._has_run or not differs
+        else:
+            self._graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self.x.device), torch.cuda.graph(graph):
+                super().advance(first=False)
+        except RuntimeError as error:
+            if self._required:
+                raise
+            self._may_capture = False
+            warnings.warn(
+                f"a step of sampling could not be captured in a CUDA graph and is launched anew each time: {error}."
+                " To do without: imagen.accelerate(cuda_graphs='off')",
+                stacklevel=2,
+            )
+            return None
+        return graph
+
+
+def _is_customised(unet: Unet) -> bool:
+    """Whether someone has taken a hand in how it or a part of it is called: then it must be called, whole, itself."""
+    return type(unet).forward is not Unet.forward or any(
+        "forward" in vars(module)
+        or module._compiled_call_impl is not None
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        for module in unet.modules()
+    )
+
+
+def _autocast_if_needed(unet: Unet, device: torch.device, acceleration: Acceleration) -> AbstractContextManager:
+    """Autocast, where it has to stand for a working copy."""
+    if not _is_customised(unet) or unet.dtype == acceleration.dtype or autocast_dtype(device) is not None:
+        return nullcontext()
+    return torch.autocast(device.type, acceleration.dtype)
+
+
+def _refuse_if_asked_for(names: tuple[str, ...], acceleration: Acceleration, obstacle: str) -> None:
+    for name in names:
+        if getattr(acceleration, name) == "on" and acceleration.reasons.get(name) == ASKED_FOR:
+            raise ValueError(f"{name}='on' cannot be had: {obstacle}, or choose {name}='auto'")
+
+
+@contextmanager
+def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator[_Steps]":
+    autocast, customised = autocast_dtype(x.device), _is_customised(task.unet)
+    if customised:
+        _refuse_if_asked_for(
+            ("condition_cache", "cuda_graphs"),
+            acceleration,
+            "the forward of the U-Net, or of a part of it, was replaced, compiled or given hooks, and would not be"
+            " called. Compile with imagen.accelerate(compile='blocks')",
+        )
+    elif autocast is not None:
+        _refuse_if_asked_for(
+            ("cuda_graphs",),
+            acceleration,
+            "autocast is in force, and the weights that it converts go when it ends. Say"
+            " imagen.accelerate(precision='bfloat16') instead",
+        )
+    kept, unet = kept_with(task.unet), task.unet
+    if autocast is None and not customised:
+        unet = kept.working_copy(unet, acceleration.dtype, acceleration.layout)
+    if acceleration.condition_cache == "off" or customised:
+        yield _Steps(_PlainPrediction(task, unet, acceleration.layout), task.update, x)
+        return
+    predict = _CachedPrediction(task, unet, acceleration.layout, unet.dtype if autocast is None else autocast)
+    # Autocast keeps converted weights while it is active: a graph must not hold on to those. And a callback, or another
+    # thread, may sample with this U-Net while it is being sampled.
+    if acceleration.cuda_graphs == "off" or autocast is not None or not kept.lock.acquire(blocking=False):
+        yield _Steps(predict, task.update, x)
+        return
+    try:
+        kept.forget_graphs_of_other_tensors(unet)
+        yield _replayed(kept.graphs, predict, task, x, acceleration)
+    finally:
+        kept.lock.release()
+
+
+def _replayed(
+    graphs: "OrderedDict[tuple, _ReplayedSteps]",
+    predict: "_CachedPrediction",
+    task: Task,
+    x: torch.Tensor,
+    acceleration: Acceleration,
+) -> _ReplayedSteps:
+    """The captured step for this task, or one to be captured."""
+    in_force = dispatch.implementation(), dispatch.attention_override(None)
+    key = (acceleration, in_force, x.shape, predict.signature, task.update.signature)
+    steps = graphs.pop(key, None)
+    if steps is None:
+        required = acceleration.reasons.get("cuda_graphs") == ASKED_FOR
+        steps = _ReplayedSteps(predict, task.update, x, required)
+    else:
+        steps.begin(predict, x)
+    graphs[key] = steps
+    if len(graphs) > _MOST_GRAPHS:
+        graphs.popitem(last=False)
+    return steps
+
+
+def _pieces(batch: int, size: int | None) -> list[slice]:
+    size = batch if size is None else size
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, max(size, 1))]
+
+
+class _CachedPrediction:
+    """Predicts noise under conditions that are worked out once.
+
+    If the device's memory does not suffice for all images at a time, it takes fewer.
+    """
+
+    def __init__(self, task: Task, unet: Unet, layout: torch.memory_format, dtype: torch.dtype):
+        self._task, self._unet, self._layout, self._dtype = task, unet, layout, dtype
+        self._batch = len(task.text_embeds)
+        # Its own: `load` writes to it.
+        self._lowres = None if task.lowres_cond_img is None else task.lowres_cond_img.clone()
+        self._divide(task.batch_size)
+
+    def _divide(self, size: int | None) -> None:
+        self._size = self._batch if size is None else min(size, self._batch)
+        self._pieces = _pieces(self._batch, self._size)
+        self._conditions = [self._conditions_of(piece) for piece in self._pieces]
+
+    def _conditions_of(self, piece: slice) -> Conditions:
+        task = self._task
+        text_embeds = task.text_embeds[piece]
+        return Conditions(
+            task.unet,
+            task.update.times,
+            lowres_noise_time=None if task.lowres_noise_times is None else task.lowres_noise_times[:1],
+            text_embeds=text_embeds,
+            text_mask=None if task.text_mask is None else task.text_mask[piece],
+            batch=len(text_embeds),
+            with_text=task.with_text,
+            dtype=self._dtype,
+        )
+
+    @property
+    def signature(self) -> tuple:
+        """What must be the same for :meth:`load`."""
+        task = self._task
+        lowres = None if self._lowres is None else self._lowres.shape
+        return self._dtype, lowres, task.batch_size, task.with_text
+
+    def load(self, other: "_CachedPrediction") -> None:
+        """Take over another's conditions, in place."""
+        if self._lowres is not None and other._lowres is not None:
+            self._lowres.copy_(other._lowres)
+        # This one may have found out that the memory does not suffice for all at a time.
+        if self._size != other._size:
+            other._divide(self._size)
+        for own, new in zip(self._conditions, other._conditions, strict=True):
+            own.load(new)
+
+    def __call__(self, x: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, None]:
+        while True:
+            try:
+                return self._predict(x, number), None
+            except torch.OutOfMemoryError:
+                # What is computed while a graph is captured belongs to the graph: not the time to divide.
+                if self._size <= 1 or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                    raise
+                half = -(-self._size // 2)
+                warnings.warn(
+                    f"the memory of {x.device} does not suffice for {self._size} images at a time; going on with"
+                    f" {half}. To begin with fewer, give sample the argument batch_size",
+                    stacklevel=2,
+                )
+            # Out of the handler, which holds on to all that the failed attempt has allocated.
+            if x.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._divide(half)
+
+    def _predict(self, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=self._layout)
+        preds = [
+            self._unet.denoise(x[piece], None if self._lowres is None else self._lowres[piece], conditions.at(number))
+            for piece, conditions in zip(self._pieces, self._conditions, strict=True)
+        ]
+        if len(preds) == 1:
+            return preds[0]
+        # Of each piece the images with text come first; so they do of all.
+        groups = [pred.chunk(len(self._task.with_text)) for pred in preds]
+        return torch.cat([group[place] for place in range(len(self._task.with_text)) for group in groups])
+
+
+class _PlainPrediction:
+    """Predicts noise by whole calls of the U-Net, first without text where guidance needs it, then with."""
+
+    def __init__(self, task: Task, unet: Unet, layout: torch.memory_format):
+        self._task, self._unet, self._layout = task, unet, layout
+
+    def __call__(self, x: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        task = self._task
+        times = task.update.times.index_select(0, number).expand(len(x))
+        preds = [self._forward(x, times, has_text) for has_text in reversed(task.with_text)]
+        return preds[-1], preds[0] if len(preds) > 1 else None
+
+    def _forward(self, x: torch.Tensor, times: torch.Tensor, has_text: bool) -> torch.Tensor:
+        task = self._task
+        by_image = {
+            "lowres_cond_img": task.lowres_cond_img,
+            "lowres_noise_times": task.lowres_noise_times,
+            "text_embeds": task.text_embeds,
+            "text_mask": task.text_mask,
+        }
+        x = x.contiguous(memory_format=self._layout)
+        preds = []
+        for piece in _pieces(len(x), task.batch_size):
+            given = {name: None if value is None else value[piece] for name, value in by_image.items()}
+            preds.append(self._unet(x[piece], times[piece], **given, cond_drop_prob=0.0 if has_text else 1.0))
+        return torch.cat(preds)

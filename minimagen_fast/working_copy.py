@@ -1,0 +1,67 @@
+"""A copy of a U-Net in the precision and memory layout in which it is sampled.
+
+Converting weights where they are used would read all of them again in every step. Converting them once would leave a
+copy behind that no later change of the model reaches. So the copy stays, and takes over the model's values before
+every sampling: the same tensors at the same addresses, to which compiled code and captured graphs may hold on.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from .layers import ChanLayerNorm, LayerNorm
+from .Unet import Unet
+
+# Their parameters are small, and the kernels compute with them in float32.
+_EXACT = (nn.GroupNorm, LayerNorm, ChanLayerNorm)
+
+
+class WorkingCopy:
+    """The copy of one U-Net. Tensors that need no conversion it shares with the U-Net.
+
+    Attributes:
+        unet: The copy.
+    """
+
+    def __init__(self, unet: Unet, dtype: torch.dtype, memory_format: torch.memory_format):
+        self._signature = _signature(unet)
+        self._wanted = dtype, memory_format
+        exact = {id(value) for module in unet.modules() if isinstance(module, _EXACT) for value in _tensors(module)}
+        # Handed to deepcopy as already copied, so that no second set of the weights is ever made in between.
+        memo: dict[int, object] = {}
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for source in _tensors(unet):
+            wide = id(source) in exact or not source.is_floating_point()
+            own = source.detach()
+            converted = own.to(
+                source.dtype if wide else dtype,
+                memory_format=memory_format if source.ndim == 4 else torch.preserve_format,
+            )
+            if converted is own:
+                memo[id(source)] = source
+            else:
+                self._pairs.append((converted, source))
+                is_parameter = isinstance(source, nn.Parameter)
+                memo[id(source)] = nn.Parameter(converted, requires_grad=False) if is_parameter else converted
+        self.unet: Unet = copy.deepcopy(unet, memo)
+
+    def fits(self, unet: Unet, dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
+        """Whether a U-Net still has the tensors of which this is the copy, and this is the copy that is wanted."""
+        return self._wanted == (dtype, memory_format) and self._signature == _signature(unet)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the values that the U-Net's tensors have now."""
+        if self._pairs:
+            targets, sources = zip(*self._pairs, strict=True)
+            torch._foreach_copy_(targets, sources)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _signature(module: nn.Module) -> list[tuple]:
+    """Changes when a tensor is replaced, converted or moved, but not when its values change."""
+    return [(id(value), value.data_ptr(), value.dtype, value.device, value.stride()) for value in _tensors(module)]

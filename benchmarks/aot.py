@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.aot`` compiles a representative part of the launches that the U-Nets Base, Super, BaseTest and
 SuperTest can make, and prints what became of each configuration as a Markdown table; ``--all`` compiles all of them,
-``--write`` keeps the table in benchmarks/results/aot.md. tests/test_aot.py holds the representative part to
-:func:`complaints`, and to the kept table.
+and with ``--write`` keeps the table in benchmarks/results/aot.md. tests/test_aot.py holds the representative part to
+:func:`complaints`, and to the kept table, and knows by the kernels' :func:`fingerprint` whether all were compiled since
+they were changed last. With ``TRITON_CACHE_DIR`` set to a folder, an interrupted run goes on where it was.
 
 Launches are enumerated by running the operations forward and backward on meta tensors, see ``kernels.launch.record``:
 what they would launch on an A100, an H200 and a B200. Those of one kernel that Triton compiles alike are one
@@ -12,8 +13,13 @@ global accesses and tensor-core instructions are those in the PTX.
 """
 
 import argparse
+import ast
 import dataclasses
+import functools
+import hashlib
 import importlib
+import inspect
+import io
 import itertools
 import multiprocessing
 import os
@@ -21,6 +27,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
+import tokenize
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +49,7 @@ from .kernel_cases import Case, unet_cases
 TABLE = Path(__file__).parent / "results" / "aot.md"
 TARGETS = {80: launch.A100, 90: launch.H200, 100: launch.B200}
 PROCESSES = 2
+PACKAGE = launch.__name__.rpartition(".")[0]
 UNETS = (Base, Super, BaseTest, SuperTest)
 DTYPES = (torch.bfloat16, torch.float32)
 FORMATS = (torch.channels_last, torch.contiguous_format)
@@ -124,23 +133,44 @@ class Row:
 
 def specialise(recorded: launch.Launch, capability: int) -> Build:
     """The build that a launch needs on a card."""
-    backend = make_backend(GPUTarget("cuda", capability, 32))
     kernel = recorded.kernel
     options = {"num_warps": recorded.num_warps, "num_stages": recorded.num_stages}
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = bind(*recorded.args, **recorded.constexprs, **options)
-    keywords = {**recorded.constexprs, **options}
-    _, signature, constexprs, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
-    return Build(
-        kernel.fn.__module__,
-        kernel.fn.__qualname__,
-        tuple(signature.items()),
-        tuple(constexprs.items()),
-        tuple(position for position, attribute in attributes.items() if attribute),
-        recorded.num_warps,
-        recorded.num_stages,
-        capability,
-    )
+    bound, specialization, _ = _binder(kernel, capability)(*recorded.args, **recorded.constexprs, **options)
+    # What the rest depends on: numbers and tensors count only for their types.
+    constants = tuple((type(value), value) for value in recorded.constexprs.values())
+    key = kernel, capability, constants, tuple(recorded.constexprs), *options.values(), tuple(specialization)
+    build = _builds.get(key)
+    if build is None:
+        keywords = {**recorded.constexprs, **options}
+        packed = kernel._pack_args(_backend(capability), keywords, bound, specialization, options)
+        _, signature, constexprs, attributes = packed
+        build = _builds[key] = Build(
+            kernel.fn.__module__,
+            kernel.fn.__qualname__,
+            tuple(signature.items()),
+            tuple(constexprs.items()),
+            tuple(position for position, attribute in attributes.items() if attribute),
+            recorded.num_warps,
+            recorded.num_stages,
+            capability,
+        )
+    return build
+
+
+_builds: dict[tuple, Build] = {}
+
+
+@functools.cache
+def _backend(capability: int):
+    return make_backend(GPUTarget("cuda", capability, 32))
+
+
+@functools.cache
+def _binder(kernel, capability: int):
+    # The two steps of triton's JITFunction.run that decide what it compiles, both private: a binder from arguments to
+    # (values by name, (type, attribute) of each, options), and _pack_args, which sorts these into what ASTSource takes.
+    # They are the same in triton 3.6 and 3.7.
+    return create_function_from_signature(kernel.signature, kernel.params, _backend(capability))
 
 
 def compile_build(build: Build) -> Row:
@@ -279,7 +309,8 @@ _NARROW: dict[str, tuple[str, ...]] = {
     "group_norm_split._statistics_kernel": ("load", "store"),
     "group_norm_split_backward._sums_kernel": ("store",),
     "group_norm_split_backward._totals_kernel": ("load", "store"),
-    "row_norm._sum_kernel": ("store",),
+    "layer_norm_tiles._sum_kernel": ("store",),
+    "threshold._narrow_kernel": ("store",),
 }
 _ATTENTION = "null_key_flash."
 
@@ -343,13 +374,33 @@ def parse(text: str) -> dict[tuple[str, str, str], Row]:
     """The rows of :func:`table` in a text, by their keys."""
     rows = {}
     kinds = {entry.name: entry.type for entry in dataclasses.fields(Row)}
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if len(cells) == len(_COLUMNS) and cells != list(_COLUMNS.values()):
-            values = {k: int(v) if kinds[k] is int else v for k, v in zip(_COLUMNS, cells, strict=True)}
-            row = Row(**values)
-            rows[row.key] = row
+    for cells in _cells(text, _COLUMNS.values()):
+        values = {k: int(v) if kinds[k] is int else v for k, v in zip(_COLUMNS, cells, strict=True)}
+        row = Row(**values)
+        rows[row.key] = row
     return rows
+
+
+def _cells(text: str, columns: Iterable[str]) -> Iterator[list[str]]:
+    """The rows of the Markdown table that has these columns."""
+    _, _, rest = text.partition(f"| {' | '.join(columns)} |\n")
+    for line in itertools.takewhile(lambda line: line.startswith("|"), rest.splitlines()[1:]):
+        yield [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+_OVERVIEW = (
+    "kernel",
+    "fingerprint",
+    "target",
+    "configurations",
+    "registers",
+    "spill",
+    "shared memory",
+    "occupancy",
+    "widest load",
+    "widest store",
+    "products",
+)
 
 
 def summary(rows: Iterable[Row]) -> str:
@@ -357,19 +408,64 @@ def summary(rows: Iterable[Row]) -> str:
     kinds: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         kinds.setdefault((row.kernel, row.target), []).append(row)
-    lines = [
-        "| kernel | target | configurations | registers | spill | shared memory | occupancy | widest load"
-        " | widest store | products |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]
+    lines = [f"| {' | '.join(_OVERVIEW)} |", "|---|---|---|" + "--:|" * 7 + "---|"]
     for (kernel, target), group in kinds.items():
         most = {name: max(getattr(row, name) for row in group) for name in ("registers", "spill", "shared")}
         least = {name: min(getattr(row, name) for row in group) for name in ("load", "store")}
         products = sorted({row.products for row in group})
         lowest = min((row.occupancy for row in group), key=lambda share: int(share.rstrip("%")))
-        cells = kernel, target, len(group), *most.values(), lowest, *least.values(), ", ".join(products)
+        numbers = len(group), *most.values(), lowest, *least.values()
+        cells = kernel, fingerprint(kernel), target, *numbers, ", ".join(products)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def fingerprints(text: str) -> dict[str, str]:
+    """Those that the kernels had in a text with a :func:`summary`, by the kernels' names there."""
+    return {kernel: value for kernel, value, *_ in _cells(text, _OVERVIEW)}
+
+
+def fingerprint(name: str) -> str:
+    """Eight digits that change with the code of a kernel or of a function it calls, not with comments and layout.
+
+    Args:
+        name: Module and kernel, as in ``"layer_norm_rows._forward_kernel"``.
+    """
+    module, _, function = name.rpartition(".")
+    pending = [getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)]
+    codes = {}
+    while pending:
+        function = pending.pop().fn
+        name = f"{function.__module__.removeprefix(PACKAGE)}.{function.__qualname__}"
+        if name in codes:
+            continue
+        source = textwrap.dedent(inspect.getsource(function))
+        codes[name] = _code(source)
+        for node in ast.walk(ast.parse(source)):
+            called = None
+            if isinstance(node, ast.Name):
+                called = function.__globals__.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = getattr(function.__globals__.get(node.value.id), node.attr, None)
+            # Triton's own functions belong to its version.
+            if str(getattr(getattr(called, "fn", None), "__module__", "")).startswith(PACKAGE):
+                pending.append(called)
+    return hashlib.sha256(repr(sorted(codes.items())).encode()).hexdigest()[:8]
+
+
+def _code(source: str) -> list[str]:
+    """The tokens of a function, without comments, docstrings and line ends within a statement."""
+    words, before = [], tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if token.type == tokenize.STRING and before in (tokenize.INDENT, tokenize.NEWLINE):
+            before = tokenize.STRING
+            continue
+        if before != tokenize.STRING or token.type != tokenize.NEWLINE:
+            words.append(token.string.strip() or tokenize.tok_name[token.type])
+        before = token.type
+    return words
 
 
 def _versions() -> str:
@@ -382,6 +478,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="all configurations: an hour or so on two cores")
     parser.add_argument("--write", action="store_true", help=f"keep the tables in benchmarks/results/{TABLE.name}")
     options = parser.parse_args(arguments)
+    if options.write and not options.all:
+        parser.error("the table is of all configurations: --write needs --all")
     if launch.INTERPRETED:
         parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     with tempfile.TemporaryDirectory() as cache:
@@ -407,13 +505,13 @@ def _run(everything: bool, write: bool) -> int:
             wrong = True
             print(f"{row.kernel} ({row.config}) on {row.target} {complaint}", file=sys.stderr)
     if wrong and recorded is not None:
-        print("To take this into the table on purpose: python -m benchmarks.aot --write", file=sys.stderr)
+        print("To take this into the table on purpose: python -m benchmarks.aot --all --write", file=sys.stderr)
     overview = summary(rows.values())
     details = table(rows[build] for build in chosen)
     print(f"{overview}\n{details}")
     if write:
-        extent = "all" if everything else f"{len(rows)} representative ones of {len(builds)}"
-        TABLE.write_text(_HEAD.format(versions=_versions(), extent=extent, overview=overview, details=details))
+        text = _HEAD.format(versions=_versions(), number=len(rows), overview=overview, details=details)
+        TABLE.write_text(text)
     return int(wrong)
 
 
@@ -423,16 +521,17 @@ SOME_SIZES = (16, 64, 256), (2, 16)
 
 _HEAD = """# Machine code of the kernels
 
-Written by `python -m benchmarks.aot --write` with {versions}, no card needed: what the kernels compile to for an A100
-(sm_80), an H200 (sm_90) and a B200 (sm_100), in bfloat16 and float32, NCHW and channels_last. Registers and spills are
-those of a thread (spills in bytes), shared memory in bytes of a program, occupancy the share of a multiprocessor's
+Written by `python -m benchmarks.aot --all --write` with {versions}, no card needed: what the kernels compile to for an
+A100 (sm_80), an H200 (sm_90) and a B200 (sm_100), in bfloat16 and float32, NCHW and channels_last. Registers and spills
+are those of a thread (spills in bytes), shared memory in bytes of a program, occupancy the share of a multiprocessor's
 warps that programs of this kind can fill. The widest global loads and stores are in bytes; narrow ones are those of the
 Test U-Nets, which have 8 channels, of images of a few pixels, and of kernels that sum up vectors. Products: HGMMA,
 UTCMMA and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
 
 ## The worst of every kernel
 
-Configurations compiled: {extent}.
+All {number} configurations for images of 8 to 1024 pixels, in batches of 1 to 256. The fingerprint is that of a
+kernel's code and of the functions it calls; a test fails when a kernel has changed since.
 
 {overview}
 ## Representative configurations

@@ -221,7 +221,7 @@ def group_norm(b: int, c: int, h: int, w: int, *, skip: int = 0, scale: bool = F
         Floor(
             {**dict.fromkeys(images, backward), "grad": backward, **once},
             tuple(f"grad_{name}" for name in (*images, *vectors)),
-            *((1.07, 1.07, "two float32 sums of every channel, of few pixels") if h * w <= 64 else ()),
+            *((1.07, 1.07, "of every 64 values two float32 sums are written and read") if h * w <= 64 else ()),
         ),
         options={"groups": RESNET_GROUPS, "skip_scale": SKIP_CONNECT_SCALE if skip else 1.0},
         gradients=(*images, *vectors),
@@ -399,10 +399,8 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
     if c * h * w <= 3 * 64 * 64:
         floor = Floor({"x_t": 1, **dict.fromkeys(inputs, 1)}, ("output",), why="an image is held on chip")
     else:
-        why = "every part of an image reads the counts of all its parts"
-        # Most at 256x256 pixels, where there are many parts and few values in each.
         reads = {"x_t": 2, **dict.fromkeys(inputs, 1), "x_0=x_t": 3}
-        floor = Floor(reads, ("x_0=x_t", "output"), 1.65, why=why)
+        floor = Floor(reads, ("x_0=x_t", "output"), why="x_0 is counted three times and then updated")
     return Case(
         f"{kind}_step",
         _image_shape(b, c, h, w) + ("+guidance" if guided else ""),

@@ -5,8 +5,8 @@
 The formulas are those of :mod:`.row_norm`, a row being the channels of a pixel; GELU is the exact one of Hendrycks and
 Gimpel, "Gaussian Error Linear Units" (2016), arXiv 1606.08415, computed again in backward.
 
-In channels_last memory the channels of a pixel lie side by side: the kernels of :mod:`.row_norm` take the image as it
-is, with the floors given there. In NCHW memory those of :mod:`.channel_norm_planes` do.
+In channels_last memory the channels of a pixel lie side by side: the kernels of :mod:`.layer_norm_rows` take the image
+as it is, with the floors given there. In NCHW memory those of :mod:`.channel_norm_planes` do.
 """
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from . import dispatch, launch
 from .channel_norm_planes import backward_planes, forward_planes
-from .row_norm import backward_rows, check_arguments, forward_rows, output_dtype
+from .layer_norm_rows import backward_rows, forward_rows
+from .layer_norm_tiles import check_arguments, output_dtype
 
 MAX_CHANNELS = 4096
 
@@ -26,8 +27,12 @@ def _reference(
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     if gelu:
         h = F.gelu(h)
-    var, mean = torch.var_mean(h, dim=1, correction=0, keepdim=True)
-    out = ((h - mean) * torch.rsqrt(var + eps) * gain.reshape(1, -1, 1, 1)).to(x.dtype)
+    if h.stride(1) == 1:
+        by_pixel = F.layer_norm(h.permute(0, 2, 3, 1), h.shape[1:2], gain.flatten().to(h.dtype), eps=eps)
+        out = by_pixel.permute(0, 3, 1, 2).to(x.dtype)
+    else:
+        var, mean = torch.var_mean(h, dim=1, correction=0, keepdim=True)
+        out = ((h - mean) * torch.rsqrt(var + eps) * gain.reshape(1, -1, 1, 1)).to(x.dtype)
     return out if residual is None else out + residual
 
 

@@ -11,7 +11,7 @@ import torch
 
 from . import launch
 from .launch import tl, triton
-from .row_norm import normal_cdf_and_density, resident_programs, standardize, sum_partials
+from .layer_norm_tiles import activated, input_gradient, resident_programs, standardize, sum_partials
 
 # 16 bytes of half precision.
 MIN_PIXELS, MAX_PIXELS = 8, 128
@@ -29,7 +29,7 @@ def _tile_of(tile, pixels, C: tl.constexpr, PIXELS: tl.constexpr):
     return tl.cast(tile // per_image, tl.int64) * C * pixels + first, pixels - first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def _forward_kernel(
     x_ptr,
     gain_ptr,
@@ -55,8 +55,7 @@ def _forward_kernel(
         h = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        if GELU:
-            h *= normal_cdf_and_density(h)[0]
+        h = activated(h, GELU)[0]
         centered, rstd = standardize(h, inside_channel, C, 0, EPS)
         y = centered * (rstd * gain)
         if residual_ptr is not None:
@@ -64,7 +63,7 @@ def _forward_kernel(
         tl.store(out_ptr + start + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def _backward_kernel(
     grad_ptr,
     x_ptr,
@@ -93,32 +92,16 @@ def _backward_kernel(
             inside = inside & inside_channel
         x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        h = x
-        if GELU:
-            cdf, density = normal_cdf_and_density(x)
-            h = x * cdf
-            slope = cdf + x * density
+        h, slope = activated(x, GELU)
         centered, rstd = standardize(h, inside_channel, C, 0, EPS)
         normalized = centered * rstd
         if NEED_GAIN:
             total += tl.sum(grad * normalized, 1)
         if NEED_X:
-            grad *= gain
-            mean = tl.sum(grad, 0)[None, :] / C
-            projection = tl.sum(grad * normalized, 0)[None, :] / C
-            grad = (grad - mean - normalized * projection) * rstd
-            if GELU:
-                grad *= slope
+            grad = input_gradient(grad, gain, normalized, rstd, slope, C, 0)
             tl.store(grad_x_ptr + start + offset, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if NEED_GAIN:
         tl.store(partial_ptr + tl.program_id(0) * C + channel, total, mask=channel < C)
-
-
-@triton.jit
-def _activation(x, GELU: tl.constexpr):
-    if GELU:
-        x *= normal_cdf_and_density(x)[0]
-    return x
 
 
 @triton.jit
@@ -142,7 +125,7 @@ def _wide_statistics(
     for Computing Sample Variances" (1979). The mean distance from any one of the values is rounded less than the mean.
     """
     block, pixel = tl.arange(0, CHANNELS), tl.arange(0, PIXELS)
-    pivot = _activation(tl.load(x_ptr + start + pixel, mask=pixel < left, other=0.0).to(tl.float32), GELU)[None, :]
+    pivot = activated(tl.load(x_ptr + start + pixel, mask=pixel < left, other=0.0).to(tl.float32), GELU)[0][None, :]
     mean = tl.zeros((1, PIXELS), tl.float32)
     squares = tl.zeros((1, PIXELS), tl.float32)
     grad_mean = tl.zeros((1, PIXELS), tl.float32)
@@ -152,7 +135,7 @@ def _wide_statistics(
         inside_channel = (channel < C)[:, None]
         offset = channel.to(tl.int64)[:, None] * pixels + pixel[None, :]
         inside = inside_channel & (pixel < left)[None, :]
-        h = _activation(tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32), GELU) - pivot
+        h = activated(tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32), GELU)[0] - pivot
         count = tl.minimum(C - first, CHANNELS)
         share = count / (first + count)
         block_mean = tl.sum(tl.where(inside_channel, h, 0.0), 0)[None, :] / count
@@ -192,7 +175,7 @@ def _wide_forward_kernel(
         channel = first + tl.arange(0, CHANNELS)
         offset = channel.to(tl.int64)[:, None] * pixels + pixel[None, :]
         inside = (channel < C)[:, None] & (pixel < left)[None, :]
-        h = _activation(tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32), GELU)
+        h = activated(tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32), GELU)[0]
         gain = tl.load(gain_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[:, None]
         y = (h - pivot - mean) * rstd * gain
         if residual_ptr is not None:
@@ -227,20 +210,14 @@ def _wide_backward_kernel(
         inside = (channel < C)[:, None] & (pixel < left)[None, :]
         x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        h = x
-        if GELU:
-            cdf, density = normal_cdf_and_density(x)
-            h = x * cdf
-            slope = cdf + x * density
+        h, slope = activated(x, GELU)
         normalized = (h - pivot - mean) * rstd
         if NEED_GAIN:
             partial = partial_ptr + tl.program_id(0).to(tl.int64) * C + channel
             tl.store(partial, tl.sum(grad * normalized, 1), mask=channel < C)
         if NEED_X:
             grad *= tl.load(gain_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[:, None]
-            grad = (grad - grad_mean - normalized * projection) * rstd
-            if GELU:
-                grad *= slope
+            grad = (grad - grad_mean - normalized * projection) * rstd * slope
             tl.store(grad_x_ptr + start + offset, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 

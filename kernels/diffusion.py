@@ -35,7 +35,7 @@ def _reference(x, y, t, a, b, normalize, subtract, dtype, channels_last):
     return out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t_stride", "blocks"])
 def _mix_kernel(
     x_ptr,
     y_ptr,
@@ -70,7 +70,7 @@ def _mix_kernel(
     tl.store(out_ptr + image * n + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t_stride", "blocks"])
 def _mix_backward_kernel(
     grad_ptr,
     t_ptr,

@@ -10,12 +10,14 @@ from . import launch
 from .group_norm_tiles import (
     Operands,
     affine,
-    offsets,
-    origin,
+    factor_of,
+    load_both,
+    load_one,
     pointers,
     run_backward,
     run_forward,
     silu_gradient,
+    store_one,
 )
 from .launch import tl, triton
 
@@ -38,10 +40,13 @@ def _config(operands: Operands) -> dict[str, int]:
         block_c = min(width, 64)
         block_p = min(pixels, TILE // block_c)
     else:
-        # Longer lines spill, on the one card or the other.
-        block_p = min(pixels, 256)
-        block_c = min(width, TILE // block_p, 256)
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": min(max(block_p * block_c // 512, 1), 16)}
+        # Longer lines spill, on the one card or the other, and so do as many values of float32.
+        most = TILE * 2 // operands.x.element_size()
+        block_p = min(pixels, most, 256)
+        block_c = min(width, most // block_p, 256)
+    per_thread = 16 if operands.channels_last else 32 // operands.x.element_size()
+    num_warps = min(max(block_p * block_c // (32 * per_thread), 1), 16)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps}
 
 
 @triton.jit
@@ -78,12 +83,10 @@ def _forward_kernel(
     pixel, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
 
     # Distances to the mean of a few values: squares of the values themselves would cancel where the mean is large.
-    few = pointers(
-        x, skip, sample, 0, begin, tl.arange(0, 1), channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
-    )
-    pivots = tl.load(few, mask=(channel < group_width)[None, :], other=0.0).to(tl.float32)
-    if HAS_SKIP:
-        pivots *= tl.where(begin + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+    pivots = load_both(
+        x, skip, sample, 0, begin, tl.arange(0, 1), channel, (channel < group_width)[None, :],
+        channels_x, channels, pixels, HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
+    )  # fmt: skip
     pivot = tl.sum(tl.sum(pivots, axis=0), axis=0) / tl.cast(tl.minimum(group_width, BLOCK_C), tl.float32)
     total, squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for within in range(0, group_width, BLOCK_C):
@@ -91,12 +94,10 @@ def _forward_kernel(
         inside = within + channel < group_width
         for start in range(0, pixels, BLOCK_P):
             mask = (start + pixel < pixels)[:, None] & inside[None, :]
-            source = pointers(
-                x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
-            )
-            values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-            if HAS_SKIP:
-                values *= tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+            values = load_both(
+                x, skip, sample, start, first, pixel, channel, mask, channels_x, channels, pixels,
+                HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
+            )  # fmt: skip
             distance = tl.where(mask, values - pivot, 0.0)
             total += distance
             squares += distance * distance
@@ -122,22 +123,14 @@ def _forward_kernel(
         slope, level = gain * rstd, offset - rest * (gain * rstd)
         for start in range(0, pixels, BLOCK_P):
             mask = (start + pixel < pixels)[:, None] & inside[None, :]
-            source = pointers(
-                x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
-            )
-            values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-            if HAS_SKIP:
-                values *= tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+            values = load_both(
+                x, skip, sample, start, first, pixel, channel, mask, channels_x, channels, pixels,
+                HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
+            )  # fmt: skip
             u = (values - mean) * slope[None, :] + level[None, :]
             if SILU:
                 u *= tl.sigmoid(u)
-            tl.store(
-                y
-                + origin(sample, start, first, channels, pixels, CHANNELS_LAST)
-                + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
-                u.to(y.dtype.element_ty),
-                mask=mask,
-            )
+            store_one(y, u, sample, start, first, pixel, channel, mask, channels, pixels, CHANNELS_LAST)
 
 
 @triton.jit
@@ -192,19 +185,11 @@ def _backward_kernel(
         tile_p, tile_q = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for start in range(0, pixels, BLOCK_P):
             mask = (start + pixel < pixels)[:, None] & inside[None, :]
-            source = pointers(
-                x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
-            )
-            values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-            if HAS_SKIP:
-                values *= tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
-            du = tl.load(
-                dy
-                + origin(sample, start, first, channels, pixels, CHANNELS_LAST)
-                + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
-                mask=mask,
-                other=0.0,
-            ).to(tl.float32)
+            values = load_both(
+                x, skip, sample, start, first, pixel, channel, mask, channels_x, channels, pixels,
+                HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
+            )  # fmt: skip
+            du = load_one(dy, sample, start, first, pixel, channel, mask, channels, pixels, CHANNELS_LAST)
             centred = tl.where(mask, values - mean, 0.0)
             if SILU:
                 du *= silu_gradient(centred * slope[None, :] + level[None, :])
@@ -228,7 +213,7 @@ def _backward_kernel(
             inside = within + channel < group_width
             wanted = inside
             if HAS_SKIP:
-                factor = tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)
+                factor = factor_of(first + channel, channels_x, SKIP_SCALE)
                 if not NEED_X:
                     wanted = inside & (first + channel >= channels_x)
                 if not NEED_SKIP:
@@ -240,25 +225,17 @@ def _backward_kernel(
             slope, level = gain * rstd, offset - rest * (gain * rstd)
             for start in range(0, pixels, BLOCK_P):
                 mask = (start + pixel < pixels)[:, None] & wanted[None, :]
-                source = pointers(
-                    x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
-                )
-                values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-                if HAS_SKIP:
-                    values *= factor[None, :]
-                du = tl.load(
-                    dy
-                    + origin(sample, start, first, channels, pixels, CHANNELS_LAST)
-                    + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
-                    mask=mask,
-                    other=0.0,
-                ).to(tl.float32)
+                values = load_both(
+                    x, skip, sample, start, first, pixel, channel, mask, channels_x, channels, pixels,
+                    HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
+                )  # fmt: skip
+                du = load_one(dy, sample, start, first, pixel, channel, mask, channels, pixels, CHANNELS_LAST)
                 centred = values - mean
                 if SILU:
                     du *= silu_gradient(centred * slope[None, :] + level[None, :])
                 gradient = du * slope[None, :] - centred * back_slope - back_level
                 if HAS_SKIP:
-                    gradient *= factor[None, :]
+                    gradient *= factor
                 target = pointers(
                     dx, dskip, sample, start, first, pixel, channel, channels_x, channels, pixels,
                     HAS_SKIP, CHANNELS_LAST,

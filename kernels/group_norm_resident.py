@@ -10,18 +10,20 @@ from . import launch
 from .group_norm_tiles import (
     Operands,
     affine,
-    offsets,
-    origin,
+    factor_of,
+    load_both,
+    load_one,
     pointers,
     run_backward,
     run_forward,
     silu_gradient,
+    store_one,
 )
 from .launch import tl, triton
 
-# Elements of a group, both sides rounded up to powers of two: 32 per thread, so that backward, which keeps two of them
-# and a few temporaries, stays within the 128 registers that a thread of 512 may have.
-LARGEST_TILE = 16384
+# Bytes of a group, both sides rounded up to powers of two, such that backward, which keeps two float32 for each value,
+# addresses and temporaries, stays within the 64 registers that a thread of 1024 may have, or the 128 of one of 512.
+LARGEST_TILE, BYTES_PER_THREAD = 32768, 32
 
 
 def tile(pixels: int, group_width: int) -> tuple[int, int]:
@@ -32,12 +34,15 @@ def tile(pixels: int, group_width: int) -> tuple[int, int]:
 def fits(operands: Operands) -> bool:
     """Whether a group fits into one program."""
     block_p, block_c = tile(operands.pixels, operands.group_width)
-    return block_p * block_c <= LARGEST_TILE
+    return block_p * block_c * operands.x.element_size() <= LARGEST_TILE
 
 
 def _config(operands: Operands) -> dict[str, int]:
     block_p, block_c = tile(operands.pixels, operands.group_width)
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": min(max(block_p * block_c // 512, 1), 16)}
+    num_warps = block_p * block_c * operands.x.element_size() // (32 * BYTES_PER_THREAD)
+    # Twice as much for each thread needs fewer registers in channels_last memory, and more in NCHW.
+    most = 16 if operands.channels_last else 32
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": min(max(num_warps, 1), most)}
 
 
 @triton.jit
@@ -74,11 +79,10 @@ def _forward_kernel(
     pixel, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
     inside = channel < group_width
     mask = (pixel < pixels)[:, None] & inside[None, :]
-    source = pointers(x, skip, sample, 0, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST)
-    values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SKIP:
-        factor = tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
-        values *= factor
+    values = load_both(
+        x, skip, sample, 0, first, pixel, channel, mask, channels_x, channels, pixels,
+        HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
+    )  # fmt: skip
 
     # The mean as a sum of two float32: where it is large against the deviations, its own rounding would show in them.
     count = tl.cast(group_width, tl.float32) * tl.cast(pixels, tl.float32)
@@ -99,13 +103,7 @@ def _forward_kernel(
     u = (centred - rest) * rstd * gain[None, :] + offset[None, :]
     if SILU:
         u *= tl.sigmoid(u)
-    tl.store(
-        y
-        + origin(sample, 0, first, channels, pixels, CHANNELS_LAST)
-        + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
-        u.to(y.dtype.element_ty),
-        mask=mask,
-    )
+    store_one(y, u, sample, 0, first, pixel, channel, mask, channels, pixels, CHANNELS_LAST)
 
 
 @triton.jit
@@ -147,18 +145,11 @@ def _backward_kernel(
     pixel, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
     inside = channel < group_width
     mask = (pixel < pixels)[:, None] & inside[None, :]
-    source = pointers(x, skip, sample, 0, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST)
-    values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SKIP:
-        factor = tl.where(first + channel < channels_x, 1.0, SKIP_SCALE)[None, :]
-        values *= factor
-    du = tl.load(
-        dy
-        + origin(sample, 0, first, channels, pixels, CHANNELS_LAST)
-        + offsets(pixel, channel, channels, pixels, CHANNELS_LAST),
-        mask=mask,
-        other=0.0,
-    ).to(tl.float32)
+    values = load_both(
+        x, skip, sample, 0, first, pixel, channel, mask, channels_x, channels, pixels,
+        HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
+    )  # fmt: skip
+    du = load_one(dy, sample, 0, first, pixel, channel, mask, channels, pixels, CHANNELS_LAST)
 
     row = statistics + sample * 3 * groups + group
     mean, rest, rstd = tl.load(row), tl.load(row + groups), tl.load(row + 2 * groups)
@@ -184,7 +175,7 @@ def _backward_kernel(
         gradient = (du * gain[None, :] - mean_p - normalised * mean_q) * rstd
         wanted = mask
         if HAS_SKIP:
-            gradient *= factor
+            gradient *= factor_of(first + channel, channels_x, SKIP_SCALE)
             if not NEED_X:
                 wanted = mask & (first + channel >= channels_x)[None, :]
             if not NEED_SKIP:

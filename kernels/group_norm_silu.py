@@ -31,9 +31,11 @@ LARGEST_PIXELS, LARGEST_CHANNELS = 2**27, 2**20
 def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu):
     if skip is not None:
         x = torch.cat((x, skip * skip_scale), dim=1)
-    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # On CUDA autocast normalises in float32. On a CPU it does not, which is less exact and slower.
+    dtype = x.dtype
+    if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # Half precision is slower there, and less exact.
         x = x.float()
+        weight, bias = (None if vector is None else vector.float() for vector in (weight, bias))
     if weight is None and bias is not None:
         # On a CPU torch has no gradients for a bias alone.
         weight = torch.ones_like(bias)
@@ -46,11 +48,14 @@ def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, sil
         # Unlike torch.nn.functional's, this takes a single value per group.
         x = torch.group_norm(x, groups, weight, bias, eps)
     if scale is not None:
-        x = x * (scale[:, :, None, None] + 1) + shift[:, :, None, None]
-    return F.silu(x) if silu else x
+        x = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None] + 1)
+    if silu:
+        # In place unless the backward pass needs what was there.
+        x = F.silu(x, inplace=not torch.is_grad_enabled())
+    return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _parameter_gradients_kernel(
     weight,
     bias,

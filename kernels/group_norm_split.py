@@ -9,7 +9,7 @@ of channels of one sample, which lies in one of the two inputs.
 import torch
 
 from . import launch
-from .group_norm_tiles import Operands, affine, offsets, origin
+from .group_norm_tiles import Operands, affine, load_one, store_one
 from .launch import tl, triton
 
 TILE = 4096
@@ -35,7 +35,10 @@ def config(operands: Operands) -> tuple[dict[str, int], dict[str, int]]:
     wanted = launch.ceil_div(programs, max(operands.batch * blocks, 1))
     span = max(launch.ceil_div(operands.pixels, wanted), SMALLEST_CHUNK)
     span = launch.ceil_div(span, block_p) * block_p
-    tile = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": min(max(block_p * block_c // 512, 1), 8)}
+    # With two images of float32 lines, 16 values for a thread spill; with one, 8 do.
+    half = operands.x.element_size() > 2 and operands.skip is not None and not operands.channels_last
+    num_warps = min(max(block_p * block_c // (256 if half else 512), 1), 16 if half else 8)
+    tile = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps}
     return tile, {"span": span, "chunks": launch.ceil_div(operands.pixels, span), "blocks": blocks}
 
 
@@ -85,19 +88,13 @@ def load_tile(
 ):
     """Values from ``pixel`` on, and which of the tile's pixels there are."""
     valid = (steps < (pixels - pixel).to(tl.int32))[:, None] & inside[None, :]
-    values = tl.load(
-        image
-        + origin(sample, pixel, first, width, pixels, CHANNELS_LAST)
-        + offsets(steps, channel, width, pixels, CHANNELS_LAST),
-        mask=valid,
-        other=0.0,
-    ).to(tl.float32)
+    values = load_one(image, sample, pixel, first, steps, channel, valid, width, pixels, CHANNELS_LAST)
     if HAS_SKIP:
         values *= tl.where(before > 0, SKIP_SCALE, 1.0)
     return values, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "blocks"])
 def _moments_kernel(
     x,
     skip,
@@ -145,7 +142,7 @@ def _moments_kernel(
     tl.store(row + 2 * field, tl.sum(squares, axis=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _statistics_kernel(
     partial,
     statistics,
@@ -206,7 +203,7 @@ def normalisation(statistics, sample, channel, inside, group_width, groups):
     return mean, rest, tl.load(row + 2 * groups, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "blocks"])
 def _apply_kernel(
     x,
     skip,
@@ -254,13 +251,7 @@ def _apply_kernel(
         u = (values - mean[None, :]) * slope[None, :] + level[None, :]
         if SILU:
             u *= tl.sigmoid(u)
-        tl.store(
-            y
-            + origin(sample, begin + done, before + first, channels, pixels, CHANNELS_LAST)
-            + offsets(steps, channel, channels, pixels, CHANNELS_LAST),
-            u.to(y.dtype.element_ty),
-            mask=valid,
-        )
+        store_one(y, u, sample, begin + done, before + first, steps, channel, valid, channels, pixels, CHANNELS_LAST)
 
 
 def reduction(operands: Operands) -> dict[str, int]:

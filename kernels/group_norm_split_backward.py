@@ -4,7 +4,7 @@ import torch
 
 from . import launch
 from .group_norm_split import choose, config, load_tile, normalisation, place, reduction
-from .group_norm_tiles import Operands, affine, offsets, origin, silu_gradient
+from .group_norm_tiles import Operands, affine, load_one, silu_gradient, store_one
 from .launch import tl, triton
 
 
@@ -26,19 +26,13 @@ def _load_du(
     CHANNELS_LAST: tl.constexpr,
 ):
     """Gradient of the SiLU's input, zero outside of the image."""
-    du = tl.load(
-        dy
-        + origin(sample, pixel, first, channels, pixels, CHANNELS_LAST)
-        + offsets(steps, channel, channels, pixels, CHANNELS_LAST),
-        mask=valid,
-        other=0.0,
-    ).to(tl.float32)
+    du = load_one(dy, sample, pixel, first, steps, channel, valid, channels, pixels, CHANNELS_LAST)
     if SILU:
         du *= silu_gradient(centred * slope[None, :] + level[None, :])
     return du
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "blocks"])
 def _sums_kernel(
     x,
     skip,
@@ -101,7 +95,7 @@ def _sums_kernel(
     tl.store(row + chunks * channels, q, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _totals_kernel(
     weight,
     bias,
@@ -152,7 +146,7 @@ def _totals_kernel(
     tl.store(means + sample * 2 * groups + groups + group, mean_q / count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "chunks", "blocks"])
 def _input_gradient_kernel(
     x,
     skip,
@@ -217,13 +211,7 @@ def _input_gradient_kernel(
         result = du * slope[None, :] - centred * back_slope[None, :] - back_level[None, :]
         if HAS_SKIP:
             result *= factor
-        tl.store(
-            gradient
-            + origin(sample, begin + done, first, width, pixels, CHANNELS_LAST)
-            + offsets(steps, channel, width, pixels, CHANNELS_LAST),
-            result.to(gradient.dtype.element_ty),
-            mask=valid,
-        )
+        store_one(gradient, result, sample, begin + done, first, steps, channel, valid, width, pixels, CHANNELS_LAST)
 
 
 def backward(

@@ -204,6 +204,61 @@ def pointers(
         )
 
 
+@triton.jit
+def factor_of(channel, channels_x, SKIP_SCALE: tl.constexpr):
+    """What the values of channels of the concatenation are multiplied by."""
+    return tl.where(channel < channels_x, 1.0, SKIP_SCALE)[None, :]
+
+
+@triton.jit
+def load_both(
+    x,
+    skip,
+    sample,
+    start,
+    first,
+    pixel,
+    channel,
+    mask,
+    channels_x,
+    channels,
+    pixels,
+    HAS_SKIP: tl.constexpr,
+    SKIP_SCALE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The tile that :func:`pointers` points to, ``skip`` scaled; zero outside of the mask."""
+    source = pointers(
+        x, skip, sample, start, first, pixel, channel, channels_x, channels, pixels, HAS_SKIP, CHANNELS_LAST
+    )
+    values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SKIP:
+        values *= factor_of(first + channel, channels_x, SKIP_SCALE)
+    return values
+
+
+@triton.jit
+def load_one(image, sample, start, first, pixel, channel, mask, width, pixels, CHANNELS_LAST: tl.constexpr):
+    """A tile of a single image; zero outside of the mask."""
+    source = (
+        image
+        + origin(sample, start, first, width, pixels, CHANNELS_LAST)
+        + offsets(pixel, channel, width, pixels, CHANNELS_LAST)
+    )
+    return tl.load(source, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_one(image, values, sample, start, first, pixel, channel, mask, width, pixels, CHANNELS_LAST: tl.constexpr):
+    """Write a tile of a single image."""
+    target = (
+        image
+        + origin(sample, start, first, width, pixels, CHANNELS_LAST)
+        + offsets(pixel, channel, width, pixels, CHANNELS_LAST)
+    )
+    tl.store(target, values.to(image.dtype.element_ty), mask=mask)
+
+
 def run_forward(
     kernel, config: dict[str, int], operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: float
 ) -> None:

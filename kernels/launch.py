@@ -18,8 +18,11 @@ try:
 except ImportError:  # There are no wheels for every platform. The kernels are defined all the same, and never run.
 
     class _Absent:
+        def jit(self, function=None, **_):
+            return function or self.jit
+
         def __getattr__(self, name: str) -> Any:
-            return (lambda function: function) if name == "jit" else None
+            return None
 
     triton = tl = _Absent()
     AVAILABLE = INTERPRETED = False

@@ -81,7 +81,7 @@ def _attend(
     return now, total * fading + tl.sum(p, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "blocks"])
 def _forward(
     q, k, v, null_key, null_value, mask, out, lse,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, out_row, heads, n, m, blocks,
@@ -137,7 +137,7 @@ def _query_gradient(
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "blocks"])
 def _backward_queries(
     grad, q, k, v, null_key, null_value, mask, out, lse, delta, dq, partials,
     grad_batch, grad_row, q_batch, q_row, k_batch, k_row, v_batch, v_row, out_row, heads, n, m, blocks,
@@ -188,7 +188,7 @@ def _backward_queries(
             _store_rows(dq, out_row, start, n, acc * ROOT, QUERIES, D, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "blocks", "batches"])
 def _backward_keys(
     grad, q, k, v, mask, lse, delta, dk, dv,
     grad_batch, grad_row, q_batch, q_row, k_batch, k_row, v_batch, v_row, out_row, heads, n, m, blocks, batches, share,

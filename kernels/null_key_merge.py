@@ -53,7 +53,7 @@ def _block(heads, n, blocks, ROWS: tl.constexpr):
     return batch, head, rows.to(tl.int64), rows < n, (batch * heads + head) * n + rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _merge(
     q, null_key, null_value, out, lse, q_batch, q_head, q_row, heads, n, blocks,
     ROOT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
@@ -76,7 +76,7 @@ def _merge(
     tl.store(lse + statistics, merged, mask=exist)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _null_gradients(
     grad, q, null_key, null_value, out, lse, dq, partials,
     grad_batch, grad_head, grad_row, q_batch, q_head, q_row, heads, n, blocks,

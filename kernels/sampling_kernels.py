@@ -2,8 +2,8 @@
 
 Small images, one launch: every input is read once, the output written once. Large images, four: predict x_0 and count
 (inputs read, x_0 written), count twice more (x_0 read), update (x_0, x_t and the third input read, output written).
-Besides, a launch writes at most 32 + 1024 counts for each part of an image (the third 64 + 2048), and every program of
-the next one reads 32 + 32 (after the third twice 64 + 32) of each part of its image: see :mod:`.threshold`.
+Besides, there are the counts that the launches hand on, a few percent of the bytes of the smallest of these images: see
+:mod:`.threshold`.
 """
 
 import torch
@@ -74,7 +74,7 @@ def _predicted(pred_ptr, null_ptr, offset, swapped, inside, scale, PRED_SAME: tl
     return pred
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["below", "step"])
 def _whole_kernel(
     x_ptr,
     t_ptr,
@@ -142,7 +142,7 @@ def _whole_kernel(
     tl.store(out_ptr + image * n + offset, out, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _start_kernel(
     x_ptr,
     t_ptr,
@@ -153,22 +153,27 @@ def _start_kernel(
     start_ptr,
     counts_ptr,
     extremes_ptr,
+    shared_ptr,
     n,
     inner,
     outer,
+    parts,
     part_size,
     scale,
     KIND: tl.constexpr,
     PRED_SAME: tl.constexpr,
     NULL: tl.constexpr,
-    PARTS: tl.constexpr,
     TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """x_0 of one part of an image, and how often the first digit of its keys is what."""
-    image, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+    image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    threshold.zero_shared(shared_ptr, image, part, parts, SHARED)
     first, second = _start_weights(a_ptr, b_ptr, tl.load(t_ptr + image), KIND)
-    counts = tl.zeros((1024,), tl.int32)
-    largest, largest_below = 0, 0
+    counts = tl.zeros((ROWS * COLUMNS,), tl.int32)
+    largest, largest_up_to_1 = 0, 0
     begin = part * part_size
     for tile in range(begin, tl.minimum(begin + part_size, n), TILE):
         offset = tile + tl.arange(0, TILE)
@@ -180,14 +185,15 @@ def _start_kernel(
         tl.store(start_ptr + image * n + offset, start, mask=inside)
         keys = tl.where(inside, threshold.keys_of(start), 0)
         largest = tl.maximum(largest, tl.max(keys, 0))
-        largest_below = tl.maximum(largest_below, tl.max(tl.where(keys < 0x3F800000, keys, 0), 0))
-        counts = threshold.count(threshold.first_digits(keys), inside, counts, 1024)
-    threshold.store_counts(counts_ptr + (image * PARTS + part) * (32 + 1024), counts, 32)
-    tl.store(extremes_ptr + (image * PARTS + part) * 3, largest)
-    tl.store(extremes_ptr + (image * PARTS + part) * 3 + 1, largest_below)
+        excess = threshold.excess_of(keys)
+        largest_up_to_1 = tl.maximum(largest_up_to_1, tl.max(tl.where(excess < 0, keys, 0), 0))
+        counts = threshold.count(excess >> 21, excess >> 30 == 0, counts, ROWS * COLUMNS)
+    threshold.store_counts(counts_ptr + (image * parts + part) * (ROWS + ROWS * COLUMNS), counts, ROWS, COLUMNS)
+    tl.store(extremes_ptr + (image * parts + part) * 2, largest)
+    tl.store(extremes_ptr + (image * parts + part) * 2 + 1, largest_up_to_1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "step"])
 def _update_kernel(
     x_ptr,
     t_ptr,
@@ -201,12 +207,12 @@ def _update_kernel(
     e_ptr,
     out_ptr,
     start_ptr,
-    counts_ptr,
-    extremes_ptr,
+    shared_ptr,
     state_ptr,
     n,
     inner,
     outer,
+    parts,
     part_size,
     step,
     weight,
@@ -214,12 +220,13 @@ def _update_kernel(
     KIND: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     EXTRA_SAME: tl.constexpr,
-    PARTS: tl.constexpr,
     TILE: tl.constexpr,
+    SECOND: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """One part of the next image, from x_0 before its threshold; for the solver that keeps x_0, also after it."""
-    image, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
-    s = threshold.threshold_of_counts(counts_ptr, extremes_ptr, state_ptr, image, step, weight, PARTS)
+    image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    s = threshold.threshold_of_counts(shared_ptr, state_ptr, image, step, weight, SECOND, SHARED)
     weight_start, weight_x, weight_extra = _update_weights(
         a_ptr,
         b_ptr,
@@ -276,7 +283,7 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
     schedules = [schedule.contiguous() for schedule in schedules]
     schedules += schedules[:1] * (5 - len(schedules))
     if whole:
-        size = max(launch.next_power_of_2(n), 256)
+        size = max(launch.next_power_of_2(n), 512)
         below, following, weight = threshold.rank_of(percentile, n)
         launch.run(
             _whole_kernel,
@@ -321,16 +328,20 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             start,
             selection.first,
             selection.extremes,
+            selection.shared,
             n,
             inner,
             outer,
+            selection.parts,
             selection.part_size,
             cond_scale,
             KIND=kind,
             PRED_SAME=pred_same,
             NULL=has_null,
-            PARTS=selection.parts,
             TILE=threshold.TILE,
+            ROWS=threshold.FIRST_ROWS,
+            COLUMNS=threshold.FIRST_COLUMNS,
+            SHARED=selection.sizes["SHARED"],
             num_warps=8,
         )
         selection.narrow()
@@ -345,12 +356,12 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             *schedules,
             out,
             start,
-            selection.last,
-            selection.extremes,
+            selection.shared,
             selection.state,
             n,
             inner,
             outer,
+            selection.parts,
             selection.part_size,
             selection.step,
             selection.weight,
@@ -358,8 +369,8 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             KIND=kind,
             HAS_EXTRA=extra is not None,
             EXTRA_SAME=is_channels_last(third) == last,
-            PARTS=selection.parts,
             TILE=threshold.TILE,
+            **selection.sizes,
             num_warps=16,
         )
     return out, start if kind == DPM_SOLVER else x_t.new_empty(0)

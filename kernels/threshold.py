@@ -6,9 +6,13 @@ interpolated linearly in float32.
 
 The bits of a non-negative float, read as an integer, keep its order. So the key of a value is the 31 bits of its
 magnitude, and a selection finds the key of a rank digit by digit. Small images are held in registers by one program
-each and searched bit by bit. Large ones are split into parts: every launch counts one digit of 10, 10 and 11 bits for
-each part, and the next adds up the parts' counts and goes on within the bin that holds the rank. Keys above that of
-infinity are NaNs. Values below 1 share a bin of the first digit, since s is 1 wherever the quantile is among them.
+each and searched bit by bit.
+
+Large ones are split into parts, and every launch counts one digit, of 9, 10 and 11 bits, of the keys above that of 1:
+s is 1 wherever the quantile is not above 1. The next launch goes on within the bin that holds the rank. The first
+launch keeps the counts of each part; the others add theirs to counts that an image's parts share and that the first
+has zeroed. The order of these additions does not matter, since they are of integers. A part that wants to know where a
+rank lies reads the sums of rows of bins, and one row of bins.
 """
 
 import struct
@@ -23,9 +27,17 @@ from .launch import tl, triton
 _TORCH_LIMIT = 2**24
 # Values that a program takes at a time: one pass of a loop over its part of an image.
 TILE = 2048
-# Of counts, in rows of 32 bins: the sums of the rows come first, then the rows.
-_ROWS = (32, 32, 64)
-_MAX_PARTS = 128
+# Every part reads some first counts of all parts of its image, which this many tiles pay for.
+_SMALLEST_PART, _MAX_PARTS = 2, 128
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+# Rows of bins of the first digit and their length; the sums of the rows come first, then the rows. Short rows, since
+# every part reads one of every other part.
+FIRST_ROWS, FIRST_COLUMNS = 64, 8
+_FIRST = FIRST_ROWS + FIRST_ROWS * FIRST_COLUMNS
+# What the parts of an image share: counts of the second digit, in 32 rows of 32 bins, of the third, in 64, and how far
+# the smallest key beyond the bin of the last count is from the largest of all integers.
+_SECOND, _THIRD = 32 + 32 * 32, 64 + 64 * 32
+_SHARED = _SECOND + _THIRD + 1
 
 
 def _float32(x: float) -> float:
@@ -115,19 +127,37 @@ def count(digits, wanted, counts, BINS: tl.constexpr):
 
 
 @triton.jit
-def first_digits(keys):
-    """First digits from that of the values below 1, so that mostly 64 bins hold all: up to 2^15.75."""
-    return tl.maximum((keys >> 21) - 507, 0)
+def excess_of(keys):
+    """Keys less that of 1 and 1 more: from 0 to 2^30 - 1 for values above 1, up to infinity; beyond for NaNs."""
+    return keys - 0x3F800001
 
 
 @triton.jit
-def store_counts(counts_ptr, counts, ROWS: tl.constexpr):
+def store_counts(counts_ptr, counts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write one part's counts: the sums of its rows, and of the rows those that are not empty."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    counts = tl.reshape(counts, (ROWS, COLUMNS))
+    sums = tl.sum(counts, 1)
+    tl.store(counts_ptr + rows, sums)
+    tl.store(counts_ptr + ROWS + rows[:, None] * COLUMNS + columns[None, :], counts, mask=sums[:, None] > 0)
+
+
+@triton.jit
+def _add_counts(counts_ptr, counts, ROWS: tl.constexpr):
+    """Add one part's counts to those of its image."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, 32)
     counts = tl.reshape(counts, (ROWS, 32))
     sums = tl.sum(counts, 1)
-    tl.store(counts_ptr + rows, sums)
-    tl.store(counts_ptr + ROWS + rows[:, None] * 32 + columns[None, :], counts, mask=sums[:, None] > 0)
+    tl.atomic_add(counts_ptr + rows, sums, mask=sums > 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + ROWS + rows[:, None] * 32 + columns[None, :], counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def zero_shared(shared_ptr, image, part, parts, SHARED: tl.constexpr):
+    """One part's share of clearing what the parts of its image share in the launches to come."""
+    for first in range(part * 256, SHARED, parts * 256):
+        offset = first + tl.arange(0, 256)
+        tl.store(shared_ptr + image * SHARED + offset, tl.zeros((256,), tl.int32), mask=offset < SHARED)
 
 
 @triton.jit
@@ -139,158 +169,193 @@ def _place(counts, index, rank):
 
 
 @triton.jit
-def _find(counts_ptr, rank, ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """The bin of an image that holds a rank, the rank within it, its count, and the count of all bins."""
-    parts = tl.arange(0, PARTS)[:, None] * (ROWS + ROWS * 32)
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, 32)
-    sums = tl.load(counts_ptr + parts + rows[None, :])
+def _find_first(counts_ptr, largest, rank, n, parts, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """From the counts of all parts: the bin of an image that holds a rank, and the rank within it.
+
+    The rank is negative where it is among the values up to 1, and how far it is from those above.
+    """
+    part = tl.arange(0, PARTS)[:, None]
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    counts_ptr += part * (ROWS + ROWS * COLUMNS)
+    # Of rows beyond the largest value there is nothing to read.
+    wanted = (part < parts) & (rows <= (excess_of(largest) >> 21) // COLUMNS)[None, :]
+    sums = tl.load(counts_ptr + rows[None, :], mask=wanted, other=0)
     totals = tl.sum(sums, 0)
-    row, rank, _ = _place(totals, rows, rank)
-    filled = tl.sum(tl.where(rows[None, :] == row, sums, 0), 1) > 0
-    fine = tl.load(counts_ptr + parts + ROWS + row * 32 + columns[None, :], mask=filled[:, None], other=0)
-    column, rank, count = _place(tl.sum(fine, 0), columns, rank)
-    return row * 32 + column, rank, count, tl.sum(totals, 0)
+    rank -= n - tl.sum(totals, 0)
+    digit = 0
+    if rank >= 0:
+        row, rank, _ = _place(totals, rows, rank)
+        filled = tl.sum(tl.where(rows[None, :] == row, sums, 0), 1)[:, None] > 0
+        fine = tl.load(counts_ptr + ROWS + row * COLUMNS + columns[None, :], mask=filled, other=0)
+        column, rank, _ = _place(tl.sum(fine, 0), columns, rank)
+        digit = row * COLUMNS + column
+    return digit, rank
 
 
 @triton.jit
+def _find(counts_ptr, rank, ROWS: tl.constexpr):
+    """From the counts of an image: the bin that holds a rank, the rank within it, and the count of all bins."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, 32)
+    sums = tl.load(counts_ptr + rows)
+    row, rank, _ = _place(sums, rows, rank)
+    column, rank, _ = _place(tl.load(counts_ptr + ROWS + row * 32 + columns), columns, rank)
+    return row * 32 + column, rank, tl.sum(sums, 0)
+
+
+@triton.jit(do_not_specialize=["parts", "below", "step"])
 def _narrow_kernel(
     start_ptr,
-    counts_before_ptr,
     counts_ptr,
     extremes_ptr,
+    shared_ptr,
     state_before_ptr,
     state_ptr,
     n,
+    parts,
     part_size,
     below,
     step,
     LEVEL: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SECOND: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Count the second or third digit of the keys that share the digits before it with the wanted one."""
-    ROWS: tl.constexpr = 32 if LEVEL == 2 else 64
-    image, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
-    counts_before_ptr += image * PARTS * (32 + 32 * 32)
-    extremes_ptr += image * PARTS * 3
+    image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    shared_ptr += image * SHARED
+    state_ptr += image * 4
+    state_before_ptr += image * 4
     # What is settled (0 nothing, 1 that the two values lie on both sides of 1, 2 that s is 1, 3 that it is NaN), the
     # digits so far, and the rank within their bin.
     if LEVEL == 2:
-        largest = tl.max(tl.load(extremes_ptr + tl.arange(0, PARTS) * 3), 0)
-        prefix, rank, number, _ = _find(counts_before_ptr, below, 32, PARTS)
-        settled = tl.where(prefix > 0, 0, tl.where(rank + step < number, 2, 1))
-        prefix += 507
+        each = tl.arange(0, PARTS)
+        extremes_ptr += (image * parts + each) * 2
+        largest = tl.max(tl.load(extremes_ptr, mask=each < parts, other=0), 0)
+        counts_ptr += image * parts * (ROWS + ROWS * COLUMNS)
+        prefix, rank = _find_first(counts_ptr, largest, below, n, parts, PARTS, ROWS, COLUMNS)
+        settled = tl.where(rank >= 0, 0, tl.where(rank + step < 0, 2, 1))
         settled = tl.where(largest > 0x7F800000, 3, settled)
+        # Below the first digit of whatever is above 1.
+        prefix = tl.where(settled == 0, prefix, -1)
+        if part == 0:
+            tl.store(state_ptr + 3, tl.max(tl.load(extremes_ptr + 1, mask=each < parts, other=0), 0))
     else:
-        settled = tl.load(state_before_ptr + image * 4)
-        prefix = tl.load(state_before_ptr + image * 4 + 1)
-        rank = tl.load(state_before_ptr + image * 4 + 2)
+        settled = tl.load(state_before_ptr)
+        prefix = tl.load(state_before_ptr + 1)
+        rank = tl.load(state_before_ptr + 2)
         digit = 1023
         if settled == 0:
-            digit, rank, _, _ = _find(counts_before_ptr, rank, 32, PARTS)
+            digit, rank, _ = _find(shared_ptr, rank, 32)
         prefix = (prefix << 10) | digit
+        if part == 0:
+            tl.store(state_ptr + 3, tl.load(state_before_ptr + 3))
     if part == 0:
-        tl.store(state_ptr + image * 4, settled)
-        tl.store(state_ptr + image * 4 + 1, prefix)
-        tl.store(state_ptr + image * 4 + 2, rank)
+        tl.store(state_ptr, settled)
+        tl.store(state_ptr + 1, prefix)
+        tl.store(state_ptr + 2, rank)
     if settled < LEVEL - 1:
-        counts = tl.zeros((ROWS * 32,), tl.int32)
+        DIGITS: tl.constexpr = 1024 if LEVEL == 2 else 2048
+        counts = tl.zeros((DIGITS,), tl.int32)
         following = 0x7FFFFFFF
         begin = part * part_size
         for tile in range(begin, tl.minimum(begin + part_size, n), TILE):
             offset = tile + tl.arange(0, TILE)
             inside = offset < n
-            keys = keys_of(tl.load(start_ptr + image * n + offset, mask=inside, other=0.0))
-            before = keys >> (21 if LEVEL == 2 else 11)
-            wanted = inside & (before == prefix)
+            excess = excess_of(keys_of(tl.load(start_ptr + image * n + offset, mask=inside, other=0.0)))
+            before = excess >> (21 if LEVEL == 2 else 11)
             if LEVEL == 3:
-                following = tl.minimum(following, tl.min(tl.where(inside & (before > prefix), keys, 0x7FFFFFFF), 0))
-            digits = (keys >> 11) & 1023 if LEVEL == 2 else keys & 2047
-            counts = count(digits, wanted, counts, ROWS * 32)
-        store_counts(counts_ptr + (image * PARTS + part) * (ROWS + ROWS * 32), counts, ROWS)
-        if LEVEL == 3:
-            tl.store(extremes_ptr + part * 3 + 2, following)
+                following = tl.minimum(following, tl.min(tl.where(before > prefix, excess, 0x7FFFFFFF), 0))
+            digits = (excess >> 11) & 1023 if LEVEL == 2 else excess & 2047
+            counts = count(digits, (excess >= 0) & (before == prefix), counts, DIGITS)
+        if LEVEL == 2:
+            _add_counts(shared_ptr, counts, 32)
+        else:
+            _add_counts(shared_ptr + SECOND, counts, 64)
+            tl.atomic_max(shared_ptr + SHARED - 1, 0x7FFFFFFF - following, sem="relaxed")
 
 
 @triton.jit
-def threshold_of_counts(counts_ptr, extremes_ptr, state_ptr, image, step, weight, PARTS: tl.constexpr):
+def threshold_of_counts(shared_ptr, state_ptr, image, step, weight, SECOND: tl.constexpr, SHARED: tl.constexpr):
     """s of one image, from what the launches before have left."""
-    counts_ptr += image * PARTS * (64 + 64 * 32)
-    settled = tl.load(state_ptr + image * 4)
+    shared_ptr += image * SHARED
+    state_ptr += image * 4
+    settled = tl.load(state_ptr)
     s = tl.where(settled == 3, float("nan"), 1.0)
     if settled < 2:
-        extremes = (image * PARTS + tl.arange(0, PARTS)) * 3
-        low = tl.max(tl.load(extremes_ptr + extremes + 1), 0)
-        high = tl.min(tl.load(extremes_ptr + extremes + 2), 0)
+        low = tl.load(state_ptr + 3)
+        high = 0x3F800001 + (0x7FFFFFFF - tl.load(shared_ptr + SHARED - 1))
         if settled == 0:
-            prefix = tl.load(state_ptr + image * 4 + 1) << 11
-            rank = tl.load(state_ptr + image * 4 + 2)
-            digit, _, _, total = _find(counts_ptr, rank, 64, PARTS)
-            low = prefix | digit
+            prefix = (tl.load(state_ptr + 1) << 11) + 0x3F800001
+            rank = tl.load(state_ptr + 2)
+            digit, _, total = _find(shared_ptr + SECOND, rank, 64)
+            low = prefix + digit
             if rank + step < total:
-                digit, _, _, _ = _find(counts_ptr, rank + step, 64, PARTS)
-                high = prefix | digit
+                digit, _, _ = _find(shared_ptr + SECOND, rank + step, 64)
+                high = prefix + digit
         s = _interpolate(low, high, weight)
     return s
 
 
 def split(b: int, n: int, target: launch.Target) -> tuple[int, int]:
-    """Parts of each image, and values of each part: a program for every multiprocessor, if the images are that large.
-
-    No more: every part reads something of every other one's counts.
-    """
-    wanted = launch.next_power_of_2(launch.ceil_div(target.multiprocessors, max(b, 1)))
+    """Parts of each image, and values of each part: programs for the whole card, if the images are that large."""
+    wanted = launch.ceil_div(target.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, max(b, 1))
     tiles = launch.ceil_div(n, TILE)
-    parts = min(wanted, _MAX_PARTS, launch.next_power_of_2(tiles + 1) // 2)
-    return parts, launch.ceil_div(tiles, parts) * TILE
+    each = max(launch.ceil_div(tiles, min(wanted, _MAX_PARTS)), _SMALLEST_PART)
+    return launch.ceil_div(tiles, each), each * TILE
 
 
 class Selection:
     """The memory in which the launches of a selection over large images hand on what they found.
 
     Attributes:
-        parts: Parts of each image; the first launch has one program for each.
+        parts: Parts of each image; every launch has one program for each.
         part_size: Values of a part.
         first: Counts of the first digit, for the first launch to write with :func:`store_counts`.
-        last: Those of the last digit.
-        extremes: Of each part the largest key and the largest below that of 1, both for the first launch to write, and
-            the smallest beyond the bin of the last count.
+        extremes: Of each part the largest key and the largest up to that of 1, for the first launch to write.
+        shared: What the parts of an image share, for the first launch to clear with :func:`zero_shared`.
+        state: What the third launch found.
         step: 1 if the next value is needed, too.
         weight: Its weight.
+        sizes: Of the shared memory, for :func:`threshold_of_counts`.
     """
+
+    sizes = {"SECOND": _SECOND, "SHARED": _SHARED}
 
     def __init__(self, start: torch.Tensor, q: float):
         b, self._n = start.shape[0], start.shape[1:].numel()
         self._start = start
         self.parts, self.part_size = split(b, self._n, launch.target(start.device))
         self._below, self.step, self.weight = rank_of(q, self._n)
-        self.first, self._second, self.last = (
-            start.new_empty((b, self.parts, rows + rows * 32), dtype=torch.int32) for rows in _ROWS
-        )
-        self.extremes = start.new_empty((b, self.parts, 3), dtype=torch.int32)
+        self.first = start.new_empty((b, self.parts, _FIRST), dtype=torch.int32)
+        self.extremes = start.new_empty((b, self.parts, 2), dtype=torch.int32)
+        self.shared = start.new_empty((b, _SHARED), dtype=torch.int32)
         self._after_first, self.state = start.new_empty((2, b, 4), dtype=torch.int32)
 
     def narrow(self) -> None:
-        """The second and third launch, after one that has written ``start``, ``first`` and ``extremes``."""
-        for level, counts_before, counts, before, after in (
-            (2, self.first, self._second, self.state, self._after_first),
-            (3, self._second, self.last, self._after_first, self.state),
-        ):
+        """The second and third launch, after one that has written all but the state."""
+        for level, before, after in ((2, self.state, self._after_first), (3, self._after_first, self.state)):
             launch.run(
                 _narrow_kernel,
                 (len(self._start) * self.parts,),
                 self._start,
-                counts_before,
-                counts,
+                self.first,
                 self.extremes,
+                self.shared,
                 before,
                 after,
                 self._n,
+                self.parts,
                 self.part_size,
                 self._below,
                 self.step,
                 LEVEL=level,
-                PARTS=self.parts,
+                PARTS=max(launch.next_power_of_2(self.parts), 16) if level == 2 else 1,
                 TILE=TILE,
+                ROWS=FIRST_ROWS,
+                COLUMNS=FIRST_COLUMNS,
+                **self.sizes,
                 num_warps=8,
             )

@@ -29,6 +29,7 @@ from .helpers import (
     unnormalize_zero_to_one,
     usable_device,
 )
+from .kept import forget
 from .pictures import PIL_MODES, to_pil_images
 from .resize import noise_for
 from .samplers import Sampler, Update
@@ -226,8 +227,7 @@ class Imagen(nn.Module):
         """Place all U-Nets on one device, that of this instance if none is given."""
         device = default(device, self.device)
         for unet in self.unets:
-            if module_device(unet) != device:
-                unet.to(device)
+            self._move(unet, device)
 
     def state_dict(self, *args, **kwargs):
         """The state dict, after U-Nets that were moved elsewhere have been placed on this instance's device."""
@@ -358,6 +358,9 @@ class Imagen(nn.Module):
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss of ``unet`` on un-noised images (b, c, s, s) at the given times (b,)."""
+        if torch.is_grad_enabled():
+            # The memory is needed now, and the next sampling has other weights anyway.
+            forget(unet)
         acceleration = resolve(self._acceleration, x_start.device, unet.dtype)
         layout = acceleration.layout
         with acceleration.training(x_start.device, unet.dtype):
@@ -586,10 +589,17 @@ class Imagen(nn.Module):
                 scheduler.to(home)
             self._temp = self._temp.to(home)
             for unet, unet_home in zip(self.unets, unet_homes, strict=True):
-                unet.to(unet_home)
+                self._move(unet, unet_home)
 
     def _bring_only(self, unet: Unet, device: torch.device) -> None:
         for other in self.unets:
             if other is not unet:
-                other.to("cpu")
-        unet.to(device)
+                self._move(other, torch.device("cpu"))
+        self._move(unet, device)
+
+    @staticmethod
+    def _move(unet: Unet, device: torch.device) -> None:
+        if module_device(unet) != device:
+            # Or it would go on filling the memory that it is to leave.
+            forget(unet)
+            unet.to(device)

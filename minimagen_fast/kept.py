@@ -48,3 +48,8 @@ class Kept:
 def kept_with(unet: Unet) -> Kept:
     """What is kept with a U-Net."""
     return vars(unet).setdefault("_kept", Kept())
+
+
+def forget(unet: Unet) -> None:
+    """Free what is kept with a U-Net."""
+    vars(unet).pop("_kept", None)

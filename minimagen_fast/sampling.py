@@ -79,11 +79,7 @@ def sample_images(
     Returns:
         Images x_0, dtype and shape of ``x``.
     """
-    # What is kept for the next sampling must be usable in it, also if this one runs in inference mode.
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(acceleration.active())
-        stack.enter_context(_autocast_if_needed(task.unet, x.device, acceleration))
-        steps = stack.enter_context(_steps(task, x, acceleration))
+    with _running(task, x, acceleration), _steps(task, x, acceleration) as steps:
         for number in tqdm(range(len(task.update.times)), desc=description, disable=not progress):
             if task.update.draws:
                 steps.noise.normal_(generator=generator)
@@ -93,6 +89,52 @@ def sample_images(
         return steps.x.clone()
 
 
+@contextmanager
+def repeated_step(
+    task: Task, x: torch.Tensor, acceleration: Acceleration, number: int = 0
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """One step of a sampling, to be made again and again: to measure it.
+
+    What is done once for a sampling is done already; a CUDA graph is captured with the first call.
+
+    Args:
+        task: What to sample.
+        x: Images from which the first call starts, float32, shape (b, c, h, w).
+        acceleration: How to run the U-Net.
+        number: Which step, from 0.
+
+    Returns:
+        A function that draws noise, makes the step from the images of its last call, and gives the new ones. They are
+        its own: the next call changes them.
+    """
+    with ExitStack() as stack:
+        with _running(task, x, acceleration):
+            steps = stack.enter_context(_steps(task, x, acceleration))
+            # The first step may differ from the others, and what is captured must have run before.
+            for first in (True, False) if task.update.multistep else (True,):
+                steps.advance(first)
+            steps.x.copy_(x)
+
+        def step() -> torch.Tensor:
+            with _running(task, x, acceleration):
+                steps.number.fill_(number)
+                if task.update.draws:
+                    steps.noise.normal_()
+                steps.advance(first=False)
+            return steps.x
+
+        yield step
+
+
+@contextmanager
+def _running(task: Task, x: torch.Tensor, acceleration: Acceleration) -> Iterator[None]:
+    """Have steps made in the way of ``acceleration``."""
+    # What is kept for the next sampling must be usable in it, also if this one runs in inference mode.
+    with torch.inference_mode(False), torch.no_grad(), acceleration.active():
+        with _autocast_if_needed(task.unet, x.device, acceleration):
+            yield
+
+
 class _Steps:
     """Images on their way, in tensors that stay where they are."""
 
@@ -100,18 +142,18 @@ class _Steps:
         self.x = x.clone()
         self.noise = torch.empty_like(self.x)
         self._predict, self._update = predict, update
-        self._number = torch.zeros(1, dtype=torch.long, device=x.device)
+        self.number = torch.zeros(1, dtype=torch.long, device=x.device)
         self._x_start = torch.empty_like(self.x) if update.multistep else None
 
     def advance(self, first: bool) -> None:
         """One step; the first, which has no step before it, may differ."""
-        pred, null_pred = self._predict(self.x, self._number)
+        pred, null_pred = self._predict(self.x, self.number)
         last = None if first else self._x_start
-        out, x_start = self._update(self.x, self._number, pred, null_pred, self.noise, last)
+        out, x_start = self._update(self.x, self.number, pred, null_pred, self.noise, last)
         self.x.copy_(out)
         if x_start is not None and self._x_start is not None:
             self._x_start.copy_(x_start)
-        self._number.add_(1)
+        self.number.add_(1)
 
 
 class _ReplayedSteps(_Steps):
@@ -127,7 +169,7 @@ class _ReplayedSteps(_Steps):
     def begin(self, predict: "_CachedPrediction", x: torch.Tensor) -> None:
         """Start again with other images and conditions, of the same shapes."""
         self.x.copy_(x)
-        self._number.zero_()
+        self.number.zero_()
         self._conditions.load(predict)
 
     def advance(self, first: bool) -> None:

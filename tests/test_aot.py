@@ -11,11 +11,29 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
+
 from benchmarks import aot
+from benchmarks.kernel_cases import unet_cases
+from minimagen_fast.kernels import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ROW = aot.Row("row_norm._forward_kernel", "fp32 None", "sm_90", 100, 0, 2048, 8, "25%", 16, 16, "-")
+KERNEL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def double(x):
+    return x * 2
+
+@triton.jit
+def kernel(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, double(tl.load(x + at, mask=at < n)), mask=at < n)
+"""
+
+ROW = aot.Row("layer_norm_rows._forward_kernel", "fp32 None", "sm_90", 100, 0, 2048, 8, "25%", 16, 16, "-")
 
 
 def run(*words: str, timeout: int) -> subprocess.CompletedProcess:
@@ -55,7 +73,7 @@ def test_what_is_wrong_with_machine_code_is_said(row, complaint):
 def test_narrow_accesses_are_fine_where_no_wide_ones_are_due():
     assert aot.complaints(changed(load=2, store=2), wide=False) == []
     # Partial sums are a small part of what the operation moves.
-    assert aot.complaints(changed(kernel="row_norm._sum_kernel", store=4)) == []
+    assert aot.complaints(changed(kernel="layer_norm_tiles._sum_kernel", store=4)) == []
 
 
 def test_the_a100_has_less_shared_memory():
@@ -80,7 +98,53 @@ def test_a_step_back_is_said(row, regression):
 
 def test_the_table_is_read_back():
     rows = [ROW, changed(target="sm_80", products="HMMA")]
-    assert list(aot.parse(aot.summary(rows) + aot.table(rows)).values()) == rows
+    text = f"{aot.summary(rows)}\n{aot.table(rows)}"
+    assert list(aot.parse(text).values()) == rows
+    assert aot.fingerprints(text) == {ROW.kernel: aot.fingerprint(ROW.kernel)}
+
+
+def test_the_fingerprint_of_a_kernel_changes_with_its_code_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def fingerprint(text: str) -> str:
+        monkeypatch.setattr(aot, "PACKAGE", f"package{len(list(tmp_path.iterdir()))}")
+        (tmp_path / aot.PACKAGE).mkdir()
+        (tmp_path / aot.PACKAGE / "kernels.py").write_text(text)
+        return aot.fingerprint("kernels.kernel")
+
+    before = fingerprint(KERNEL)
+    body = "    at = tl.arange(0, BLOCK)\n"
+    assert body in KERNEL and len(before) == 8
+    other_layout = '    """What it does."""\n    # A comment.\n\n    at = tl.arange(\n        0, BLOCK\n    )\n'
+    same = ["# A comment.\n\n" + KERNEL, KERNEL.replace(body, other_layout)]
+    assert [fingerprint(text) for text in same] == [before] * 2
+    different = [
+        KERNEL.replace("x * 2", "x * 3"),
+        KERNEL.replace("double(", "twice("),
+        KERNEL.replace("at < n", "at <= n"),
+        KERNEL.replace("@triton.jit\ndef kernel", '@triton.jit(do_not_specialize=["n"])\ndef kernel'),
+    ]
+    assert len({before, *map(fingerprint, different)}) == 5
+
+
+def test_the_table_is_written_of_all_configurations_only(capsys):
+    with pytest.raises(SystemExit):
+        aot.main(["--write"])
+    assert "--write needs --all" in capsys.readouterr().err
+
+
+def test_all_configurations_were_compiled_since_the_kernels_changed_last():
+    recorded = aot.fingerprints(aot.TABLE.read_text())
+    kernels = set(recorded)
+    for unet, side in ((aot.Base, 64), (aot.Super, 256)):
+        for case in {case.name: case for case in unet_cases(unet, side, 2)}.values():
+            for memory_format in aot.FORMATS:
+                launched = aot.launches(case, torch.bfloat16, memory_format, launch.H200)
+                functions = [one.kernel.fn for one in launched]
+                kernels |= {f"{function.__module__.rpartition('.')[2]}.{function.__name__}" for function in functions}
+    changed = sorted(kernel for kernel in kernels if recorded.get(kernel) != aot.fingerprint(kernel))
+    assert len(kernels) > 20
+    assert not changed, f"{', '.join(changed)} changed: run python -m benchmarks.aot --all --write"
 
 
 def test_occupancy():
@@ -97,7 +161,7 @@ def test_the_kept_table_is_of_sound_kernels():
     rows = aot.parse(aot.TABLE.read_text())
     assert {row.target for row in rows.values()} == {"sm_80", "sm_90", "sm_100"}
     modules = {row.kernel.split(".")[0] for row in rows.values()}
-    assert {"group_norm_split", "null_key_flash", "diffusion", "sampling_kernels", "row_norm"} <= modules
+    assert {"group_norm_split", "null_key_flash", "diffusion", "sampling_kernels", "layer_norm_rows"} <= modules
     assert not [row for row in rows.values() if aot.complaints(row, wide=False)]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
 
-from minimagen_fast.kernels import channel_norm, channel_norm_planes, launch, row_norm
+from minimagen_fast.kernels import channel_norm, channel_norm_planes, launch, layer_norm_rows
 from minimagen_fast.kernels.channel_norm import channel_layer_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -101,8 +101,8 @@ def test_which_kernels_run(monkeypatch):
         ((2, 64, 4, 4), NCHW, (channel_norm_planes._forward_kernel, channel_norm_planes._backward_kernel)),
         ((2, 2048, 4, 4), NCHW, (channel_norm_planes._forward_kernel, channel_norm_planes._wide_backward_kernel)),
         ((2, 4096, 4, 4), NCHW, (channel_norm_planes._wide_forward_kernel, channel_norm_planes._wide_backward_kernel)),
-        ((2, 4096, 4, 4), NHWC, (row_norm._forward_kernel, row_norm._backward_kernel)),
-        ((2, 64, 1, 1), NCHW, (row_norm._forward_kernel, row_norm._backward_kernel)),
+        ((2, 4096, 4, 4), NHWC, (layer_norm_rows._forward_kernel, layer_norm_rows._backward_kernel)),
+        ((2, 64, 1, 1), NCHW, (layer_norm_rows._forward_kernel, layer_norm_rows._backward_kernel)),
     ):
         x = torch.ones(shape, device=DEVICE).contiguous(memory_format=memory_format).requires_grad_()
         ours(x=x, gain=torch.ones(shape[1], device=DEVICE)).sum().backward()

@@ -23,7 +23,7 @@ SKIP_SCALE = 2**-0.5
 
 def force(plan, patch):
     """Have all sizes computed by the same kernels."""
-    patch.setattr(group_norm_resident, "LARGEST_TILE", 16384 if plan == "resident" else 0)
+    patch.setattr(group_norm_resident, "LARGEST_TILE", 32768 if plan == "resident" else 0)
     patch.setattr(sys.modules[group_norm_silu.__module__], "LITTLE", 2**30)
     limit = 2**30 if plan == "looped" else -1
     patch.setattr(group_norm_looped, "ALWAYS", limit)
@@ -149,8 +149,8 @@ def test_chunks(multiprocessors, memory_format, monkeypatch, small_tiles):
     check(inputs, 4, dtype=torch.float32)
 
 
-def _planned(*shape, groups, memory_format=NCHW):
-    x = torch.empty(*shape, device="meta").contiguous(memory_format=memory_format)
+def _planned(*shape, groups, memory_format=NCHW, dtype=torch.float16):
+    x = torch.empty(*shape, device="meta", dtype=dtype).contiguous(memory_format=memory_format)
     with launch.record(launch.H200) as launches:
         ours(x=x.requires_grad_(), groups=groups).backward(torch.empty_like(x))
     return [launched.kernel.fn.__module__.rsplit("_", 1)[-1] for launched in launches]
@@ -170,6 +170,11 @@ def _planned(*shape, groups, memory_format=NCHW):
 )
 def test_which_kernels_run(shape, modules):
     assert _planned(*shape, groups=8) == modules
+
+
+def test_of_float32_half_as_many_values_fit_into_registers():
+    assert _planned(1, 8, 128, 64, groups=8, dtype=torch.float32) == ["resident"] * 2
+    assert _planned(1, 8, 128, 65, groups=8, dtype=torch.float32) == ["looped"] * 2
 
 
 def test_narrow_groups_are_read_together():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
 
-from minimagen_fast.kernels import launch, row_norm
+from minimagen_fast.kernels import launch, layer_norm_rows, layer_norm_tiles, row_norm
 from minimagen_fast.kernels.row_norm import layer_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -77,14 +77,14 @@ def test_tiles_need_not_be_full(rows):
 def test_programs_take_several_tiles(monkeypatch):
     monkeypatch.setattr(launch, "target", lambda device: launch.Target((9, 0), 1, 1 << 17))
     check_parity(ours, reference, case(700, 100), dtype=torch.float32)
-    assert row_norm.resident_programs(torch.empty(0), 100, 4) == 4
+    assert layer_norm_tiles.resident_programs(torch.empty(0), 100, 4) == 4
 
 
 def test_many_partial_sums():
     """More programs than the kernel that adds them up takes at once."""
     partial = randn("partial", 150, 70)
     out = torch.empty(70, device=DEVICE)
-    row_norm.sum_partials(partial, out)
+    layer_norm_tiles.sum_partials(partial, out)
     assert_near(out, partial.double().sum(0), dtype=torch.float32)
 
 
@@ -126,15 +126,19 @@ def test_nothing_is_computed_that_nobody_needs(monkeypatch):
     monkeypatch.setattr(launch, "run", lambda kernel, *args, **kw: launches.append((kernel, kw)))
     x, gain, residual = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in ((2, 8), (8,), (2, 8)))
     ours(x=x, gain=gain.detach()).sum().backward()
-    assert [k for k, _ in launches] == [row_norm._forward_kernel, row_norm._backward_kernel]
+    assert [k for k, _ in launches] == [layer_norm_rows._forward_kernel, layer_norm_rows._backward_kernel]
     assert launches[1][1]["NEED_X"] and not launches[1][1]["NEED_GAIN"]
     launches.clear()
     ours(x=x.detach(), gain=gain).sum().backward()
-    assert [k for k, _ in launches] == [row_norm._forward_kernel, row_norm._backward_kernel, row_norm._sum_kernel]
+    assert [k for k, _ in launches] == [
+        layer_norm_rows._forward_kernel,
+        layer_norm_rows._backward_kernel,
+        layer_norm_tiles._sum_kernel,
+    ]
     assert launches[1][1]["NEED_GAIN"] and not launches[1][1]["NEED_X"]
     launches.clear()
     ours(x=x.detach(), gain=gain.detach(), residual=residual).sum().backward()
-    assert [k for k, _ in launches] == [row_norm._forward_kernel]
+    assert [k for k, _ in launches] == [layer_norm_rows._forward_kernel]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -259,7 +263,7 @@ def test_launches_are_recorded_on_meta_tensors():
     gain = torch.empty(512, device="meta", requires_grad=True)
     with launch.record() as launches:
         ours(x=x, gain=gain).backward(torch.empty_like(x))
-    kernels = [row_norm._forward_kernel, row_norm._backward_kernel, row_norm._sum_kernel]
+    kernels = [layer_norm_rows._forward_kernel, layer_norm_rows._backward_kernel, layer_norm_tiles._sum_kernel]
     assert [entry.kernel for entry in launches] == kernels
     assert [entry.grid for entry in launches] == [(132 * 4,), (132 * 2,), (16,)]
 

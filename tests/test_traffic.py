@@ -68,13 +68,26 @@ def test_an_operation_without_kernels_is_found_out():
     assert row.complaints == ["moves nothing: it launches no kernel"]
 
 
-def test_atomic_operations_are_refused():
+def test_atomic_operations_are_loads_and_stores():
     @triton.jit
-    def add(x):
-        tl.atomic_add(x, 1.0)
+    def add(x, n, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.atomic_add(x + at // 2, 1, mask=at < n)
 
-    with traffic.count(), pytest.raises(Exception, match="atomic operations are not counted"):
-        launch.run(add, (1,), torch.zeros(1))
+    with traffic.count() as counted:
+        launch.run(add, (3,), torch.zeros(8, dtype=torch.int32), 10, BLOCK=16)
+    (one,) = counted
+    assert one.loaded == one.stored == 3 * 10 * 4
+    assert one.distinct == 2 * 5 * 4
+
+
+def test_atomic_operations_of_other_kinds_are_refused():
+    @triton.jit
+    def swap(x):
+        tl.atomic_cas(x, 0, 1)
+
+    with traffic.count(), pytest.raises(Exception, match="compare-and-swap is not counted"):
+        launch.run(swap, (1,), torch.zeros(1, dtype=torch.int32))
 
 
 def test_counting_ends_with_its_block():
@@ -96,13 +109,14 @@ def test_no_operation_moves_more_than_its_limit(case, memory_format):
 
 def test_the_kept_table_is_of_the_cases_that_are_measured():
     kept = {
-        tuple(cell.strip() for cell in line.split("|")[1:5])
+        tuple(cell.strip() for cell in line.split("|")[1:6])
         for line in traffic.TABLE.read_text().splitlines()
         if "|" in line
     }
     expected = {
-        (case.operation, direction, case.shape, traffic.format_name(case, f))
+        (case.operation, direction, case.shape, traffic.format_name(case, f), traffic.CARDS[share])
         for case, f in traffic.runs(SMALL)
+        for share in traffic.SHARES.get(case.operation, (1,))
         for direction in ("forward", "backward")[: 1 if case.backward is None else 2]
     }
     assert expected <= kept

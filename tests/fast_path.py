@@ -1,0 +1,150 @@
+"""Small models, words and counts that the tests of the fast path share."""
+
+import dataclasses
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minimagen_fast import acceleration, sampling
+from minimagen_fast.Imagen import Imagen
+from minimagen_fast.Unet import BaseTest, SuperTest
+
+T = 20
+ATTENDING = {"layer_attns": (False, True), "layer_cross_attns": (True, False), "attend_at_middle": True}
+LOWRES = {"lowres_cond": True, "layer_cross_attns": (False, True)}
+
+
+@torch.no_grad()
+def randomise(module):
+    """Gains and biases are made as ones and zeros, behind which an error can hide."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1 or name.endswith(".g"):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def make_unet(**arguments):
+    torch.manual_seed(0)
+    return randomise(BaseTest(**{**ATTENDING, **arguments}))
+
+
+def make_super(**arguments):
+    torch.manual_seed(1)
+    return randomise(SuperTest(**{**LOWRES, **arguments}))
+
+
+def make_imagen(stages=1, unets=None, **arguments):
+    """One U-Net for 8x8, or two for 8x8 and 16x16."""
+    unets = unets or [make_unet(), make_super()][:stages]
+    sizes = tuple(8 * 2**stage for stage in range(len(unets)))
+    return Imagen(unets, **{"text_encoder_name": "t5_small", "image_sizes": sizes, "timesteps": T, **arguments})
+
+
+def make_words(batch=2, tokens=5, seed=1, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.ones(batch, tokens, dtype=torch.bool)
+    masks[-1, tokens // 2 :] = False
+    embeds = torch.randn(batch, tokens, 512, generator=generator)
+    return {"text_embeds": embeds.to(device), "text_masks": masks.to(device)}
+
+
+def sample(imagen, words=None, *, seed=0, **arguments):
+    words = words or make_words(device=imagen.device)
+    return imagen.sample(**words, seed=seed, progress=False, **arguments)
+
+
+def distance(one, other):
+    """The largest difference."""
+    return (one.float() - other.float()).abs().max().item()
+
+
+class Counts(TorchDispatchMode):
+    """How often which operator runs, and on how many rows the matrix products and convolutions."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+        self.products = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        self.names[name] += 1
+        if name.partition(".")[0] in ("addmm", "mm", "bmm", "convolution"):
+            self.products.append((name, *(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+    def waits(self):
+        """What would wait for a device to know a value of its."""
+        return [name for name in self.names if name.partition(".")[0] in self.WAITING]
+
+
+class FakeGraph:
+    """Takes the place of a CUDA graph: what was captured is run when it is replayed.
+
+    Like a true one it knows addresses, and not what lies there: if a tensor has moved, the replay fails.
+    """
+
+    made: list["FakeGraph"] = []
+    capturing: "FakeGraph | None" = None
+
+    def __init__(self):
+        self.calls, self.replays = [], 0
+        FakeGraph.made.append(self)
+
+    def replay(self):
+        assert self.calls, "nothing was captured"
+        self.replays += 1
+        for steps, call, addresses in self.calls:
+            assert read_by(steps) == addresses, "a tensor is no longer where it was captured"
+            call()
+
+
+def read_by(steps):
+    """The addresses of all that a step reads."""
+    predict, update = steps._predict, steps._update
+    tensors = [steps.x, steps.noise, steps.number, steps._x_start, predict._lowres, update.times, update._following]
+    tensors += [value for conditions in predict._conditions for value in conditions._values.values()]
+    tensors += [*predict._unet.parameters(), *predict._unet.buffers(), *update._scheduler.buffers()]
+    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+
+def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
+    """Every sampling on a CPU captures and replays; gives the list of the graphs that are made."""
+    resolve = acceleration.resolve
+
+    def with_graphs(request, device, weights):
+        resolved = resolve(request, device, weights)
+        if resolved.condition_cache == "off":
+            return resolved
+        reasons = {**resolved.reasons, "cuda_graphs": reason}
+        return dataclasses.replace(resolved, cuda_graphs="on", reasons=reasons)
+
+    @contextmanager
+    def capture(graph):
+        FakeGraph.capturing = graph
+        try:
+            yield
+        finally:
+            FakeGraph.capturing = None
+
+    advance = sampling._Steps.advance
+
+    def run_or_capture(steps, first):
+        graph = FakeGraph.capturing
+        if graph is None:
+            advance(steps, first)
+        else:
+            graph.calls.append((steps, lambda: advance(steps, first), read_by(steps)))
+
+    FakeGraph.made = []
+    monkeypatch.setattr("minimagen_fast.Imagen.resolve", with_graphs)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(sampling._Steps, "advance", run_or_capture)
+    return FakeGraph.made

@@ -36,12 +36,17 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     import torch
 
+    from minimagen_fast import acceleration
     from minimagen_fast.kernels import launch
 
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install -e '.[bench]'")
     if launch.INTERPRETED:
         raise pytest.UsageError("TRITON_INTERPRET is set, so kernels would run in an interpreter: unset it to measure")
+    if acceleration.environment_request():
+        raise pytest.UsageError(
+            f"{acceleration.ENVIRONMENT_VARIABLE} is set, so ours would not run as by default: unset it"
+        )
     if config.option.benchmark_disable or getattr(config.option, "dist", "no") != "no":
         raise pytest.UsageError("benchmarks cannot be timed with --benchmark-disable or -n: leave it out")
     cuda = torch.cuda.is_available()

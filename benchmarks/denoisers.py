@@ -1,15 +1,17 @@
-"""The networks that are measured, their inputs, and the ways to run them."""
+"""The networks that are measured, their inputs, and the ways to call them; :mod:`.imagens` has whole cascades."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from minimagen_fast.Imagen import Imagen
 from minimagen_fast.kernels import use_implementation
+from minimagen_fast.quickstart_training import Recipe
+from minimagen_fast.t5 import get_encoded_dim
+from minimagen_fast.tiny_t5 import TINY_T5_NAME
 from minimagen_fast.Unet import Base, BaseTest, Super, SuperTest, Unet
 
 from .floors import convolution_rate
@@ -78,6 +80,10 @@ LAPTOP_SUPER = {
     "lowres_cond": True,
     **TEXT,
 }
+# Wide, with attention where it pays: what two cores can do a step of in a second.
+CPU_BASE = {"dim": 64, "dim_mults": (1, 2, 4), "layer_attns": (False, True, True), **TEXT}
+CPU_BASE["layer_cross_attns"] = CPU_BASE["layer_attns"]
+QUICKSTART = [{**settings, "text_embed_dim": get_encoded_dim(TINY_T5_NAME)} for settings in Recipe().unets]
 NETWORKS = {
     network.name: network
     for network in (
@@ -88,6 +94,9 @@ NETWORKS = {
         # What can be sampled in a while on two cores.
         Network("laptop-base@32", LAPTOP_BASE, 32),
         Network("laptop-super@64", LAPTOP_SUPER, 64),
+        Network("cpu-base@64", CPU_BASE, 64),
+        Network("quickstart-base@16", QUICKSTART[0], 16),
+        Network("quickstart-super@32", {**QUICKSTART[1], "lowres_cond": True}, 32),
         Network("tiny-base@16", {**BaseTest.defaults, **TEXT}, 16),
         Network("tiny-super@32", {**SuperTest.defaults, **TEXT, "lowres_cond": True}, 32),
     )
@@ -104,6 +113,7 @@ class Variant:
         channels_last: Whether weights and images lie channels innermost.
         autocast: Whether it computes in bfloat16 where autocast thinks that right.
         compile: Whether it runs under torch.compile.
+        mode: What torch.compile is told.
         original: Whether the network is that of the original package, if it is installed.
     """
 
@@ -112,6 +122,7 @@ class Variant:
     channels_last: bool = False
     autocast: bool = False
     compile: bool = False
+    mode: str | None = None
     original: bool = False
 
     @property
@@ -147,7 +158,11 @@ class Variant:
             return function
         # Otherwise earlier networks count towards the number of recompilations after which Dynamo gives up, silently.
         torch._dynamo.reset()
-        return torch.compile(function)
+        compiled = torch.compile(function, mode=self.mode)
+        if self.mode is None:
+            return compiled
+        # In some modes a call writes its result where the last one left its own, and guidance needs two.
+        return lambda *args, **kwargs: compiled(*args, **kwargs).clone()
 
     def about(self, device: torch.device) -> dict[str, Any]:
         """What ``extra`` should say of it; ``computes_in`` is a name among the matrix rates."""
@@ -162,41 +177,20 @@ ORIGINAL = Variant("original", "reference", original=True)
 ORIGINAL_COMPILED = Variant(
     "original-compiled", "reference", channels_last=True, autocast=True, compile=True, original=True
 )
+# On CUDA alone: CUDA graphs as torch.compile makes them.
+ORIGINAL_GRAPHS = replace(ORIGINAL_COMPILED, name="original-compiled-graphs", mode="reduce-overhead")
 OURS = Variant("ours")
 OURS_BF16 = Variant("ours-bf16-channels_last", channels_last=True, autocast=True)
 OURS_COMPILED = Variant("ours-compiled", channels_last=True, autocast=True, compile=True)
 REFERENCE = Variant("reference", "reference")
 
-# How long a network's compilation may take, by device: for each of its shapes of blocks there is C++ code on a CPU.
-COMPILE_SECONDS = {"cpu": 120.0, "cuda": 60.0}
+# How long compilation may take, by device, of a network's blocks, and of the whole as one: on a CPU it is C++ code.
+BLOCKS_SECONDS = {"cpu": 100.0, "cuda": 60.0}
+COMPILE_SECONDS = {"cpu": 300.0, "cuda": 90.0}
 
 # Largest relative distance from the reference network in float32, over all values together: outputs, gradients. On CUDA
 # float32 convolutions are allowed TF32.
 TOLERANCE = {torch.float32: (5e-3, 2e-2), torch.bfloat16: (5e-2, 1.5e-1)}
-
-
-def imagen_of(networks: Sequence[Network], variant: Variant, device: torch.device, *, timesteps: int) -> Any:
-    """A cascade of these networks as a variant has it; of the original package, if the variant is and it is there."""
-    imagen_class = original_imagen() if variant.original and original_package() else Imagen
-    imagen = imagen_class(
-        [variant.module(network, device) for network in networks],
-        text_encoder_name="t5_small",
-        image_sizes=tuple(network.side for network in networks),
-        timesteps=timesteps,
-    ).to(device)
-    if variant.compile:
-        for unet in imagen.unets:
-            # In place: the cascade's other methods call the network as well.
-            unet.forward = variant.compiled(unet.forward)
-    return imagen
-
-
-@functools.cache
-def original_imagen() -> Callable[..., Any]:
-    """The original package's Imagen class."""
-    from minimagen.Imagen import Imagen as OriginalImagen
-
-    return OriginalImagen
 
 
 @functools.cache

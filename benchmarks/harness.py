@@ -75,6 +75,8 @@ class Prepared:
         floor: As there.
         extra: As there.
         more: Called with the samples at the end, for what can only be said then; gives more for ``extra``.
+        images: How many images a call works on, if memory is to be told for each of them, too.
+        close: Called when the case is over.
     """
 
     subject: Subject | None
@@ -90,6 +92,8 @@ class Prepared:
     floor: Floor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     more: Callable[[Sequence[float]], dict[str, Any]] | None = None
+    images: int | None = None
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ class Harness:
                 # What autograd recorded on one stream it also runs there, and the default one cannot be captured.
                 stack.enter_context(torch.cuda.stream(torch.cuda.Stream(context.device)))
             prepared = plan.prepare(context)
+            stack.callback(prepared.close)
             record.extra = prepared.extra
             self._check(prepared, record)
             if record.status != "ok":
@@ -219,6 +224,8 @@ class Harness:
             record.floor_seconds, record.floor_by_family = prepared.floor.seconds, prepared.floor.by_family
         if prepared.memory and prepared.subject:
             record.peak_bytes = peak_bytes(prepared.subject, self.context.device)
+            if prepared.images:
+                record.extra["peak_bytes_per_image"] = record.peak_bytes / prepared.images
             if prepared.count_launches:
                 record.launches = launches(prepared.subject, self.context.device)
 

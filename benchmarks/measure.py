@@ -179,6 +179,25 @@ def peak_bytes(subject: Subject, device: torch.device) -> int:
     return peak
 
 
+def saved_bytes(function: Callable[[], Any], module: torch.nn.Module) -> int:
+    """What a function leaves behind for its backward, each storage once; that of the module's own tensors aside."""
+    own = {value.untyped_storage().data_ptr() for value in (*module.parameters(), *module.buffers())}
+    # The tensors are held, so that no address is given out twice.
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    del result
+    return size
+
+
 def launches(subject: Subject, device: torch.device) -> int | None:
     """How many kernels a call starts, copies and fills by the driver aside; None on a CPU."""
     if device.type != "cuda":

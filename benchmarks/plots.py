@@ -212,7 +212,7 @@ def _panel_title(case: Case, with_section: bool) -> str:
 
 def _time_bars(section: str) -> Callable[[Run], Figure | None]:
     def draw(run: Run) -> Figure | None:
-        title = f"{section.capitalize()}: time of each variant"
+        title = f"{section.replace('-', ' ').capitalize()}: time of each variant"
         return _bars(
             run.questions(section), title, _median, TIME_UNITS, readable_time, "median time of a call", spread=True
         )
@@ -377,6 +377,7 @@ def draw_ablation(run: Run) -> Figure | None:
 
 
 PICTURES: dict[str, Callable[[Run], Figure | None]] = {
+    "sampling-step": _time_bars("sampling-step"),
     "denoiser": _time_bars("denoiser"),
     "kernels": draw_kernels,
     "roofline": draw_roofline,

@@ -15,7 +15,7 @@ from .results import SCHEMA, SECTIONS, STATUSES
 
 DIRECTIONS = ("forward", "backward", "both")
 # Sections whose variants do the same work in different ways. Those of the others are steps, or different things.
-COMPETING = ("denoiser", "kernels", "sampling", "training")
+COMPETING = ("sampling-step", "denoiser", "kernels", "sampling", "training")
 # One variant is faster than another if their quartiles do not overlap and their medians are further apart than this.
 # The two are measured one after the other: by then the machine may be that much warmer or busier.
 MARGIN = 0.02

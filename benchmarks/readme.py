@@ -85,6 +85,7 @@ def _device(run: Run, root: Path) -> str:
         f"**{run.machine['device']}**{threads} ([report]({report}), [all numbers]({place})): {versions(run)}.",
     ]
     networks = [
+        *_network_rows(run, "sampling-step", "step of sampling"),
         *_network_rows(run, "denoiser", "denoiser"),
         *_network_rows(run, "sampling", "sampling"),
         *_network_rows(run, "training", "training"),

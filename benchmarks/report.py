@@ -22,9 +22,11 @@ STATUS_WORDS = {"ok": "timed", "parity_failed": "wrong", "error": "failed", "una
 FOLD = 4
 # What of ``extra`` has no column: it is told elsewhere, or is of no interest.
 HIDDEN = ("step", "copies_of_inputs", "original")
+# Sections whose variants are compared with the first of them, which does more.
+AGAINST_FIRST = ("few-steps",)
 # What stands above a table if it is the same for all of its rows.
 IDENTITY = ("shape", "direction", "dtype", "graph")
-ABOVE = (*IDENTITY, "steps", "guidance", "optimizer", "loader workers")
+ABOVE = (*IDENTITY, "guidance", "optimizer", "loader workers")
 
 READING = f"""\
 Times are medians, ± half the distance between their quartiles. A ratio is the time of what stands above the column over
@@ -195,6 +197,8 @@ def _extra(key: str, value: object) -> tuple[str, str]:
         return "MFU", readable_share(value)
     if key.endswith("_per_second"):
         return f"{name.removesuffix(' per second')}/s", digits(value)
+    if key.endswith("_bytes_per_image"):
+        return f"{name.removesuffix(' bytes per image')} an image", readable_bytes(value)
     if key.endswith("_share"):
         return name, readable_share(value)
     if key.startswith("seconds_to_"):
@@ -251,6 +255,8 @@ def _variant_tables(run: Run, section: str) -> list[str]:
                 row = {**_identity(case), "variant": case.variant, "time": time_of(case)}
                 if section in COMPETING:
                     row |= {f"against {peer}": ratio_cell(case, by_variant.get(peer)) for peer in peers}
+                elif section in AGAINST_FIRST:
+                    row[f"against {question.first.variant}"] = ratio_cell(case, question.first)
                 row |= {"x floor": _floor(case), "peak memory": _memory(case)}
                 row["launches"] = NOTHING if case.launches is None else str(case.launches)
                 rows.append(row | _extras(case))
@@ -366,14 +372,17 @@ def _missing(run: Run) -> str:
 
 
 _SECTIONS: tuple[tuple[str, str, Callable[[Run], list[str]]], ...] = (
+    ("sampling-step", "A step of sampling", lambda run: _variant_tables(run, "sampling-step")),
     ("denoiser", "Denoiser", _denoiser_tables),
     ("kernels", "Kernels", _kernel_tables),
     ("sampling", "Sampling", lambda run: _variant_tables(run, "sampling")),
+    ("few-steps", "Few steps", lambda run: _variant_tables(run, "few-steps")),
     ("training", "Training", lambda run: _variant_tables(run, "training")),
     ("ablation", "Ablation: one switch more at a time", _ablation_tables),
     ("startup", "Start-up", lambda run: _variant_tables(run, "startup")),
 )
 _PICTURES_OF = {
+    "sampling-step": ("sampling-step",),
     "denoiser": ("denoiser",),
     "kernels": ("kernels", "roofline"),
     "sampling": ("sampling",),

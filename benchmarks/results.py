@@ -11,7 +11,7 @@ from typing import Any
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
-SECTIONS = ("denoiser", "kernels", "sampling", "training", "ablation", "startup")
+SECTIONS = ("sampling-step", "denoiser", "kernels", "sampling", "few-steps", "training", "ablation", "startup")
 STATUSES = ("ok", "parity_failed", "unavailable", "error")
 
 

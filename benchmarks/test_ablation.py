@@ -1,51 +1,64 @@
-"""What each switch is worth: from the reference path to the fast one, one more switched on at a time."""
+"""What each switch of the fast path is worth: from the reference path on, one more switched on at a time."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from .denoiser_calls import prepare
-from .denoisers import COMPILE_SECONDS, NETWORKS, REFERENCE, Network, Variant
+from . import sampling_steps, training_steps
+from .denoisers import BLOCKS_SECONDS, NETWORKS, Network
 from .harness import CLOCK, Context, Plan, Prepared
+from .imagens import ImagenVariant, ablation
 from .results import Identity
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
-STEPS = (
-    REFERENCE,
-    Variant("+kernels"),
-    Variant("+channels_last", channels_last=True),
-    Variant("+bfloat16", channels_last=True, autocast=True),
-    Variant("+compile", channels_last=True, autocast=True, compile=True),
-)
+SAMPLING = ablation("kernels", "channels_last", "condition_cache", "bfloat16", "compile", "cuda_graphs")
+# A step of training has no conditions to keep, and is not captured.
+TRAINING = ablation("kernels", "channels_last", "bfloat16", "compile")
+
+Prepare = Callable[[Network, ImagenVariant, int, Context], Prepared]
 
 
-def _calls(profile: str, cuda: bool) -> list[tuple[str, int, str]]:
-    if profile == "smoke":
-        return [("tiny-base@16", 2, "forward")]
-    return [("Base@64", 2, "forward"), ("laptop-base@64", 8, "both")] if cuda else [("laptop-base@64", 1, "forward")]
+def _calls(profile: str, device: str) -> list[tuple[str, str, int, tuple[ImagenVariant, ...], Prepare]]:
+    """What, network, images, switches, how it is prepared."""
+    sampling, training = (
+        ("sampling-step", SAMPLING, sampling_steps.prepare),
+        ("training-step", TRAINING, training_steps.prepare),
+    )
+    sizes = {
+        "smoke": (("tiny-base@16", 1), ("tiny-base@16", 4)),
+        "cpu": (("cpu-base@64", 1), ("quickstart-base@16", 32)),
+        "cuda": (("Base@64", 8), ("Base@64", 16)),
+    }["smoke" if profile == "smoke" else device]
+    return [
+        (what, name, batch, variants, prepare)
+        for (what, variants, prepare), (name, batch) in zip((sampling, training), sizes, strict=True)
+    ]
 
 
 def plans(profile: str, device: torch.device) -> Iterator[Plan]:
-    for name, batch, direction in _calls(profile, device.type == "cuda"):
+    for what, name, batch, variants, prepare in _calls(profile, device.type):
         network = NETWORKS[name]
-        for number, step in enumerate(STEPS):
-            if step.compile and profile == "smoke":
+        for number, variant in enumerate(variants):
+            compiles = variant.compiles(device)
+            if (compiles and profile == "smoke") or (variant.name == "+cuda_graphs" and device.type != "cuda"):
                 continue
-            identity = Identity("ablation", name, direction, network.shape(batch), "float32", step.name)
+            identity = Identity("ablation", f"{what}-{name}", None, network.shape(batch), "float32", variant.name)
             yield Plan(
                 identity,
-                functools.partial(_prepare, number, network, step, batch, direction),
-                # What is compiled is found in Inductor's cache after the denoisers.
-                5 if step.compile else 1,
-                COMPILE_SECONDS[device.type] / 2 if step.compile else 0.0,
+                functools.partial(_prepare, number, prepare, network, variant, batch),
+                # What is compiled is found in Inductor's cache after the other sections.
+                5 if compiles else 1,
+                BLOCKS_SECONDS[device.type] / 2 if compiles else 0.0,
             )
 
 
-def _prepare(number: int, network: Network, step: Variant, batch: int, direction: str, context: Context) -> Prepared:
-    prepared = prepare(network, step, batch, direction, context)
+def _prepare(
+    number: int, prepare: Prepare, network: Network, variant: ImagenVariant, batch: int, context: Context
+) -> Prepared:
+    prepared = prepare(network, variant, batch, context)
     prepared.extra["step"] = number
     return prepared
 

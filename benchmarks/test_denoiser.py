@@ -36,26 +36,24 @@ def _calls(profile: str, cuda: bool) -> list[tuple[str, int, str, tuple[Variant,
         ]
     if not cuda:
         return [
-            ("laptop-base@64", 1, "forward", EAGER, 0),
             ("laptop-super@128", 1, "forward", EAGER, 0),
             ("laptop-base@32", 2, "both", EAGER, 1),
             ("laptop-super@64", 2, "both", EAGER, 1),
-            ("laptop-base@64", 1, "forward", COMPILED, 4),
         ]
     laptop = [
         ("laptop-base@64", 2, "forward", EAGER, 0),
         ("laptop-super@128", 2, "forward", EAGER, 0),
         ("laptop-base@64", 2, "both", EAGER, 1),
         ("laptop-super@128", 2, "both", EAGER, 1),
-        ("laptop-base@64", 2, "forward", COMPILED, 3),
+        ("laptop-base@64", 2, "forward", COMPILED, 6),
     ]
     large = [
         ("Base@64", 2, "forward", EAGER, 0),
         ("Super@256", 2, "forward", EAGER, 0),
         ("Base@64", 8, "both", EAGER, 0),
         ("Super@256", 4, "both", EAGER, 0),
-        ("Base@64", 2, "forward", COMPILED, 2),
-        ("Super@256", 2, "forward", COMPILED, 4),
+        ("Base@64", 2, "forward", COMPILED, 5),
+        ("Super@256", 2, "forward", COMPILED, 6),
     ]
     if profile == "full":
         large += [

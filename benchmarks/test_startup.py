@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .denoisers import COMPILE_SECONDS
+from .denoisers import BLOCKS_SECONDS
 from .harness import CLOCK, Context, Plan, Prepared, Unavailable
 from .machine import ROOT
 from .results import Identity
@@ -18,18 +18,19 @@ from .results import Identity
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 IMPORTS = {"torch": "import torch", "ours": "from minimagen_fast.Imagen import Imagen"}
-# The first call of a network in a fresh process, the time of which it prints.
+# The first step of sampling in a fresh process, the time of which it prints: with what is compiled for it.
 FIRST_STEP = """
-import sys, time, torch
-from benchmarks.denoisers import NETWORKS, OURS_BF16, OURS_COMPILED
-network, device = NETWORKS[sys.argv[1]], torch.device(sys.argv[3])
-variant = {"eager": OURS_BF16, "compiled": OURS_COMPILED}[sys.argv[2]]
-module, inputs = variant.module(network, device), network.inputs(2, device)
-started = time.perf_counter()
-with torch.no_grad(), variant.active(device):
-    variant.compiled(module)(**inputs).float().sum().item()
-print(time.perf_counter() - started)
+import sys, torch
+from benchmarks.denoisers import NETWORKS
+from benchmarks.imagens import ImagenVariant
+from benchmarks.sampling_steps import first_step_seconds
+variant = ImagenVariant("bfloat16", settings={"precision": "bfloat16", "compile": sys.argv[2]})
+print(first_step_seconds(NETWORKS[sys.argv[1]], variant, torch.device(sys.argv[3])))
 """
+# How blocks are run, and what the compilers' caches hold.
+VARIANTS = ("off", "blocks-cold", "blocks-warm")
+# The first in every profile but smoke, the others in full: each is compiled anew.
+NAMES = {"cpu": ("tiny-base@16", "cpu-base@64"), "cuda": ("Base@64", "Super@256")}
 IMPORT_ROUNDS = {"smoke": 1}
 TIMEOUT = 600
 
@@ -40,11 +41,12 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
         yield Plan(identity, functools.partial(_prepare_import, variant), 2)
     if profile == "smoke":
         return
-    name = "laptop-base@64" if device.type == "cuda" else "tiny-base@16"
-    for variant in ("eager", "compiled-cold", "compiled-warm"):
-        identity = Identity("startup", "first-step", "forward", name, "float32", variant)
-        seconds = COMPILE_SECONDS[device.type] if variant == "compiled-cold" else 0.0
-        yield Plan(identity, functools.partial(_prepare_first_step, name, variant), 6, seconds)
+    names = NAMES[device.type]
+    for name in names if profile == "full" else names[:1]:
+        for variant in VARIANTS:
+            identity = Identity("startup", "first-step", None, f"{name}-b1", "float32", variant)
+            seconds = BLOCKS_SECONDS[device.type] if variant == "blocks-cold" else 0.0
+            yield Plan(identity, functools.partial(_prepare_first_step, name, variant), 6, seconds)
 
 
 def _prepare_import(variant: str, context: Context) -> Prepared:
@@ -57,12 +59,12 @@ def _prepare_import(variant: str, context: Context) -> Prepared:
 
 
 def _prepare_first_step(name: str, variant: str, context: Context) -> Prepared:
-    kind, _, cache = variant.partition("-")
+    way, _, cache = variant.partition("-")
     # What compiling leaves is what a warm start finds: one folder for both.
     folder = context.scratch / f"compiled-{name}"
 
     def sample() -> float:
-        return _seconds(FIRST_STEP, name, kind, context.device.type, cache=folder if cache else None)
+        return _seconds(FIRST_STEP, name, way, context.device.type, cache=folder if cache else None)
 
     def wrong(_: None) -> str | None:
         if cache == "warm" and not folder.exists():

@@ -84,10 +84,20 @@ def networks(scale=1.0):
                     launches=412,
                     extra=extra | ({"original": REFERENCE_PATH} if "original" in variant else {}),
                 )
+    for batch, seconds in ((1, 0.4), (8, 2.6)):
+        for variant, share in (*variants[:2], ("ours-bf16", 0.3), ("ours-compiled", 0.25), variants[3]):
+            extra = {"computes_in": "float32", "guidance": 3.0, "mfu": 0.31}
+            extra |= {"switched_on": "memory_format, condition_cache"} if variant.startswith("ours") else {}
+            words = f"sampling-step/cpu-base@64/-/b{batch}-3x64x64/float32/{variant}"
+            yield record(words, seconds * share * scale, floor_seconds=0.2 * seconds * scale, extra=extra)
+    for variant, seconds in (("all-timesteps", 4.0), ("dpmpp_2m-20", 0.8)):
+        extra = {"images_per_second": 4 / seconds, "guidance": 3.0, "switched_on": "condition_cache"}
+        yield record(f"few-steps/quickstart/-/b4-16-32-100-50steps/float32/{variant}", seconds, extra=extra)
     for variant, share in variants[:3]:
-        extra = {"images_per_second": 0.31 / share, "seconds_to_first_image": 3.2 * share, "guidance": 3.0, "steps": 20}
+        extra = {"images_per_second": 0.31 / share, "seconds_to_first_image": 3.2 * share, "guidance": 3.0}
         yield record(f"sampling/laptop/-/b1-64-128-20steps/float32/{variant}", 3.2 * share, extra=extra)
         extra = {"data_wait_share": 0.013, "step_seconds": {"p50": 0.5, "p90": 0.61, "p99": 0.7}}
+        extra |= {"peak_bytes_per_image": 7 << 20, "saved_bytes_per_image": 6.5 * 2**20}
         yield record(
             f"training/laptop-base@64/both/b2-3x64x64/float32/{variant}", share, extra=extra, peak_bytes=7 << 28
         )

@@ -235,7 +235,8 @@ def test_a_result_file_is_whole_or_not_there(tmp_path):
 
 
 def test_the_sections_and_statuses_are_those_of_the_format():
-    assert {*SECTIONS} == {"kernels", "denoiser", "sampling", "training", "startup", "ablation"}
+    steps = {"sampling-step", "few-steps"}
+    assert {*SECTIONS} == {"kernels", "denoiser", "sampling", "training", "startup", "ablation"} | steps
     assert {*STATUSES} == {"ok", "parity_failed", "unavailable", "error"}
 
 

@@ -1,0 +1,164 @@
+"""What a step does on the kernels, counted without a card: on the meta device operators have names and shapes only."""
+
+from collections import Counter
+
+import pytest
+import torch
+from fast_path import Counts, make_imagen, make_super, make_unet, make_words
+
+from minimagen_fast import sampling
+from minimagen_fast.kernels import launch, use_implementation
+from minimagen_fast.samplers import Sampler, Update
+from minimagen_fast.sampling import Task
+
+META = torch.device("meta")
+SAMPLERS = [Sampler(), Sampler("ddpm", 6), Sampler("ddim", 6), Sampler("ddim", 6, 0.5), Sampler("dpmpp_2m", 6)]
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def on_triton():
+    with use_implementation("triton"), torch.no_grad():
+        yield
+
+
+def steps_of(sampler=SAMPLERS[0], cond_scale=3.0, stage=1, batch=2, batch_size=None, unet=None):
+    """The loop's steps for one U-Net, its weights in bfloat16."""
+    imagen = make_imagen(stages=stage, unets=unet and [unet]).to(torch.bfloat16).to(META)
+    unet, words = imagen.unets[-1], make_words(batch, device=META)
+    side = imagen.image_sizes[-1]
+    x = torch.empty(batch, 3, side, side, device=META)
+    lowres = {"lowres_cond_img": x, "lowres_noise_times": torch.zeros(batch, dtype=torch.long, device=META)}
+    task = Task(
+        unet=unet,
+        update=Update(sampler, imagen.noise_schedulers[-1], percentile=0.9, cond_scale=cond_scale),
+        cond_scale=cond_scale,
+        text_embeds=words["text_embeds"],
+        text_mask=words["text_masks"],
+        batch_size=batch_size,
+        **(lowres if unet.lowres_cond else dict.fromkeys(lowres)),
+    )
+    predict = sampling._CachedPrediction(task, unet, torch.channels_last, torch.bfloat16)
+    return unet, sampling._Steps(predict, task.update, x)
+
+
+def counted(steps, first=False):
+    with Counts() as seen:
+        steps.advance(first)
+    return seen
+
+
+def convolutions(unet):
+    """Of one evaluation; those of two inputs at once are products of their own."""
+    with Counts() as seen:
+        x, time = torch.empty(2, 3, 8, 8, device=META), torch.zeros(2, dtype=torch.long, device=META)
+        lowres = {"lowres_cond_img": x, "lowres_noise_times": time} if unet.lowres_cond else {}
+        unet(x, time, **lowres)
+    return seen.names["convolution"]
+
+
+@every_sampler
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("cond_scale", [0.0, 1.0, 3.0])
+def test_one_evaluation_a_step_with_and_without_guidance(sampler, stage, cond_scale):
+    unet, steps = steps_of(sampler, cond_scale, stage)
+    expected = convolutions(unet)
+    assert expected > 10
+    for number in range(3):
+        seen = counted(steps, first=number == 0)
+        assert seen.names["convolution"] == expected
+        rows = {shapes[0][0] for name, *shapes in seen.products if name == "convolution"}
+        assert rows == ({2, 4} if cond_scale == 3 else {2})
+
+
+@every_sampler
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_step_does_the_same_and_waits_for_nothing(sampler, stage):
+    _, steps = steps_of(sampler, stage=stage)
+    first, *others = [counted(steps, first=number == 0) for number in range(6)]
+    assert all(seen.names == others[0].names and seen.products == others[0].products for seen in others)
+    if not steps._update.multistep:
+        assert first.names == others[0].names
+    for seen in (first, *others):
+        assert seen.waits() == [] and not [name for name in seen.names if "_to_copy" in name and "cpu" in name]
+
+
+def test_what_would_wait_is_seen():
+    with Counts() as seen:
+        torch.ones(3).nonzero()
+        torch.ones(1).item()
+    assert set(seen.waits()) == {"nonzero", "_local_scalar_dense"}
+
+
+@pytest.mark.parametrize("cond_dim", [24, 512])
+def test_no_work_on_the_text_in_a_step(cond_dim):
+    unet, steps = steps_of(unet=make_unet(cond_dim=cond_dim, layer_cross_attns=True))
+    steps.advance(True)
+    seen = counted(steps)
+    # Whatever is multiplied with the words has their width, and whatever makes keys of tokens the width of all heads.
+    weights = [shapes[-1] for name, *shapes in seen.products if name != "convolution"]
+    assert (512, cond_dim) not in weights and (cond_dim, 2 * 8 * 64) not in weights, weights
+    assert not any(258 in shapes[0] or 2 * 258 in shapes[0] for _, *shapes in seen.products), seen.products
+
+
+@pytest.mark.parametrize("make", [make_unet, make_super])
+def test_all_scales_and_shifts_of_a_step_are_one_product(make):
+    unet, steps = steps_of(stage=1 if make is make_unet else 2)
+    steps.advance(True)
+    width = sum(2 * block.block2.project.out_channels for block in unet.resnet_blocks)
+    seen = counted(steps)
+    time_width = unet.resnet_blocks[0].time_mlp[1].in_features
+    of_time = [shapes for _, *shapes in seen.products if (4, time_width) in shapes]
+    assert of_time == [[(width,), (4, time_width), (time_width, width)]]
+
+
+def test_parts_of_a_batch_are_evaluated_one_by_one():
+    unet, steps = steps_of(batch=5, batch_size=2)
+    expected = convolutions(unet)
+    seen = counted(steps, first=True)
+    assert seen.names["convolution"] == 3 * expected
+
+
+@every_sampler
+def test_the_update_is_one_launch_and_a_step_few(sampler):
+    unet, steps = steps_of(sampler)
+    steps.advance(True)
+    with launch.record() as launches:
+        steps.advance(False)
+    modules = Counter(one.kernel.fn.__module__.rpartition(".")[2] for one in launches)
+    print(modules)
+    with launch.record() as again:
+        steps.advance(False)
+    assert [one.kernel for one in again] == [one.kernel for one in launches], "not the same in every step"
+
+
+def test_the_loop_has_no_more_to_do_than_its_steps():
+    # Conditions once, then for each step its noise and its operators: nothing that grows with the steps.
+    totals = {}
+    for number in (2, 3, 6):
+        imagen, words = make_imagen().to(META), make_words(device=META)
+        with Counts() as seen:
+            imagen.sample(**words, steps=number, cond_scale=3.0, progress=False)
+        assert seen.waits() == []
+        totals[number] = seen.names.total()
+    assert totals[6] - totals[3] == 3 * (totals[3] - totals[2])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_training_step_waits_for_nothing(stage):
+    imagen = make_imagen(stages=stage).to(META)
+    x, words = torch.empty(2, 3, 8, 8, device=META), make_words(device=META)
+    lowres = {"lowres_cond_img": x} if stage == 2 else {}
+    times = torch.zeros(2, dtype=torch.long, device=META)
+    with torch.enable_grad(), Counts() as seen:
+        loss = imagen._p_losses(
+            imagen.unets[-1],
+            x,
+            times,
+            noise_scheduler=imagen.noise_schedulers[-1],
+            text_embeds=words["text_embeds"],
+            text_mask=words["text_masks"],
+            **lowres,
+        )
+        loss.backward()
+    assert seen.waits() == [] and seen.names["convolution_backward"] > 10

@@ -7,7 +7,6 @@ benchmarks/results/quickstart/judged_steps.md.
 
 import argparse
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ class Outcome:
 
     way: dict[str, Any]
     steps: int
-    seconds: float
     scores: Scores
 
 
@@ -43,30 +41,24 @@ def try_ways(imagen: Imagen, seeds: range, ways: tuple[dict[str, Any], ...] = WA
     texts = [caption(*names) for names in wanted]
     outcomes = []
     for way in ways:
-        images, started = [], time.perf_counter()
+        images = []
         for seed in seeds:
             images += imagen.sample(
                 texts, cond_scale=COND_SCALE, seed=seed, return_pil_images=True, progress=False, **way
             )
-        seconds = time.perf_counter() - started
         totals = [scheduler.num_timesteps for scheduler in imagen.noise_schedulers]
         steps = sum(totals) if "steps" not in way else way["steps"] * len(totals)
-        outcomes.append(Outcome(way, steps, seconds, score(images, wanted * len(seeds))))
+        outcomes.append(Outcome(way, steps, score(images, wanted * len(seeds))))
     return outcomes
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Markdown; times as ratios to the first way's."""
-    lines = [
-        "| sampler | steps, all U-Nets | color | background | shape | times as fast |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    """Markdown."""
+    lines = ["| sampler | steps, all U-Nets | color | background | shape |", "|---|--:|--:|--:|--:|"]
     for outcome in outcomes:
-        scores, faster = outcome.scores, outcomes[0].seconds / outcome.seconds
-        lines.append(
-            f"| {outcome.way['sampler']} | {outcome.steps} | {scores.color:.0%} | {scores.background:.0%} |"
-            f" {scores.shape:.0%} | {faster:.1f} |"
-        )
+        scores = outcome.scores
+        shares = " | ".join(f"{share:.0%}" for share in (scores.color, scores.background, scores.shape))
+        lines.append(f"| {outcome.way['sampler']} | {outcome.steps} | {shares} |")
     return "\n".join(lines) + "\n"
 
 

@@ -42,6 +42,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_quickstart(commands)
     _add_train(commands, command == "train")
+    _add_encode_captions(commands, command == "encode-captions")
     _add_sample(commands)
     _add_bench(commands, command == "bench")
     doctor = commands.add_parser("doctor", help="say what is installed, what can be used, and why not")
@@ -80,6 +81,25 @@ def _train(args: argparse.Namespace) -> int:
     from .train_command import run_train
 
     return run_train(args)
+
+
+def _add_encode_captions(commands, with_arguments: bool) -> None:
+    command = commands.add_parser(
+        "encode-captions",
+        help="encode the captions of a data set once, so that training needs no T5",
+        description="Encode every distinct caption of a data set once and keep the encodings, packed, for training.",
+    )
+    if with_arguments:
+        from .encode_command import add_encode_arguments
+
+        add_encode_arguments(command)
+    command.set_defaults(run=_encode_captions)
+
+
+def _encode_captions(args: argparse.Namespace) -> int:
+    from .encode_command import run_encode_captions
+
+    return run_encode_captions(args)
 
 
 def _add_sample(commands) -> None:

@@ -3,12 +3,10 @@
 import csv
 import io
 import json
-import multiprocessing
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.context import get_spawning_popen
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -18,10 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset, default_collate, get_worker_info, random_split
 
+from .caption_store import CaptionEncodings, CaptionStore
 from .decode import REASONS, ImageError, decode_image
 from .fetch import RETRIES, TIMEOUT_SECONDS, fetch_image
 from .helpers import resize_image_to
-from .t5 import MAX_LENGTH, t5_encode_text
+from .shared_counts import SharedCounts
+from .t5 import MAX_LENGTH
 
 CONCEPTUAL_CAPTIONS = "google-research-datasets/conceptual_captions"
 SMALL_ROWS = 16
@@ -35,48 +35,32 @@ FAILURES = (*REASONS, "unreadable", "transform")
 Item = dict[str, torch.Tensor]
 
 
-class _FailureCounts:
-    """How many pictures could not be had, by reason: counted by worker processes, read by the parent."""
-
-    def __init__(self, counts: Sequence[int] = (0,) * len(FAILURES)):
-        # Of the spawn context, which workers can share however they are started; a lock of the fork context cannot be
-        # handed to a spawned one.
-        self._counts: Any = multiprocessing.get_context("spawn").Array("q", counts)
-
-    def add(self, reason: str) -> None:
-        with self._counts.get_lock():
-            self._counts[FAILURES.index(reason)] += 1
-
-    def as_dict(self) -> dict[str, int]:
-        return {reason: count for reason, count in zip(FAILURES, self._counts, strict=True) if count}
-
-    def __getstate__(self) -> Any:
-        # Shared memory can only be handed to a process that is being started; any other copy counts for itself.
-        return self._counts if get_spawning_popen() is not None else list(self._counts)
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, list):
-            self.__init__(state)  # type: ignore[misc]
-        else:
-            self._counts = state
-
-
 class _CaptionedPictures(Dataset):
     """Items of a picture and its encoded caption; what cannot be had is counted and becomes None."""
 
-    def __init__(self, *, side_length: int, encoder_name: str, max_length: int):
+    def __init__(self, *, side_length: int, encoder_name: str, max_length: int, captions: CaptionStore | None):
         for name, value in (("side_length", side_length), ("max_length", max_length)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         self.side_length = side_length
         self.encoder_name = encoder_name
         self.max_length = max_length
-        self._failures = _FailureCounts()
+        self._encodings = CaptionEncodings(captions, encoder_name, max_length)
+        self._failures = SharedCounts(FAILURES)
 
     @property
     def failures(self) -> dict[str, int]:
         """How many items could not be had so far, by reason, those of worker processes included."""
         return self._failures.as_dict()
+
+    @property
+    def captions_not_stored(self) -> int:
+        """How many items so far had a caption that was not in the store of pre-encoded ones and was encoded instead."""
+        return self._encodings.not_stored
+
+    def all_captions(self) -> Iterator[str]:
+        """The captions of all items, in order and as often as they come; what is no string is left out."""
+        raise NotImplementedError
 
     def _picture(self, index: int) -> Image.Image:
         raise NotImplementedError
@@ -104,7 +88,7 @@ class _CaptionedPictures(Dataset):
         if image is None:
             self._failures.add("transform")
             return None
-        encoding, mask = t5_encode_text([caption], self.encoder_name, self.max_length)
+        encoding, mask = self._encodings(caption)
         return {"image": image, "encoding": encoding, "mask": mask}
 
 
@@ -130,9 +114,10 @@ class MinimagenDataset(_CaptionedPictures):
         img_transform: Applied to the finished image tensor; where it gives None, the item is None.
         timeout: Seconds for one attempt to fetch a picture.
         retries: How often to try again after an error that may pass.
+        captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
 
     Raises:
-        ValueError: if the split is missing, or a number is out of range.
+        ValueError: if the split is missing, a number is out of range, or the captions were encoded otherwise.
     """
 
     def __init__(
@@ -146,8 +131,9 @@ class MinimagenDataset(_CaptionedPictures):
         img_transform: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
         timeout: float = TIMEOUT_SECONDS,
         retries: int = RETRIES,
+        captions: CaptionStore | None = None,
     ):
-        super().__init__(side_length=side_length, encoder_name=encoder_name, max_length=max_length)
+        super().__init__(side_length=side_length, encoder_name=encoder_name, max_length=max_length, captions=captions)
         split = "train" if train else "validation"
         if split not in hf_dataset:
             raise ValueError(f"hf_dataset has no split {split!r}, it has {list(hf_dataset)}")
@@ -162,6 +148,9 @@ class MinimagenDataset(_CaptionedPictures):
     def _value(self, column: str, index: int) -> Any:
         # By row where there are rows: a whole column of a Hugging Face data set may be millions of strings.
         return self.rows[column][index] if isinstance(self.rows, Mapping) else self.rows[index][column]
+
+    def all_captions(self) -> Iterator[str]:
+        return (caption for caption in self.rows["caption"] if isinstance(caption, str))
 
     def _caption(self, index: int) -> Any:
         return self._value("caption", index)
@@ -191,15 +180,25 @@ class FolderDataset(_CaptionedPictures):
         side_length: Side length in pixels to scale the pictures to.
         encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
         max_length: Number of tokens after which a caption is cut off.
+        captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
 
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if it holds no captioned picture, both metadata files, a picture without a caption or a caption
-            without a picture, or an entry that cannot be read or points outside the folder.
+            without a picture, or an entry that cannot be read or points outside the folder; or if the captions were
+            encoded otherwise.
     """
 
-    def __init__(self, directory: str | Path, *, side_length: int, encoder_name: str, max_length: int = MAX_LENGTH):
-        super().__init__(side_length=side_length, encoder_name=encoder_name, max_length=max_length)
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        side_length: int,
+        encoder_name: str,
+        max_length: int = MAX_LENGTH,
+        captions: CaptionStore | None = None,
+    ):
+        super().__init__(side_length=side_length, encoder_name=encoder_name, max_length=max_length, captions=captions)
         self.directory = Path(directory).absolute()
         if not self.directory.is_dir():
             raise FileNotFoundError(f"there is no folder {self.directory}")
@@ -207,6 +206,9 @@ class FolderDataset(_CaptionedPictures):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def all_captions(self) -> Iterator[str]:
+        return (caption for _, caption in self.entries)
 
     def _caption(self, index: int) -> str:
         return self.entries[index][1]
@@ -369,8 +371,27 @@ def split_train_valid(
     return train, valid
 
 
+def conceptual_rows() -> Any:
+    """The rows of the Conceptual Captions data set, downloaded where they are not here yet, by split.
+
+    Raises:
+        ImportError: if the package ``datasets`` is not installed.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            "Conceptual Captions needs the package datasets: pip install 'minimagen_fast[data]'"
+        ) from error
+    return load_dataset(CONCEPTUAL_CAPTIONS)
+
+
 def ConceptualCaptions(
-    args: Namespace | dict[str, Any], smalldata: bool = False, testset: bool = False
+    args: Namespace | dict[str, Any],
+    smalldata: bool = False,
+    testset: bool = False,
+    *,
+    captions: CaptionStore | None = None,
 ) -> tuple[Subset, Subset] | MinimagenDataset:
     """The Conceptual Captions data set (Sharma et al., 2018): 3.3 million captions with addresses of pictures.
 
@@ -381,6 +402,7 @@ def ConceptualCaptions(
             `TRAIN_VALID_FRAC` and `VALID_NUM` are used.
         smalldata: Whether to take the first 16 rows alone.
         testset: Whether to return the data set's own validation split, for testing.
+        captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
 
     Returns:
         The test data set, or the parts of the training split to train and to validate on, the same every time.
@@ -389,14 +411,8 @@ def ConceptualCaptions(
         ImportError: if the package ``datasets`` is not installed.
         ValueError: if an argument is out of range.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            "Conceptual Captions needs the package datasets: pip install 'minimagen_fast[data]'"
-        ) from error
     values = args if isinstance(args, dict) else vars(args)
-    rows = load_dataset(CONCEPTUAL_CAPTIONS)
+    rows = conceptual_rows()
     if smalldata:
         rows = {name: _first_rows(rows[name]) for name in ("train", "validation")}
     dataset = MinimagenDataset(
@@ -405,6 +421,7 @@ def ConceptualCaptions(
         max_length=values["MAX_NUM_WORDS"],
         side_length=values["IMG_SIDE_LEN"],
         train=not testset,
+        captions=captions,
     )
     if testset:
         return dataset

@@ -19,6 +19,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,15 @@ _REGISTERED: dict[str, tuple[TextEncoder, int]] = {}
 # by two threads at once, and a model must not change its device under another thread's hands.
 _lock = threading.RLock()
 
+_CONFIGURATION_FILES = (
+    "added_tokens.json",
+    "config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -69,6 +79,7 @@ def t5_encode_text(
     max_length: int = MAX_LENGTH,
     *,
     device: torch.device | str | None = None,
+    batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes captions with a frozen text encoder.
 
@@ -82,6 +93,7 @@ def t5_encode_text(
         max_length: Tokens per caption at most, end mark included; longer captions are cut.
         device: Where to encode and where the results lie; the model stays there. By default CUDA where it is
             available, but the CPU in the workers of a `DataLoader`, which must not touch CUDA.
+        batch_size: Captions per forward pass of a T5; 32 by default. A registered encoder gets all at once.
 
     Returns:
         Encodings, float32 of shape (b, n, dim), zero where masked; and their mask, bool of shape (b, n), True on
@@ -89,22 +101,67 @@ def t5_encode_text(
 
     Raises:
         TypeError: If `text`, one of its entries, `name` or `max_length` has the wrong type.
-        ValueError: If `text` is an empty list, `max_length` is less than 1, `name` is unknown, or a registered
-            encoder's answer is not what it should be.
+        ValueError: If `text` is an empty list, `max_length` or `batch_size` is less than 1, `name` is unknown, or a
+            registered encoder's answer is not what it should be.
         OSError: If the encoder's files are nowhere to be had, or are not a T5's.
     """
     captions = _as_captions(text)
-    if not isinstance(max_length, int) or isinstance(max_length, bool):
-        raise TypeError(f"max_length must be an int, not {max_length!r}")
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, not {max_length}")
+    batch_size = BATCH_SIZE if batch_size is None else batch_size
+    for argument, value in (("max_length", max_length), ("batch_size", batch_size)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{argument} must be an int, not {value!r}")
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, not {value}")
     _check_name(name)
     device = _default_device() if device is None else torch.device(device)
 
     if name in _REGISTERED:
         return _encode_registered(name, captions, max_length, device)
     with _lock:
-        return _encode_t5(_entry(name), captions, max_length, device)
+        return _encode_t5(_entry(name), captions, max_length, device, batch_size)
+
+
+def token_counts(text: list[str], name: str, max_length: int) -> list[int] | None:
+    """Returns how many tokens each caption has, end mark included and at most `max_length`, without encoding it.
+
+    None for a registered encoder, which tells its counts only with its encodings. The arguments and errors are those
+    of `t5_encode_text`.
+    """
+    captions = _as_captions(text)
+    _check_name(name)
+    if name in _REGISTERED:
+        return None
+    with _lock:
+        entry = _loaded(_entry(name))
+        tokens = entry["tokenizer"](captions, truncation=True, max_length=max_length)
+    return [len(ids) for ids in tokens["input_ids"]]
+
+
+def encoder_files(name: str) -> list[Path]:
+    """Returns the files on this machine that decide an encoder's answers: configuration, tokenizer and weights.
+
+    They are downloaded first where they are not here yet. There are none for a registered encoder. The errors are those
+    of `t5_encode_text`.
+    """
+    _check_name(name)
+    if name in _REGISTERED:
+        return []
+    with _lock:
+        handle = _loaded(_entry(name))["handle"]
+    if os.path.isdir(handle):
+        folder = Path(handle)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(handle, "config.json")
+        if not isinstance(config, str):
+            raise OSError(f"the configuration of {handle!r} has gone from the Hugging Face cache: load it again")
+        folder = Path(config).parent
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    weights = [file for file in files if file.match("model*.safetensors")] or [
+        file for file in files if file.match("pytorch_model*.bin")
+    ]
+    return [file for file in files if file.name in _CONFIGURATION_FILES] + weights
 
 
 def get_encoded_dim(name: str) -> int:
@@ -199,11 +256,9 @@ def _default_device() -> torch.device:
 
 
 def _encode_t5(
-    entry: dict[str, Any], captions: list[str], max_length: int, device: torch.device
+    entry: dict[str, Any], captions: list[str], max_length: int, device: torch.device, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if entry["tokenizer"] is None or entry["model"] is None:
-        _load(entry)
-    model = entry["model"].to(device)
+    model = _loaded(entry)["model"].to(device)
     tokens = entry["tokenizer"](
         captions, padding="longest", truncation=True, max_length=max_length, return_tensors="pt"
     )
@@ -211,8 +266,8 @@ def _encode_t5(
     encodings = torch.zeros(*mask.shape, model.config.d_model, dtype=torch.float32, device=device)
     # Autocast off: the result must not depend on what surrounds the call, and T5 overflows in fp16.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for start in range(0, len(captions), BATCH_SIZE):
-            batch = slice(start, start + BATCH_SIZE)
+        for start in range(0, len(captions), batch_size):
+            batch = slice(start, start + batch_size)
             width = int(mask[batch].sum(1).max())
             batch_mask = mask[batch, :width].to(device)
             hidden = model(input_ids=ids[batch, :width].to(device), attention_mask=batch_mask.long()).last_hidden_state
@@ -263,6 +318,13 @@ def _entry(name: str) -> dict[str, Any]:
             raise ValueError(f"name {name!r} is no text encoder and no folder. {_valid_names()}")
         handle = name
     return _OTHER_T5.setdefault(handle, {"tokenizer": None, "model": None, "handle": handle})
+
+
+def _loaded(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry, its tokenizer and model filled in."""
+    if entry["tokenizer"] is None or entry["model"] is None:
+        _load(entry)
+    return entry
 
 
 def _load(entry: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from .caption_store import CaptionStore
 from .data import ConceptualCaptions, FolderDataset, split_train_valid
 from .generate import build_imagen
 from .helpers import usable_device
@@ -43,6 +44,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         default=CONCEPTUAL,
         help=f"what to train on: {CONCEPTUAL} (%(default)s), {BUILT_IN} (shapes drawn on the spot), or a folder of"
         " captioned pictures",
+    )
+    parser.add_argument(
+        "--CAPTIONS",
+        default=None,
+        help="folder of captions that `minimagen-fast encode-captions` has encoded: T5 is then not loaded",
     )
     parser.add_argument("--DEVICE", default=None, help="where to train, such as cpu or cuda:1 (cuda if there is one)")
 
@@ -109,8 +115,9 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _datasets(args: argparse.Namespace) -> tuple[Subset, Subset]:
+    captions = None if args.CAPTIONS is None else CaptionStore(args.CAPTIONS)
     if args.DATA == CONCEPTUAL:
-        parts = ConceptualCaptions(args, smalldata=args.TESTING)
+        parts = ConceptualCaptions(args, smalldata=args.TESTING, captions=captions)
         assert isinstance(parts, tuple), "testset was not asked for"
         return parts
     dataset: Any
@@ -120,10 +127,15 @@ def _datasets(args: argparse.Namespace) -> tuple[Subset, Subset]:
             side_length=args.IMG_SIDE_LEN,
             encoder_name=args.T5_NAME,
             max_length=args.MAX_NUM_WORDS,
+            captions=captions,
         )
     else:
         dataset = FolderDataset(
-            args.DATA, side_length=args.IMG_SIDE_LEN, encoder_name=args.T5_NAME, max_length=args.MAX_NUM_WORDS
+            args.DATA,
+            side_length=args.IMG_SIDE_LEN,
+            encoder_name=args.T5_NAME,
+            max_length=args.MAX_NUM_WORDS,
+            captions=captions,
         )
     return split_train_valid(dataset, args.TRAIN_VALID_FRAC, args.VALID_NUM)
 

@@ -8,6 +8,7 @@ from fast_path import Counts, make_imagen, make_super, make_unet, make_words
 
 from minimagen_fast import sampling
 from minimagen_fast.kernels import launch, use_implementation
+from minimagen_fast.layers import Attention, ChanLayerNorm, CrossAttention
 from minimagen_fast.samplers import Sampler, Update
 from minimagen_fast.sampling import Task
 
@@ -126,7 +127,13 @@ def test_the_update_is_one_launch_and_a_step_few(sampler):
     with launch.record() as launches:
         steps.advance(False)
     modules = Counter(one.kernel.fn.__module__.rpartition(".")[2] for one in launches)
-    print(modules)
+    attentions = sum(isinstance(module, Attention | CrossAttention) for module in unet.modules())
+    channel_norms = sum(isinstance(module, ChanLayerNorm) for module in unet.modules())
+    assert attentions == 7 and channel_norms == 4
+    assert modules["sampling_kernels"] == 1 and modules["null_key_flash"] == attentions
+    # One launch for each norm: two of each block, two of each attention, and those of the feed-forwards.
+    norms = 2 * len(unet.resnet_blocks) + 2 * attentions + channel_norms
+    assert modules.total() == norms + attentions + 1, modules
     with launch.record() as again:
         steps.advance(False)
     assert [one.kernel for one in again] == [one.kernel for one in launches], "not the same in every step"

@@ -1,0 +1,334 @@
+"""What only a CUDA device can show of the fast path: graphs, synchronisation, memory, and how far bfloat16 is away."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from fast_path import T, distance, make_imagen, make_unet, make_words, sample
+
+from minimagen_fast import sampling
+from minimagen_fast.kept import kept_with
+from minimagen_fast.Unet import Unet
+
+pytestmark = pytest.mark.gpu
+
+# Dynamo takes a minute for all blocks of two U-Nets: most tests do without.
+EAGER = {"compile": "off"}
+EXACT = {"precision": "float32", **EAGER}
+FEW = {"sampler": "dpmpp_2m", "steps": 6, "cond_scale": 3.0}
+SAMPLERS = [{}, {"steps": 6}, {"sampler": "ddim", "steps": 6}, {"sampler": "ddim", "steps": 6, "eta": 0.5}, FEW]
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """One entry for each replay of a CUDA graph."""
+    seen, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: seen.append(graph) or replay(graph))
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    # That a step could not be captured, or that an operation does not run on its kernel, is a warning.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def on_card(stages=1, device="cuda", **settings):
+    return make_imagen(stages).to(device).accelerate(**settings)
+
+
+def reference(imagen, words=None, **arguments):
+    """The images of plain torch, with the weights as they are now."""
+    other = make_imagen(len(imagen.unets)).to(imagen.device).accelerate("reference")
+    other.load_state_dict(imagen.state_dict())
+    return sample(other, words, **arguments)
+
+
+def graphs_of(imagen, stage=1):
+    return [steps._graph for steps in kept_with(imagen.unets[stage - 1]).graphs.values()]
+
+
+# The same images
+
+
+@pytest.mark.parametrize("arguments", SAMPLERS, ids=str)
+@pytest.mark.parametrize("cond_scale", [1.0, 3.0])
+def test_float32_within_rounding(replays, arguments, cond_scale):
+    arguments = {**arguments, "cond_scale": cond_scale}
+    imagen = on_card(stages=2, **EXACT)
+    expected = reference(imagen, **arguments)
+    for _ in range(2):
+        assert distance(sample(imagen, **arguments), expected) < 2e-3
+    assert replays
+
+
+@pytest.mark.parametrize("arguments", SAMPLERS, ids=str)
+def test_bfloat16_is_near(arguments):
+    imagen = on_card(stages=2, **EAGER)
+    assert imagen.acceleration.precision == "bfloat16"
+    arguments = {"cond_scale": 3.0, **arguments}
+    assert (sample(imagen, **arguments) - reference(imagen, **arguments)).abs().mean() < 0.02
+
+
+@pytest.mark.slow
+def test_the_default_is_near(replays):
+    imagen = on_card(stages=2)
+    assert imagen.acceleration.compile == "blocks" and imagen.acceleration.cuda_graphs == "on"
+    expected = reference(imagen, **FEW)
+    for _ in range(2):
+        assert (sample(imagen, **FEW) - expected).abs().mean() < 0.02
+    assert replays
+    # What was compiled and captured follows the weights.
+    with torch.no_grad():
+        for parameter in imagen.parameters():
+            parameter.mul_(1.1)
+    assert (sample(imagen, **FEW) - reference(imagen, **FEW)).abs().mean() < 0.02
+
+
+# Graphs
+
+
+def test_all_steps_but_the_first_are_replayed_and_the_next_call_captures_nothing(replays):
+    imagen, other = on_card(**EXACT), make_words(seed=3, device="cuda")
+    sample(imagen, cond_scale=3.0)
+    (graph,) = graphs_of(imagen)
+    assert replays == [graph] * (T - 1)
+    words, seed = other, 5
+    assert (
+        distance(sample(imagen, words, seed=seed, cond_scale=3.0), reference(imagen, words, seed=seed, cond_scale=3.0))
+        < 2e-3
+    )
+    assert graphs_of(imagen) == [graph] and replays == [graph] * (2 * T - 1)
+
+
+def test_other_shapes_are_captured_anew_and_few_are_kept():
+    imagen, seen = on_card(**EXACT), set()
+    for batch in (1, 2, 3, 4, 5, 6):
+        words = make_words(batch, device="cuda")
+        assert distance(sample(imagen, words, **FEW), reference(imagen, words, **FEW)) < 2e-3
+        seen.update(map(id, graphs_of(imagen)))
+        assert len(graphs_of(imagen)) <= sampling._MOST_GRAPHS
+    assert len(graphs_of(imagen)) == sampling._MOST_GRAPHS
+
+
+@pytest.mark.parametrize("settings", [EXACT, EAGER], ids=["float32", "bfloat16"])
+def test_changed_weights_are_followed(settings):
+    imagen = on_card(**settings)
+    most = 2e-3 if settings is EXACT else 0.1
+    before = sample(imagen, **FEW)
+    (graph,) = graphs_of(imagen)
+    with torch.no_grad():
+        for parameter in imagen.parameters():
+            parameter.mul_(1.2)
+    after = sample(imagen, **FEW)
+    assert distance(after, before) > 1e-2 and distance(after, reference(imagen, **FEW)) < most
+    assert graphs_of(imagen) == [graph], "an edit in place moves nothing"
+    for parameter in imagen.parameters():
+        parameter.data = parameter.data * 0.9
+    assert distance(sample(imagen, **FEW), reference(imagen, **FEW)) < most
+    assert graphs_of(imagen) != [graph]
+
+
+def test_a_model_that_went_away_and_came_back():
+    imagen = on_card(**EXACT)
+    expected = sample(imagen, **FEW)
+    imagen.to("cpu")
+    fill = torch.full((64, 2**20), torch.nan, device="cuda")
+    imagen.to("cuda")
+    assert torch.equal(sample(imagen, **FEW), expected) and fill.isnan().all()
+    assert distance(sample(imagen.to("cpu").accelerate(), **FEW, device="cuda"), expected) < 0.1
+
+
+def test_a_captured_step_when_memory_is_short(monkeypatch, no_warnings):
+    imagen, words = on_card(**EXACT), make_words(5, device="cuda")
+    expected, denoise = reference(imagen, words, **FEW), Unet.denoise
+
+    def out_of_memory(self, x, *args):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return denoise(self, x, *args)
+
+    monkeypatch.setattr(Unet, "denoise", out_of_memory)
+    with pytest.warns(UserWarning, match="does not suffice"):
+        assert distance(sample(imagen, words, **FEW), expected) < 2e-3
+    assert distance(sample(imagen, words, **FEW), expected) < 2e-3, "the next call tries what failed"
+    assert None not in graphs_of(imagen)
+
+
+def test_memory_that_runs_out_for_good_is_said_and_parted(no_warnings):
+    # A true one: a third of what the whole batch needs is left.
+    imagen, words = on_card(cuda_graphs="off", **EXACT), make_words(64, device="cuda")
+    expected = sample(imagen, words, **FEW, batch_size=4)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sample(imagen, words, **FEW)
+    needed = torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.6 * needed) / total)
+    try:
+        with pytest.warns(UserWarning, match="does not suffice for 64 images"):
+            assert distance(sample(imagen, words, **FEW), expected) < 2e-3
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_a_device_that_is_not_the_current_one(replays):
+    imagen = on_card(device="cuda:1", **EXACT)
+    expected = reference(imagen, **FEW)
+    for _ in range(2):
+        assert distance(sample(imagen, **FEW), expected) < 2e-3
+    assert replays and torch.cuda.current_device() == 0
+
+
+# What the loop costs
+
+
+class Watched:
+    """Runs a check between two steps of the loop, without the loop's knowing."""
+
+    def __init__(self, monkeypatch, check):
+        advance = sampling._ReplayedSteps.advance
+
+        def watched(steps, first):
+            with check():
+                advance(steps, first)
+
+        monkeypatch.setattr(sampling._ReplayedSteps, "advance", watched)
+
+
+@pytest.mark.parametrize("arguments", SAMPLERS, ids=str)
+def test_nothing_in_a_step_waits_for_the_device(monkeypatch, arguments):
+    imagen = on_card(**EAGER)
+    sample(imagen, **arguments)
+
+    class Check:
+        def __enter__(self):
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    Watched(monkeypatch, Check)
+    sample(imagen, **arguments)
+    # Also where nothing is captured.
+    monkeypatch.setattr(sampling._ReplayedSteps, "advance", sampling._Steps.advance)
+    Watched(monkeypatch, Check)
+    sample(imagen, **arguments)
+
+
+@pytest.mark.parametrize("arguments", SAMPLERS, ids=str)
+def test_nothing_is_allocated_from_step_to_step(monkeypatch, arguments):
+    imagen, allocations = on_card(**EAGER), []
+    sample(imagen, **arguments)
+
+    class Check:
+        def __enter__(self):
+            self.before = torch.cuda.memory_stats()["allocation.all.allocated"]
+
+        def __exit__(self, *_):
+            allocations.append(torch.cuda.memory_stats()["allocation.all.allocated"] - self.before)
+
+    Watched(monkeypatch, Check)
+    sample(imagen, **arguments)
+    # The first step of a multistep sampler differs from the others and is not replayed.
+    late = allocations[1:] if arguments.get("sampler") == "dpmpp_2m" else allocations
+    assert late and set(late) == {0}, allocations
+
+
+def test_memory_does_not_grow_from_call_to_call():
+    imagen, sizes = on_card(stages=2, **EAGER), []
+    for seed in range(4):
+        sample(imagen, seed=seed, **FEW)
+        gc.collect()
+        sizes.append(torch.cuda.memory_allocated())
+    assert sizes[1] == sizes[2] == sizes[3], sizes
+
+
+def test_what_is_kept_is_freed_with_the_model():
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    imagen = on_card(**EAGER)
+    sample(imagen, **FEW)
+    del imagen
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
+def test_an_offloaded_u_net_leaves_nothing_behind():
+    imagen = on_card(stages=2, **EAGER)
+    first, second = sample(imagen, **FEW), sample(imagen, **FEW, offload_idle_unets=True)
+    assert distance(first, second) < 0.1
+    imagen.to("cpu")
+    assert not any("_kept" in vars(unet) and graphs_of(imagen, stage) for stage, unet in enumerate(imagen.unets, 1))
+
+
+# Training
+
+
+def loss_and_gradients(imagen):
+    torch.manual_seed(3)
+    images = torch.rand(4, 3, 8, 8, device="cuda")
+    imagen.zero_grad()
+    loss = imagen(images, **make_words(4, device="cuda"))
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in imagen.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("settings, most", [(EXACT, 1e-3), (EAGER, 0.1), ({**EAGER, "checkpoint_levels": [0, 1]}, 0.1)])
+def test_a_training_step_is_that_of_plain_torch(settings, most):
+    expected = loss_and_gradients(on_card(preset="reference"))
+    actual = loss_and_gradients(on_card(**settings))
+    assert distance(actual[0], expected[0]) < 0.2 * most and actual[0].dtype == torch.float32
+    assert (actual[1] - expected[1]).norm() < most * expected[1].norm()
+
+
+@pytest.mark.parametrize("settings", [EXACT, EAGER])
+def test_a_training_step_waits_for_nothing(settings):
+    imagen = on_card(**settings)
+    images, words = torch.rand(4, 3, 8, 8, device="cuda"), make_words(4, device="cuda")
+    optimizer = torch.optim.AdamW(imagen.parameters(), fused=True)
+
+    def step():
+        imagen(images, **words).backward()
+        torch.nn.utils.clip_grad_norm_(imagen.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_sampling_between_training_steps_follows():
+    imagen = on_card(**EAGER)
+    optimizer = torch.optim.AdamW(imagen.parameters(), lr=1e-2)
+    for _ in range(3):
+        loss_and_gradients(imagen)
+        optimizer.step()
+        assert distance(sample(imagen, **FEW), reference(imagen, **FEW)) < 0.2
+
+
+def test_working_copies_on_the_card_are_of_half_the_size():
+    unet = make_unet().cuda()
+    duplicate = kept_with(unet).working_copy(unet, torch.bfloat16, torch.channels_last)
+    sizes = [sum(p.nbytes for p in one.parameters()) for one in (unet, duplicate)]
+    assert sizes[1] < 0.55 * sizes[0]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,8 @@ def _check_int(name: str, value: Any, at_least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
-class BlockCondition(TypedDict, total=False):
-    """What a :class:`.ResnetBlock` is told about time and text: arguments of its ``forward``."""
-
-    time_emb: torch.Tensor
-    cond: torch.Tensor
-    scale_shift: torch.Tensor
-    keys_values: torch.Tensor
+# What a ResnetBlock is told about time and text: arguments of its forward, by name. A plain dict: torch.compile takes it.
+BlockCondition = dict[str, torch.Tensor]
 
 
 class Unet(nn.Module):
@@ -339,7 +334,7 @@ class Unet(nn.Module):
         self._check_inputs(x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob)
         t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
         t, c = self._text_condition(text_embeds, cond_drop_prob, text_mask, t, time_tokens)
-        return self.denoise(x, lowres_cond_img, itertools.repeat(BlockCondition(time_emb=t, cond=c)))
+        return self.denoise(x, lowres_cond_img, itertools.repeat({"time_emb": t, "cond": c}))
 
     def denoise(
         self, x: torch.Tensor, lowres_cond_img: torch.Tensor | None, conditions: Iterable[BlockCondition]

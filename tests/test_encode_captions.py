@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from picture_server import encoded, picture
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +33,15 @@ def encode(directory, captions=None, **options):
 
 def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # With several the last bits of a product depend on their number; the programs started here have one, too.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

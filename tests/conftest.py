@@ -8,6 +8,14 @@ import pytest
 
 
 def pytest_configure(config):
+    # Workers of pytest-xdist share the processors: two of them with a thread for every processor each would wait for one
+    # another at every operation. Subprocesses take the number from the environment.
+    if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        # A test that runs pytest itself would have it take itself for a worker.
+        for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+            os.environ.pop(name, None)
     # Without a CUDA device the Triton kernels run in Triton's interpreter, which must be known before it is imported.
     import torch
 

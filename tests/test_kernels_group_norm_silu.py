@@ -386,7 +386,9 @@ def test_reference_is_the_concatenation_normalised_scaled_and_activated():
     joint = torch.cat((inputs["x"], inputs["skip"] * SKIP_SCALE), dim=1)
     expected = F.group_norm(joint, 3, inputs["weight"], inputs["bias"], 1e-5)
     expected = F.silu(expected * (inputs["scale"][..., None, None] + 1) + inputs["shift"][..., None, None])
-    assert torch.equal(reference(**inputs, groups=3, skip_scale=SKIP_SCALE), expected)
+    # Not to the bit: the two are free to take torch's operators in another memory format or number of threads.
+    actual = reference(**inputs, groups=3, skip_scale=SKIP_SCALE)
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
 
 
 @settings(derandomize=True, max_examples=8, deadline=None)

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2205.11487.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from .helpers import (
     unnormalize_zero_to_one,
     usable_device,
 )
+from .image_random import ImageRandom
 from .kept import forget
 from .pictures import PIL_MODES, to_pil_images
 from .resize import noise_for
@@ -278,7 +279,11 @@ class Imagen(nn.Module):
         text_embeds: torch.Tensor | None = None,
         text_masks: torch.Tensor | None = None,
         unet_number: int | None = None,
-    ) -> torch.Tensor:
+        *,
+        seeds: Sequence[int] | None = None,
+        min_snr_gamma: float | None = None,
+        per_image: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Noise images and compare the noise that a U-Net predicts with the true one.
 
         Args:
@@ -288,9 +293,16 @@ class Imagen(nn.Module):
             text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions.
             text_masks: Which of their tokens are text, bool, shape (b, n); all, if not given.
             unet_number: Which U-Net to train, counted from 1; needed if there is more than one.
+            seeds: A whole number for each image, from which all that is random about it is drawn (see
+                :mod:`.image_random`), the level of the low-resolution noise too; if not given, torch's global
+                random numbers are used, and that level is one for the whole batch, as in the original package.
+            min_snr_gamma: Weigh the loss of an image by min(SNR, gamma) / SNR, where SNR = alpha_bar / (1 - alpha_bar)
+                at its timestep: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (2023),
+                section 3.4, for predicted noise. 5 is usual. All images weigh the same, if not given.
+            per_image: Whether to return the loss of each image and its timestep instead of the mean loss.
 
         Returns:
-            The loss, a scalar.
+            The loss, a scalar; or with ``per_image`` the losses, shape (b,), and the timesteps, int64, shape (b,).
 
         Raises:
             TypeError, ValueError: if an argument is missing, out of range or of the wrong shape or type.
@@ -313,11 +325,19 @@ class Imagen(nn.Module):
                 f" got {images.shape[-2]}x{images.shape[-1]}; enlarge them or choose smaller image_sizes"
             )
         batch, device = images.shape[0], images.device
+        if exists(seeds) and len(seeds) != batch:
+            raise ValueError(f"seeds must hold one whole number for each of the {batch} images, got {len(seeds)}")
+        if exists(min_snr_gamma) and not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be positive, for example 5, or None; got {min_snr_gamma!r}")
+        own = ImageRandom(seeds, device) if exists(seeds) else None
         noise_scheduler = self.noise_schedulers[unet_number - 1]
 
         # Random numbers are drawn in the order of the original package, so that one seed gives one loss in both:
         # times, augmentation time, noise, augmentation noise, conditional dropout.
-        times = noise_scheduler._sample_random_times(batch, device=device)
+        if exists(own):
+            times = own.times(noise_scheduler.num_timesteps)
+        else:
+            times = noise_scheduler._sample_random_times(batch, device=device)
         text_embeds, text_masks = self._text_condition(batch, device, texts, text_embeds, text_masks)
 
         lowres_cond_img = lowres_aug_times = None
@@ -326,23 +346,35 @@ class Imagen(nn.Module):
                 images, self.image_sizes[unet_number - 2], clamp_range=self.input_image_range
             )
             lowres_cond_img = resize_image_to(lowres_cond_img, size, clamp_range=self.input_image_range)
-            # One level for the whole batch, as in the original.
-            lowres_aug_times = self.lowres_noise_schedule._sample_random_times(
-                1, max_noise_level=self.lowres_max_noise_level, device=device
-            ).expand(batch)
+            if exists(own):
+                steps = self.lowres_noise_schedule._steps_up_to(self.lowres_max_noise_level)
+                lowres_aug_times = own.lowres_times(steps)
+            else:
+                # One level for the whole batch, as in the original.
+                lowres_aug_times = self.lowres_noise_schedule._sample_random_times(
+                    1, max_noise_level=self.lowres_max_noise_level, device=device
+                ).expand(batch)
 
         x_start = resize_image_to(images, size)
-        return self._p_losses(
+        losses = self._p_losses(
             unet,
             x_start,
             times,
-            noise=noise_for(x_start, resized=x_start is not images),
+            noise=own.noise(x_start) if exists(own) else noise_for(x_start, resized=x_start is not images),
+            lowres_noise=own.lowres_noise(x_start) if exists(own) and unet_number > 1 else None,
+            keep_text=own.keep(1 - self.cond_drop_prob) if exists(own) else None,
+            per_image=per_image or exists(min_snr_gamma),
             noise_scheduler=noise_scheduler,
             lowres_cond_img=lowres_cond_img,
             lowres_aug_times=lowres_aug_times,
             text_embeds=text_embeds,
             text_mask=text_masks,
         )
+        if exists(min_snr_gamma):
+            losses = losses * noise_scheduler._min_snr_weights(times, min_snr_gamma)
+        if per_image:
+            return losses, times
+        return losses.mean() if losses.ndim else losses
 
     def _p_losses(
         self,
@@ -356,8 +388,11 @@ class Imagen(nn.Module):
         text_embeds: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        lowres_noise: torch.Tensor | None = None,
+        keep_text: torch.Tensor | None = None,
+        per_image: bool = False,
     ) -> torch.Tensor:
-        """The loss of ``unet`` on un-noised images (b, c, s, s) at the given times (b,)."""
+        """The loss of ``unet`` on un-noised images (b, c, s, s) at the given times (b,); (b,) of them if wished."""
         if torch.is_grad_enabled():
             # The memory is needed now, and the next sampling has other weights anyway.
             forget(unet)
@@ -370,7 +405,7 @@ class Imagen(nn.Module):
             )
             if exists(lowres_cond_img):
                 lowres_aug_times = default(lowres_aug_times, times)
-                lowres_noise = noise_for(lowres_cond_img, resized=True)
+                lowres_noise = default(lowres_noise, lambda: noise_for(lowres_cond_img, resized=True))
                 lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise, layout)
             pred = unet(
                 x_noisy,
@@ -380,7 +415,10 @@ class Imagen(nn.Module):
                 lowres_noise_times=lowres_aug_times,
                 lowres_cond_img=lowres_cond_img,
                 cond_drop_prob=self.cond_drop_prob,
+                keep_text=keep_text,
             )
+        if per_image:
+            return self.loss_fn(pred.float(), noise.float(), reduction="none").flatten(1).mean(dim=1)
         return self.loss_fn(pred.float(), noise.float())
 
     def _noise_lowres(

@@ -48,7 +48,8 @@ def _check_int(name: str, value: Any, at_least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
-# What a ResnetBlock is told about time and text: arguments of its forward, by name. A plain dict: torch.compile takes it.
+# What a ResnetBlock is told about time and text: arguments of its forward, by name. A plain dict, which
+# torch.compile takes.
 BlockCondition = dict[str, torch.Tensor]
 
 
@@ -312,6 +313,7 @@ class Unet(nn.Module):
         text_embeds: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         cond_drop_prob: float = 0.0,
+        keep_text: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict the noise in images.
 
@@ -324,6 +326,7 @@ class Unet(nn.Module):
                 the U-Net is conditioned on time alone.
             text_mask: Which tokens are text and not padding, bool, shape (b, n); all, if not given.
             cond_drop_prob: Probability with which an image's text is dropped, in [0, 1].
+            keep_text: Which images keep their text, bool, shape (b,); drawn at random, if not given.
 
         Returns:
             Predicted noise, shape (b, channels_out, h, w), in the dtype of the weights (of autocast, under autocast).
@@ -332,8 +335,10 @@ class Unet(nn.Module):
             ValueError: if shapes do not fit together or a low-resolution input is missing or not wanted.
         """
         self._check_inputs(x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob)
+        if exists(keep_text) and keep_text.shape != time.shape:
+            raise ValueError(f"keep_text must have shape {tuple(time.shape)}, got {tuple(keep_text.shape)}")
         t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
-        t, c = self._text_condition(text_embeds, cond_drop_prob, text_mask, t, time_tokens)
+        t, c = self._text_condition(text_embeds, cond_drop_prob, keep_text, text_mask, t, time_tokens)
         return self.denoise(x, lowres_cond_img, itertools.repeat({"time_emb": t, "cond": c}))
 
     def denoise(
@@ -473,6 +478,7 @@ class Unet(nn.Module):
         self,
         text_embeds: torch.Tensor | None,
         cond_drop_prob: float,
+        keep: torch.Tensor | None,
         text_mask: torch.Tensor | None,
         t: torch.Tensor,
         time_tokens: torch.Tensor,
@@ -482,6 +488,7 @@ class Unet(nn.Module):
         Args:
             text_embeds: Text embeddings, shape (b, n, text_embed_dim), or None.
             cond_drop_prob: Probability with which an image's text is replaced by the null text.
+            keep: Bool, shape (b,), which images keep theirs; None to draw it.
             text_mask: Bool, shape (b, n), or None.
             t: Time conditioning, shape (b, time_cond_dim).
             time_tokens: Time tokens, shape (b, k, cond_dim).
@@ -493,7 +500,8 @@ class Unet(nn.Module):
         if not exists(text_embeds):
             return t, self.norm_cond(time_tokens)
 
-        keep = prob_mask_like((len(text_embeds),), 1 - cond_drop_prob, device=text_embeds.device)
+        if not exists(keep):
+            keep = prob_mask_like((len(text_embeds),), 1 - cond_drop_prob, device=text_embeds.device)
         hidden, tokens = self._text_tokens(text_embeds, text_mask, keep)
         return t + hidden, self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
 

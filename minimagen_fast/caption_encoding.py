@@ -17,12 +17,12 @@ from .caption_format import (
     encoder_name,
     json_or_none,
     read_json,
-    shard_fault,
     shard_path,
     store_digest,
     write_manifest,
     write_shard,
 )
+from .files import file_fault
 from .t5 import get_encoded_dim, t5_encode_text, token_counts
 
 SHARD_SIZE = 16_384
@@ -217,7 +217,7 @@ class _Store:
         if record is None:
             fault = f"its record {record_path.name} is damaged"
         else:
-            fault = shard_fault(path, record["bytes"], record["sha256"])
+            fault = file_fault(path, record["bytes"], record["sha256"])
         if fault is None:
             return None
         # The record goes first: without it nobody takes the shard for finished.

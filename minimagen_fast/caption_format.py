@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .files import file_digest, replace_file
+
 FORMAT, VERSION = "minimagen_fast captions", 1
 MANIFEST = "manifest.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -85,7 +87,7 @@ def encoder_content(name: str) -> str:
     files = encoder_files(name)
     if not files:
         return ""
-    listing = [[file.name, _file_digest(file)] for file in files]
+    listing = [[file.name, file_digest(file)] for file in files]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -108,30 +110,6 @@ def shard_path(directory: Path, number: int) -> Path:
 
 
 # Writing
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that `path` holds either what it held or all of `content`, on the disk, whatever happens."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _sync_folder(directory: Path) -> None:
-    if os.name == "nt":  # which has no such thing, and does not need it
-        return
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -237,25 +215,6 @@ def json_or_none(path: Path) -> Any:
         return None
 
 
-def shard_fault(path: Path, size: int, sha256: str) -> str | None:
-    """What is wrong with a shard, reading all of it; None if nothing is.
-
-    Args:
-        path: The shard.
-        size: Its size in bytes as recorded.
-        sha256: Its digest as recorded.
-    """
-    return size_fault(path, size) or (None if _file_digest(path) == sha256 else "its checksum is another one")
-
-
-def size_fault(path: Path, size: int) -> str | None:
-    """What is wrong with a shard at first sight: whether it is there and of its recorded size in bytes."""
-    if not path.is_file():
-        return "it is missing"
-    found = path.stat().st_size
-    return None if found == size else f"it has {found} bytes instead of {size}"
-
-
 class DamagedShard(ValueError):
     """A shard of a store is not what was written. The message names it."""
 
@@ -332,11 +291,3 @@ class Shard:
 
 def _bytes(rows: torch.Tensor) -> memoryview:
     return rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _file_digest(path: Path) -> str:
-    digest, chunk = hashlib.sha256(), bytearray(1 << 20)
-    with open(path, "rb") as file:
-        while count := file.readinto(chunk):
-            digest.update(memoryview(chunk)[:count])
-    return digest.hexdigest()

@@ -18,9 +18,8 @@ from .caption_format import (
     encoder_content,
     encoder_name,
     read_json,
-    shard_fault,
-    size_fault,
 )
+from .files import file_fault, size_fault
 from .shared_counts import SharedCounts
 from .t5 import t5_encode_text
 
@@ -134,7 +133,7 @@ class CaptionStore:
         """
         for shard in self._shards:
             path = self.directory / shard["file"]
-            if (fault := shard_fault(path, shard["bytes"], shard["sha256"])) is not None:
+            if (fault := file_fault(path, shard["bytes"], shard["sha256"])) is not None:
                 raise DamagedShard(path, fault)
 
     def _find(self, caption: str) -> tuple[Shard, int] | None:

@@ -84,8 +84,17 @@ class GaussianDiffusion(nn.Module):
         self, batch_size: int, *, max_noise_level: float = 1.0, device: torch.device
     ) -> torch.Tensor:
         """Timesteps drawn uniformly from the first ``max_noise_level`` of [0, T), int64, shape (b,)."""
-        end = max(1, round(self.num_timesteps * max_noise_level))
-        return torch.randint(0, end, (batch_size,), device=device, dtype=torch.long)
+        return torch.randint(0, self._steps_up_to(max_noise_level), (batch_size,), device=device, dtype=torch.long)
+
+    def _steps_up_to(self, max_noise_level: float) -> int:
+        """How many timesteps make the first ``max_noise_level`` of all, at least 1."""
+        return max(1, round(self.num_timesteps * max_noise_level))
+
+    def _min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
+        """min(SNR, gamma) / SNR at timesteps (b,), float32, shape (b,)."""
+        signal = self.get_buffer("alphas_cumprod")[times]
+        # Without a division by an SNR that is all but 0.
+        return torch.minimum(torch.ones_like(signal), gamma * (1 - signal) / signal)
 
     def _get_sampling_timesteps(self, batch: int, *, device: torch.device) -> list[torch.Tensor]:
         """T - 1, ..., 1, 0, each repeated for every image: int64, shape (b,)."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 __all__ = ["EMA"]
 
@@ -33,7 +34,8 @@ class EMA:
         self._parameters: dict[str, Tensor] = {
             name: parameter for name, parameter in module.named_parameters() if parameter.is_floating_point()
         }
-        self._averages: dict[str, Tensor] = {
+        #: The averages by name of the parameter, sharded like it.
+        self.averages: dict[str, Tensor] = {
             name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self._parameters.items()
         }
 
@@ -41,16 +43,17 @@ class EMA:
     def update(self) -> None:
         """Takes the module's present parameters into the average: once after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [parameter.float() for parameter in self._parameters.values()]
-        torch._foreach_lerp_(list(self._averages.values()), current, 1 - decay)
+        # Of sharded parameters every rank averages its own part.
+        current = [local(parameter).float() for parameter in self._parameters.values()]
+        torch._foreach_lerp_([local(average) for average in self.averages.values()], current, 1 - decay)
         self.updates += 1
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within the block the module has the averaged parameters; then, also on an error, exactly its own again."""
-        own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        own = {name: local(parameter).detach().clone() for name, parameter in self._parameters.items()}
         try:
-            self._assign(self._averages)
+            self._assign(self.averages)
             yield
         finally:
             self._assign(own)
@@ -59,11 +62,11 @@ class EMA:
     def _assign(self, values: dict[str, Tensor]) -> None:
         # In place: the optimizer, and whatever was compiled or captured, hold on to these very tensors.
         for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(local(values[name]))
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, and the number of updates, for a checkpoint."""
-        return {"updates": self.updates, "averages": dict(self._averages)}
+        return {"updates": self.updates, "averages": dict(self.averages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave.
@@ -72,9 +75,14 @@ class EMA:
             ValueError: The averages belong to other parameters.
         """
         averages = state["averages"]
-        shapes = {name: tuple(value.shape) for name, value in self._averages.items()}
+        shapes = {name: tuple(value.shape) for name, value in self.averages.items()}
         if {name: tuple(value.shape) for name, value in averages.items()} != shapes:
             raise ValueError("the saved averages belong to a module with other parameter names or shapes")
         self.updates = state["updates"]
         for name, value in averages.items():
-            self._averages[name].copy_(value)
+            self.averages[name].copy_(value)
+
+
+def local(value: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its memory: all of it, unless it is sharded."""
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -1,11 +1,11 @@
-"""The training loop behind :func:`.training.MinimagenTrain`."""
+"""The training loop: behind :func:`.training.MinimagenTrain` and ``minimagen-fast train``, on one process or many."""
 
 import math
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,27 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .ema import EMA
+from .given_loader import GivenLoader, Loader, failures_of
+from .image_random import image_seeds
 from .Imagen import Imagen
 from .interrupts import TimeLimitExceeded, has_time_limit, time_limit, uninterrupted
+from .parallel import TrainedUnet, full
+from .ranks import Ranks
+from .settings import TrainingSettings
+from .snapshots import Saved, Snapshots
+from .stopping import StopRequest
+from .training_state import Owners, Position, gather, must_agree, take_over
 
-__all__ = ["Trainer", "TrainingStep"]
+__all__ = ["Trainer", "TrainingDiverged", "TrainingStep"]
 
 VALIDATION_SEED = 0
 SECONDS_BETWEEN_SHOWN_LOSSES = 1.0  # reading a loss waits for the device, so not after every batch
-# Raise it when an older training_state.pth can no longer be continued from.
-STATE_VERSION = 1
+_END: Any = object()
+BATCH_KEYS = ("image", "encoding", "mask")
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many gradients in a row were not finite. The state before them is saved."""
 
 
 @dataclass(frozen=True)
@@ -46,141 +58,107 @@ class TrainingStep:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Position:
-    """Where a restarted run goes on: the point at which all gradients computed so far had gone into the weights.
-
-    Attributes:
-        epoch: Index of the epoch.
-        batch: Number of its batches that are done.
-        epoch_rng: Random states before the order of the epoch was drawn, see :func:`.checkpoint.capture_rng`.
-        rng: Random states at this point.
-        loss_sums: Sum of the losses of each trained U-Net in this epoch, shape (number of trained U-Nets,).
-        loss_count: Number of batches in these sums.
-    """
-
-    epoch: int
-    batch: int
-    epoch_rng: dict[str, Any]
-    rng: dict[str, Any]
-    loss_sums: Tensor
-    loss_count: int
-
-
-def _counting_dataset(loader: Iterable | None) -> Any:
-    """The data set of a loader, also behind a ``Subset``, if it counts the images it could not get in `failures`."""
-    dataset = getattr(loader, "dataset", None)
-    while dataset is not None and not hasattr(dataset, "failures"):
-        dataset = getattr(dataset, "dataset", None)
-    return dataset
-
-
-def _length(loader: Iterable) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:  # a loader of an iterable data set has __len__ and yet no length
-        return None
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return value
-
-
 class Trainer:
-    """One training run. The arguments are those of :func:`.training.MinimagenTrain`, with `args` as a dictionary."""
+    """One training run.
+
+    Args:
+        settings: How to train.
+        imagen: The Imagen, on the device to train on; sharded U-Nets are sharded already (see :mod:`.parallel`).
+        optimizer: Optimizer of its parameters, or of part of them.
+        train_loader: The training data.
+        valid_loader: The validation data; None for none.
+        directory: The training directory; the same on all ranks, which share the file system.
+        timestamp: Name of the run in the names of its files.
+        ranks: The processes that train together.
+        lr_scheduler: Learning rate scheduler, stepped once after each optimizer step.
+        restart_directory: Training directory whose training is continued; may be `directory` itself.
+        stop: What may ask the training to stop.
+        callback: Called after each batch for each trained U-Net; it costs a synchronisation with the device.
+        progress: Whether to show a progress bar for each epoch, and messages.
+
+    Raises:
+        ValueError: An argument does not fit the others, or the training cannot be continued with them.
+    """
 
     def __init__(
         self,
-        timestamp: str,
-        args: dict[str, Any],
-        unets: Sequence,
+        settings: TrainingSettings,
         imagen: Imagen,
-        train_dataloader: Iterable,
-        valid_dataloader: Iterable | None,
-        training_dir: Callable[..., AbstractContextManager],
         optimizer: torch.optim.Optimizer,
-        timeout: float | None,
+        train_loader: Loader,
+        valid_loader: Loader | None,
+        directory: Path,
         *,
-        unet_numbers: Sequence[int] | None,
-        lr_scheduler: Any,
-        ema_decay: float | None,
-        autocast_dtype: torch.dtype | None,
-        max_grad_norm: float | None,
-        max_seconds: float | None,
-        callback: Callable[[TrainingStep], None] | None,
-        progress: bool,
+        timestamp: str,
+        ranks: Ranks | None = None,
+        lr_scheduler: Any = None,
+        restart_directory: Path | None = None,
+        stop: StopRequest | None = None,
+        callback: Callable[[TrainingStep], None] | None = None,
+        progress: bool = True,
     ) -> None:
         self.started = time.monotonic()
-        if missing := [name for name in ("EPOCHS", "ACCUM_ITER", "CHCKPT_NUM") if args.get(name) is None]:
-            raise ValueError(f"args lacks {', '.join(missing)}: parse it with get_minimagen_parser()")
-        if isinstance(args["EPOCHS"], bool) or not isinstance(args["EPOCHS"], int) or args["EPOCHS"] < 0:
-            raise ValueError(f"EPOCHS must be a whole number of at least 0, got {args['EPOCHS']!r}")
-        self.epochs = args["EPOCHS"]
-        self.accumulated_batches = _at_least_one("ACCUM_ITER", args["ACCUM_ITER"])
-        self.checkpoint_interval = _at_least_one("CHCKPT_NUM", args["CHCKPT_NUM"])
-        for name, value in (("max_grad_norm", max_grad_norm), ("max_seconds", max_seconds)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive or None, got {value!r}")
-        if timeout is not None and timeout < 0:
-            raise ValueError(f"timeout must be a number of seconds, or 0 or None for no limit, got {timeout!r}")
-        if autocast_dtype not in (None, torch.bfloat16):
-            raise ValueError(
-                f"autocast_dtype must be None or torch.bfloat16, got {autocast_dtype!r}: float16 needs loss scaling, "
-                "which this loop does not do"
-            )
-        self.timestamp = str(timestamp)
+        self.settings = settings
         self.imagen = imagen
-        self.numbers = self._checked_numbers(unet_numbers, len(unets))
+        self.ranks = Ranks() if ranks is None else ranks
+        self.numbers = self._checked_numbers()
         self.parameters = self._checked_parameters(optimizer)
-        self.train_dataloader = train_dataloader
-        self.valid_dataloader = valid_dataloader
-        self.batches_in_epoch = _length(train_dataloader)
+        self.train_loader, self.valid_loader = train_loader, valid_loader
+        self.batches_in_epoch = train_loader.batches_in_epoch
         if self.batches_in_epoch == 0:
             raise ValueError(
                 "train_dataloader has no batch: the data set is empty, or it is smaller than the batch size and "
                 "drop_last=True drops it"
             )
-        self.generators = checkpoint.loader_generators(train_dataloader)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.averages = (
-            {} if ema_decay is None else {number: EMA(imagen.unets[number - 1], ema_decay) for number in self.numbers}
-        )
-        self.timeout = timeout
-        self.autocast_dtype = autocast_dtype
-        self.max_grad_norm = max_grad_norm
-        self.max_seconds = max_seconds
+        if self.ranks.size > 1 and (isinstance(train_loader, GivenLoader) or settings.seed is None):
+            raise ValueError(
+                f"{self.ranks.size} ranks need a seed and loaders that share the data out: use `minimagen-fast train`,"
+                " or loading.ShardedLoader"
+            )
+        self.generators = getattr(train_loader, "generators", [])
         self.callback = callback
-        self.progress = progress
+        self.progress = progress and self.ranks.first
+        self.stop = StopRequest() if stop is None else stop
+        self.trained = [TrainedUnet(imagen, number, self.ranks) for number in self.numbers]
+        averages = (
+            {}
+            if settings.ema_decay is None
+            else {number: EMA(imagen.unets[number - 1], settings.ema_decay) for number in self.numbers}
+        )
+        self.owners = Owners(imagen, optimizer, lr_scheduler, averages)
+        # These leave out a step whose gradient is not finite without the host's knowing.
+        sharded = any(trained.sharded for trained in self.trained)
+        self.skips_by_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and not sharded
 
-        with training_dir():
-            self.directory = Path.cwd()
+        self.timestamp = str(timestamp)
+        self.directory = Path(directory)
         for name in ("tmp", "state_dicts"):
-            (self.directory / name).mkdir(exist_ok=True)
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        self.snapshots = Snapshots(
+            self.directory / "checkpoints", self.ranks, keep_last=settings.keep_last, keep_every=settings.keep_every
+        )
 
         self.best_losses = dict.fromkeys(self.numbers, float("inf"))
         self.skipped: Counter[str] = Counter()
-        self.position = self._start_of(epoch=0)
+        self.position = self._start_of(epoch=0, step=0)
         self.loss_sums, self.loss_count = self.position.loss_sums, 0
         self.losses: Tensor | None = None  # of the last batch
         self.group = 0  # batches whose gradients wait for the next optimizer step
-        if timeout and not has_time_limit():
-            self._say("No timeout: batches can be given up only in the main thread, and not on Windows.")
-        if args.get("RESTART_DIRECTORY") is not None:
-            self._restart_from(Path(args["RESTART_DIRECTORY"]))
+        self.exchanged = True  # whether these have been averaged over the ranks
+        self.bad_run = torch.zeros((), dtype=torch.int64, device=imagen.device)
+        self.bad_steps = torch.zeros_like(self.bad_run)
+        self.recent: deque[Any] = deque(maxlen=2 * settings.max_bad_steps * settings.accumulate)
+        if settings.batch_seconds and not self._has_time_limit():
+            self._say("No timeout: batches can be given up only in the main thread, on one process, not on Windows.")
+        if restart_directory is not None:
+            self._restart_from(Path(restart_directory))
 
-    def _checked_numbers(self, unet_numbers: Sequence[int] | None, given: int) -> list[int]:
+    def _checked_numbers(self) -> list[int]:
         available = len(self.imagen.unets)
-        if unet_numbers is None:
-            if given > available:
-                raise ValueError(
-                    f"unets has {given} U-Nets, but imagen has {available}: pass those that it was made of"
-                )
+        if self.settings.unet_numbers is None:
             only = self.imagen.only_train_unet_number
-            return list(range(1, given + 1)) if only is None else [only]
-        numbers = list(unet_numbers)
+            return list(range(1, available + 1)) if only is None else [only]
+        numbers = list(self.settings.unet_numbers)
         if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(1, available + 1)):
             raise ValueError(f"unet_numbers must be one or more different numbers from 1 to {available}, got {numbers}")
         return numbers
@@ -198,152 +176,246 @@ class Trainer:
             parameters += own
         return parameters
 
+    def _has_time_limit(self) -> bool:
+        # One rank alone must not give up what the others wait for.
+        return self.ranks.size == 1 and has_time_limit()
+
     # The run
 
-    def run(self) -> None:
-        """Trains until the last epoch is done or the time is up; whatever ends it, weights and state are saved."""
+    def run(self) -> str:
+        """Trains until the last epoch is done, the time is up or a stop is asked for.
+
+        Whatever ends it, weights and state are saved; but an error on one of several ranks ends all of them, and what
+        is left is the last checkpoint.
+
+        Returns:
+            Why it ended: ``done``, ``time`` or ``stopped``.
+        """
         try:
-            if self.position.epoch >= self.epochs:
-                self._say(f"Nothing to train: {self.position.epoch} epochs are done, EPOCHS is {self.epochs}.")
-                self._checkpoint()
-            while self.position.epoch < self.epochs:
-                self._train_epoch()
-                if self._time_is_up() and self.position.epoch < self.epochs:
-                    self._say(
-                        f"Time is up: training ends in epoch {self.position.epoch + 1} of {self.epochs} after "
-                        f"{self.position.batch} of its batches. To go on, pass --RESTART_DIRECTORY {self.directory}"
-                    )
-                    break
+            ended = self._run()
+            self.snapshots.finish()
+            return ended
         except BaseException as error:
-            self._save_on_error(error)
+            # Saving needs all ranks; only of a divergence do all know.
+            if self.ranks.size == 1 or isinstance(error, TrainingDiverged):
+                self._save_on_error(error)
             raise
 
-    def _time_is_up(self) -> bool:
-        return self.max_seconds is not None and time.monotonic() - self.started >= self.max_seconds
+    def _run(self) -> str:
+        epochs = self.settings.epochs
+        if self.position.epoch >= epochs:
+            self._say(f"Nothing to train: {self.position.epoch} epochs are done, EPOCHS is {epochs}.")
+            self._checkpoint()
+        while self.position.epoch < epochs:
+            why = self._train_epoch()
+            if why is not None and self.position.epoch < epochs:
+                what = "Time is up" if why == "time" else f"Stopped ({self.stop.why or 'on another rank'})"
+                self._say(
+                    f"{what}: training ends in epoch {self.position.epoch + 1} of {epochs} after "
+                    f"{self.position.batch} of its batches. To go on, pass --RESTART_DIRECTORY {self.directory}"
+                )
+                return why
+        return "done"
 
-    def _train_epoch(self) -> None:
+    def _reason_to_end(self) -> str | None:
+        """Why the training is to end now, the same on all ranks."""
+        limit = self.settings.max_seconds
+        late = limit is not None and time.monotonic() - self.started >= limit
+        lates, stops, failures = self.ranks.sum([late, self.stop.requested, self.snapshots.failed])
+        if failures:
+            self.snapshots.finish()  # which says what has failed
+        return "stopped" if stops else "time" if lates else None
+
+    def _train_epoch(self) -> str | None:
+        """Trains the rest of an epoch; returns why it is to be the last one, if it is."""
         epoch, done = self.position.epoch, self.position.batch
-        self._log(f"---------- Epoch {epoch + 1} of {self.epochs} ----------")
+        self._log(f"---------- Epoch {epoch + 1} of {self.settings.epochs} ----------")
         self.imagen.train()
         self._drop_gradients()
         batches = self._open_epoch()
+        why = None
         with tqdm(
-            desc=f"Epoch {epoch + 1}/{self.epochs}",
+            desc=f"Epoch {epoch + 1}/{self.settings.epochs}",
             total=self.batches_in_epoch,
             initial=done,
             unit="batch",
             disable=not self.progress,
         ) as bar:
             shown = float("-inf")
-            for batch in batches:
-                self._train_batch(batch, epoch, done)
+            for batch, images in self._agreed(batches):
+                self._train_batch(batch, images, epoch, done)
                 done += 1
                 bar.update()
                 due = time.monotonic() - shown >= SECONDS_BETWEEN_SHOWN_LOSSES
                 if self.progress and due and self.losses is not None:
-                    bar.set_postfix(loss=f"{self.losses.mean().item():.4f}")
+                    bar.set_postfix(loss=f"{self.losses.mean().item() * self.ranks.size:.4f}")
                     shown = time.monotonic()
                 if done == self.batches_in_epoch:  # the end of the epoch is dealt with below
                     continue
-                if self._time_is_up():
+                if why := self._reason_to_end():
                     # Gradients of an unfinished group are left to a restart, which computes them again.
                     self._drop_gradients()
                     break
-                if done % self.checkpoint_interval == 0:
+                if done % self.settings.checkpoint_interval == 0:
                     self._checkpoint(epoch, done)
             else:
                 with uninterrupted():
                     if self.group:
                         self._step()
-                    self.position = self._start_of(epoch + 1)
+                    self.position = self._start_of(epoch + 1, self.position.step)
                 if not self.loss_count:
                     self._say(f"No batch of epoch {epoch + 1} could be used: check the data set.")
-        self._checkpoint(epoch, done)
+                why = self._reason_to_end()
+        self._checkpoint(epoch, done, in_haste=why == "stopped")
+        return why
+
+    def _agreed(self, batches: Iterator) -> Iterator[tuple[dict[str, Tensor] | None, int]]:
+        """This rank's batches with the number of images of all ranks, until the first rank has no more."""
+        while True:
+            batch = next(batches, _END)
+            own = 0 if batch is _END or not batch else len(batch["image"])
+            images, ended = self.ranks.sum([own, batch is _END])
+            if ended:
+                return
+            yield batch, images
 
     def _open_epoch(self) -> Iterator:
         """The batches of the epoch that are not done yet."""
         start = self.position
         self.loss_sums, self.loss_count = start.loss_sums, start.loss_count
         if start.batch == 0:
-            self.position = self._start_of(start.epoch)
-            return iter(self.train_dataloader)
+            self.position = self._start_of(start.epoch, start.step)
+            return iter(self.train_loader.epoch(start.epoch))
         checkpoint.restore_rng(start.epoch_rng, self.imagen.device, self.generators)
-        batches = checkpoint.iterate_from(self.train_dataloader, start.batch)
+        batches = iter(self.train_loader.epoch(start.epoch, start.batch))
         checkpoint.restore_rng(start.rng, self.imagen.device, self.generators)
         return batches
 
-    def _start_of(self, epoch: int) -> _Position:
+    def _start_of(self, epoch: int, step: int) -> Position:
         """The start of an epoch, which begins with the random states of this moment."""
         rng = checkpoint.capture_rng(self.imagen.device, self.generators)
         sums = torch.zeros(len(self.numbers), device=self.imagen.device)
-        return _Position(epoch, batch=0, epoch_rng=rng, rng=rng, loss_sums=sums, loss_count=0)
+        return Position(epoch, batch=0, step=step, epoch_rng=rng, rng=rng, loss_sums=sums, loss_count=0)
 
     # One batch
 
-    def _train_batch(self, batch: dict[str, Tensor] | None, epoch: int, index: int) -> None:
-        if not batch:
+    def _train_batch(self, batch: dict[str, Tensor] | None, images: int, epoch: int, index: int) -> None:
+        if not images:
             self.skipped["batches without images"] += 1
             return
+        self.recent.append(batch["id"].tolist() if batch and "id" in batch else f"epoch {epoch + 1}, batch {index + 1}")
+        last = self.group + 1 == self.settings.accumulate or index + 1 == self.batches_in_epoch
         try:
-            with time_limit(self.timeout):
-                losses = self._backward(batch)
+            with time_limit(self.settings.batch_seconds if self._has_time_limit() else None):
+                losses = self._backward(batch, images, epoch, exchange=last)
         except TimeLimitExceeded:
             self._drop_gradients()
             self.skipped["batches over the time limit"] += 1
-            self._say(f"Epoch {epoch + 1}, batch {index + 1}: given up after {self.timeout} seconds.")
+            self._say(f"Epoch {epoch + 1}, batch {index + 1}: given up after {self.settings.batch_seconds} seconds.")
             return
         with uninterrupted():
             self.losses = losses
             self.loss_sums, self.loss_count = self.loss_sums + losses, self.loss_count + 1
             self.group += 1
-            if self.group == self.accumulated_batches:
+            self.exchanged = last
+            if self.group == self.settings.accumulate:
                 self._step()
                 rng = checkpoint.capture_rng(self.imagen.device, self.generators)
-                self.position = _Position(
-                    epoch, index + 1, self.position.epoch_rng, rng, self.loss_sums, self.loss_count
+                step = self.position.step + 1
+                self.position = Position(
+                    epoch, index + 1, step, self.position.epoch_rng, rng, self.loss_sums, self.loss_count
                 )
         if self.callback is not None:
             seconds = time.monotonic() - self.started
-            for number, loss in zip(self.numbers, losses.tolist(), strict=True):
+            for number, loss in zip(self.numbers, self.ranks.sum_(losses.clone()).tolist(), strict=True):
                 self.callback(TrainingStep(epoch, index, number, loss, seconds))
 
-    def _forward(self, batch: dict[str, Tensor], number: int) -> Tensor:
-        device = self.imagen.device
-        autocast = nullcontext() if self.autocast_dtype is None else torch.autocast(device.type, self.autocast_dtype)
-        with autocast:
-            return self.imagen(
-                batch["image"], text_embeds=batch["encoding"], text_masks=batch["mask"], unet_number=number
-            )
+    def _autocast(self) -> Any:
+        if self.settings.precision is None:
+            return nullcontext()
+        return torch.autocast(self.imagen.device.type, getattr(torch, self.settings.precision))
 
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: batch[name].to(self.imagen.device, non_blocking=True) for name in ("image", "encoding", "mask")}
+    def _inputs(self, batch: dict[str, Tensor] | None, number: int, *what: int) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of the Imagen's forward for a batch, or for one empty image where this rank has none."""
+        if not batch:
+            side = max(self.imagen.image_sizes)
+            batch = {
+                "image": torch.zeros(1, self.imagen.channels, side, side),
+                "encoding": torch.zeros(1, 1, self.imagen.text_embed_dim),
+                "mask": torch.ones(1, 1, dtype=torch.bool),
+                "id": torch.zeros(1, dtype=torch.int64),
+            }
+        image, encoding, mask = (batch[key].to(self.imagen.device, non_blocking=True) for key in BATCH_KEYS)
+        options: dict[str, Any] = {"text_embeds": encoding, "text_masks": mask}
+        if self.settings.seed is not None:
+            ids = batch["id"].tolist() if "id" in batch else list(range(len(image)))
+            options["seeds"] = image_seeds(ids, self.settings.seed, number, *what)
+        if self.settings.min_snr_gamma is not None:
+            options["min_snr_gamma"] = self.settings.min_snr_gamma
+        return (image,), options
 
-    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Adds the batch's gradients for every trained U-Net; returns the losses, float32, shape (trained U-Nets,)."""
-        batch = self._on_device(batch)
+    def _backward(self, batch: dict[str, Tensor] | None, images: int, epoch: int, *, exchange: bool) -> Tensor:
+        """Adds the batch's gradients for every trained U-Net.
+
+        Returns:
+            This rank's contributions to the losses over the images of all ranks, float32, shape (trained U-Nets,).
+        """
+        # Gradients are averaged over ranks; weighed so, they are those of the mean over all images.
+        share = (len(batch["image"]) if batch else 0) / images
         losses = []
-        for number in self.numbers:
-            loss = self._forward(batch, number)
-            loss.backward()
-            losses.append(loss.detach().float())
+        for trained in self.trained:
+            inputs, options = self._inputs(batch, trained.number, epoch)
+            with trained.exchanging(exchange):
+                with self._autocast():
+                    loss = trained.loss(*inputs, **options)
+                if self.ranks.size > 1:
+                    loss = loss * (share * self.ranks.size)
+                loss.backward()
+            losses.append(loss.detach().float() / self.ranks.size)
         return torch.stack(losses)
 
     def _step(self) -> None:
+        if not self.exchanged:
+            # A group that ended sooner than was known: an image that weighs nothing carries the gradients along.
+            self._backward(None, 1, 0, exchange=True)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if self.group > 1:
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             torch._foreach_div_(gradients, self.group)
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
+        limit = self.settings.max_grad_norm
+        if limit is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
+        self._optimize(~torch.isfinite(full(norm)))
         self._drop_gradients()
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
-        for average in self.averages.values():
+        if self.owners.lr_scheduler is not None:
+            self.owners.lr_scheduler.step()
+        for average in self.owners.averages.values():
             average.update()
+
+    def _optimize(self, bad: Tensor) -> None:
+        """Steps the optimizer unless the gradients are not finite."""
+        optimizer, limit = self.owners.optimizer, self.settings.max_bad_steps
+        self.bad_run = (self.bad_run + 1) * bad
+        self.bad_steps += bad
+        if self.skips_by_itself:
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            optimizer.step()
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        elif not bad:
+            optimizer.step()
+        # Reading the count waits for the device: it is done so seldom that nothing waits for it often.
+        if self.position.step % limit == limit - 1 and self.bad_run >= limit:
+            ids = "; ".join(str(entry) for entry in self.recent)
+            raise TrainingDiverged(
+                f"the gradients of the last {int(self.bad_run)} optimizer steps were not finite, so these were left"
+                f" out: lower the learning rate, or look into the images of these batches: {ids}"
+            )
 
     def _drop_gradients(self) -> None:
         self.imagen.zero_grad(set_to_none=True)
         self.group = 0
+        self.exchanged = True
 
     # Validation
 
@@ -352,20 +424,28 @@ class Trainer:
 
         Every time with the same order, times and noise, and the text never dropped, so that losses can be compared.
         """
+        if self.valid_loader is None:
+            return None
         device = self.imagen.device
-        loader = () if self.valid_dataloader is None else self.valid_dataloader
         sums = torch.zeros(len(self.numbers), device=device)
-        images = 0
-        with self._evaluating(), checkpoint.isolated_rng(VALIDATION_SEED, device, checkpoint.loader_generators(loader)):
-            for batch in tqdm(loader, desc="Validation", unit="batch", leave=False, disable=not self.progress):
-                if not batch:
+        total = 0
+        generators = getattr(self.valid_loader, "generators", [])
+        with self._evaluating(), checkpoint.isolated_rng(VALIDATION_SEED, device, generators):
+            batches = tqdm(
+                self.valid_loader.epoch(0), desc="Validation", unit="batch", leave=False, disable=not self.progress
+            )
+            for batch, images in self._agreed(iter(batches)):
+                if not images:
                     self.skipped["validation batches without images"] += 1
                     continue
-                batch = self._on_device(batch)
-                losses = torch.stack([self._forward(batch, number).float() for number in self.numbers])
-                sums += losses * len(batch["image"])
-                images += len(batch["image"])
-        return (sums / images).tolist() if images else None
+                losses = []
+                for number in self.numbers:
+                    inputs, options = self._inputs(batch, number, 0, VALIDATION_SEED)
+                    with self._autocast():
+                        losses.append(self.imagen(*inputs, unet_number=number, **options).float())
+                sums += torch.stack(losses) * (len(batch["image"]) if batch else 0)
+                total += images
+        return (self.ranks.sum_(sums) / total).tolist() if total else None
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -383,148 +463,177 @@ class Trainer:
 
     # Files
 
-    def _checkpoint(self, epoch: int | None = None, done: int = 0) -> None:
-        """Saves, validates and reports; `epoch` and `done` say where, as an index and a number of batches."""
+    def _checkpoint(self, epoch: int | None = None, done: int = 0, *, in_haste: bool = False) -> None:
+        """Saves, validates and reports; `epoch` and `done` say where, as an index and a number of batches.
+
+        In haste, which is when something waits to end the process, only the state is saved.
+        """
         if epoch is not None:
             self._log(f"Epoch {epoch + 1}, batch {done}: checkpoint.")
             if self.loss_count:
-                self._log_losses("Mean training loss in this epoch", (self.loss_sums / self.loss_count).tolist())
+                means = self.ranks.sum_(self.loss_sums / self.loss_count)
+                self._log_losses("Mean training loss in this epoch", means.tolist())
             if self.losses is not None:
-                self._log_losses("Training loss of the last batch", self.losses.tolist())
-        self._save_weights()
-        with ExitStack() as stack:
-            for average in self.averages.values():
-                stack.enter_context(average.swapped())
-            losses = self._validate()
-            if losses is None:
-                self._say("No validation image: state_dicts/ gets the latest weights, unless it has validated ones.")
-            for index, number in enumerate(self.numbers):
-                best = self.best_losses[number]
-                if math.isinf(best) if losses is None else losses[index] < best:
-                    checkpoint.save(self._unet_state(number), self._best_file(self.directory, number, self.timestamp))
-                    self.best_losses[number] = best if losses is None else losses[index]
+                self._log_losses("Training loss of the last batch", self.ranks.sum_(self.losses.clone()).tolist())
+        losses = None
+        if not in_haste:
+            self._save_weights()
+            losses = self._validate_and_keep_best()
         self._save_state()
+        if in_haste:
+            self.snapshots.finish()
         if losses is not None:
             self._log_losses("Validation loss", losses)
             self._log_losses("Best validation loss", self.best_losses.values())
             self._tell("Validation loss " + self._listed(losses))
         self._log(f"Skipped: {self._skipped_so_far()}")
 
+    def _validate_and_keep_best(self) -> list[float] | None:
+        with self._averaged():
+            losses = self._validate()
+            if losses is None:
+                self._say("No validation image: state_dicts/ gets the latest weights, unless it has validated ones.")
+            for index, number in enumerate(self.numbers):
+                best = self.best_losses[number]
+                if math.isinf(best) if losses is None else losses[index] < best:
+                    self._save_unet(number, self._best_file(self.directory, number, self.timestamp))
+                    self.best_losses[number] = best if losses is None else losses[index]
+        return losses
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        with self._all_swapped(list(self.owners.averages.values())):
+            yield
+
+    @contextmanager
+    def _all_swapped(self, averages: list[EMA]) -> Iterator[None]:
+        if not averages:
+            yield
+            return
+        with averages[0].swapped(), self._all_swapped(averages[1:]):
+            yield
+
     @staticmethod
     def _best_file(directory: Path, number: int, timestamp: str) -> Path:
         return directory / "state_dicts" / f"unet_{number - 1}_state_{timestamp}.pth"
 
-    def _unet_state(self, number: int) -> dict[str, Tensor]:
-        return self.imagen.unets[number - 1].state_dict()
+    def _save_unet(self, number: int, path: Path) -> None:
+        """Writes the whole weights of a U-Net; on all ranks, of which the first writes."""
+        weights = {name: full(value) for name, value in self.imagen.unets[number - 1].state_dict().items()}
+        if self.ranks.first:
+            checkpoint.save(weights, path)
 
     def _save_weights(self) -> None:
         for number in range(1, len(self.imagen.unets) + 1):
-            checkpoint.save(self._unet_state(number), self.directory / "tmp" / f"unet_{number - 1}_tmp.pth")
+            self._save_unet(number, self.directory / "tmp" / f"unet_{number - 1}_tmp.pth")
 
     def _save_state(self) -> None:
-        # The weights are in here too: one file is replaced at once, several are not, and these must belong together.
-        state = {
-            "version": STATE_VERSION,
+        tensors, values = gather(self.owners)
+        position = self.position
+        values |= {
             "timestamp": self.timestamp,
-            "unets": [self._unet_state(number) for number in range(1, len(self.imagen.unets) + 1)],
+            "unets": len(self.imagen.unets),
             "unet_numbers": self.numbers,
-            "optimizer": self._kind_and_state(self.optimizer),
-            "lr_scheduler": None if self.lr_scheduler is None else self._kind_and_state(self.lr_scheduler),
-            "averages": {number: average.state_dict() for number, average in self.averages.items()},
+            "seed": self.settings.seed,
             "best_losses": self.best_losses,
             "batches_in_epoch": self.batches_in_epoch,
-            "position": vars(self.position),
+            "position": {
+                "epoch": position.epoch,
+                "batch": position.batch,
+                "step": position.step,
+                "loss_sums": self.ranks.sum_(position.loss_sums.clone()),
+                "loss_count": position.loss_count,
+            },
+            "bad_steps": self.bad_steps.item(),
             "skipped": dict(self.skipped),
         }
-        checkpoint.save(state, self.directory / "tmp" / "training_state.pth")
-
-    @staticmethod
-    def _kind_and_state(owner: Any) -> dict[str, Any]:
-        return {"kind": type(owner).__name__, "state": owner.state_dict()}
+        self.snapshots.save(position.step, tensors, values, {"rng": position.rng, "epoch_rng": position.epoch_rng})
 
     def _save_on_error(self, error: BaseException) -> None:
-        folder = self.directory / "tmp"
         try:
             self._log(
                 f"TRAINING ABORTED in epoch {self.position.epoch + 1} after {self.position.batch} of its batches by "
-                f"{type(error).__name__}: {error}. Weights and state are saved to {folder}."
+                f"{type(error).__name__}: {error}. Weights and state are saved to {self.directory}."
             )
             self._save_weights()
             self._save_state()
+            self.snapshots.finish()
         except Exception as failure:
             # Only said: the error that ended the training is the one to raise.
             warnings.warn(
-                f"training was ended by {error!r}, and then its state could not be saved to {folder}: {failure!r}",
+                f"training was ended by {error!r}, and then its state could not be saved to {self.directory}:"
+                f" {failure!r}",
                 stacklevel=2,
             )
         else:
             self._tell(
-                f"Training was interrupted ({type(error).__name__}). Weights and state are in {folder}; to go on, pass "
-                f"--RESTART_DIRECTORY {self.directory}"
+                f"Training was interrupted ({type(error).__name__}). Weights and state are in {self.directory}; to go"
+                f" on, pass --RESTART_DIRECTORY {self.directory}"
             )
 
     def _restart_from(self, directory: Path) -> None:
         """Takes up the run whose state is in `directory`; nothing there is changed."""
-        path = directory / "tmp" / "training_state.pth"
-        if not path.is_file() and list((directory / "tmp").glob("unet_*_tmp.pth")):
-            warnings.warn(
-                f"RESTART_DIRECTORY {directory} holds weights but no tmp/training_state.pth (minimagen wrote none): "
-                "training starts with the weights that imagen has now, a new optimizer state and epoch count",
-                stacklevel=4,
-            )
-            return
+        folder = directory / "checkpoints"
         try:
-            self._take_over(checkpoint.load(path), directory)
+            saved = Snapshots(folder, self.ranks).newest()
+            if saved is None and not list((directory / "tmp").glob("unet_*_tmp.pth")):
+                raise ValueError(f"there is no checkpoint in {folder}")
+            if saved is not None:
+                self._take_over(saved, directory)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(
                 f"the training in RESTART_DIRECTORY {directory} cannot be continued: {reason}. Use the U-Nets, "
                 "optimizer and arguments of that training, or leave it out and start from its weights (load_minimagen)"
             ) from error
+        if saved is None:
+            warnings.warn(
+                f"RESTART_DIRECTORY {directory} holds weights but no checkpoints (minimagen wrote none): "
+                "training starts with the weights that imagen has now, a new optimizer state and epoch count",
+                stacklevel=4,
+            )
+            return
         self._say(
             f"Continuing {directory} in epoch {self.position.epoch + 1} after {self.position.batch} of its batches."
         )
 
-    def _take_over(self, state: dict[str, Any], directory: Path) -> None:
-        def must_agree(what: str, saved: Any, here: Any) -> None:
-            if saved != here:
-                raise ValueError(f"{what}: {saved} in that training, {here} in this one")
+    def _take_over(self, saved: Saved, directory: Path) -> None:
+        values = saved.values
+        must_agree("number of U-Nets", values["unets"], len(self.imagen.unets))
+        must_agree("U-Nets trained", values["unet_numbers"], self.numbers)
+        must_agree("seed", values["seed"], self.settings.seed)
+        place = values["position"]
+        if place["batch"]:
+            must_agree("batches in an epoch", values["batches_in_epoch"], self.batches_in_epoch)
+        take_over(self.owners, saved, self.ranks)
 
-        must_agree("version of its state", state["version"], STATE_VERSION)
-        position = _Position(
-            **{**state["position"], "loss_sums": state["position"]["loss_sums"].to(self.imagen.device)}
+        # On a rank that was not there before, and only there, the random states are new: images have seeds then.
+        start = self._start_of(place["epoch"], place["step"])
+        own = {"rng": start.rng, "epoch_rng": start.epoch_rng} if saved.own is None else saved.own
+        sums = place["loss_sums"].to(self.imagen.device) if self.ranks.first else start.loss_sums
+        self.position = Position(
+            place["epoch"], place["batch"], place["step"], own["epoch_rng"], own["rng"], sums, place["loss_count"]
         )
-        must_agree("number of U-Nets", len(state["unets"]), len(self.imagen.unets))
-        must_agree("U-Nets trained", state["unet_numbers"], self.numbers)
-        must_agree("averages kept (ema_decay)", bool(state["averages"]), bool(self.averages))
-        for name, owner in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler)):
-            kind = None if state[name] is None else state[name]["kind"]
-            must_agree(name, kind, None if owner is None else type(owner).__name__)
-        if position.batch:
-            must_agree("batches in an epoch", state["batches_in_epoch"], self.batches_in_epoch)
-
-        for unet, weights in zip(self.imagen.unets, state["unets"], strict=True):
-            unet.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"]["state"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"]["state"])
-        for number, average in self.averages.items():
-            average.load_state_dict(state["averages"][number])
-        self.skipped.update(state["skipped"])
-        self.position = position
-        checkpoint.restore_rng(position.rng, self.imagen.device, self.generators)
-        for number, loss in state["best_losses"].items():
-            self._take_over_best(number, loss, self._best_file(directory, number, state["timestamp"]))
+        self.skipped.update(values["skipped"])
+        self.bad_steps.fill_(values["bad_steps"])
+        checkpoint.restore_rng(self.position.rng, self.imagen.device, self.generators)
+        for number, loss in values["best_losses"].items():
+            self._take_over_best(number, loss, self._best_file(directory, number, values["timestamp"]))
 
     def _take_over_best(self, number: int, loss: float, file: Path) -> None:
         """Copies the best weights so far: the new directory needs them even if validation never improves on them."""
-        if file.is_file():
-            self.best_losses[number] = loss
+        there = self.ranks.from_first(file.is_file())
+        if not there:
+            return
+        self.best_losses[number] = loss
+        if self.ranks.first:
             checkpoint.save(checkpoint.load(file), self._best_file(self.directory, number, self.timestamp))
 
     # What is said
 
     def _log(self, text: str) -> None:
+        if not self.ranks.first:
+            return
         with open(self.directory / "training_progess.txt", "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -536,17 +645,14 @@ class Trainer:
         self._log(text)
         self._tell(text)
 
-    def _listed(self, losses: Iterable[float]) -> str:
+    def _listed(self, losses: Any) -> str:
         return ", ".join(f"U-Net {number}: {loss:.4f}" for number, loss in zip(self.numbers, losses, strict=True))
 
-    def _log_losses(self, what: str, losses: Iterable[float]) -> None:
+    def _log_losses(self, what: str, losses: Any) -> None:
         self._log(f"{what}: {self._listed(losses)}")
 
     def _skipped_so_far(self) -> str:
         counts = [f"{count} {what}" for what, count in self.skipped.items()]
-        datasets = [_counting_dataset(loader) for loader in (self.train_dataloader, self.valid_dataloader)]
-        # Training and validation are often parts of one data set, which has one count.
-        for dataset in {id(dataset): dataset for dataset in datasets if dataset is not None}.values():
-            if dataset.failures:
-                counts.append(f"images of {type(dataset).__name__}: {dataset.failures}")
-        return "; ".join(counts) or "nothing"
+        if bad := self.bad_steps.item():
+            counts.append(f"{bad} optimizer steps whose gradients were not finite")
+        return "; ".join(counts + failures_of(self.train_loader, self.valid_loader)) or "nothing"

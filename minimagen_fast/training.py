@@ -5,7 +5,8 @@ A training directory holds
 - ``parameters/``: ``imagen_params_TIMESTAMP.json``, ``unet_I_params_TIMESTAMP.json`` (I counts from 0) and
   ``training_parameters_TIMESTAMP.txt``;
 - ``state_dicts/unet_I_state_TIMESTAMP.pth``: the weights with the lowest validation loss;
-- ``tmp/unet_I_tmp.pth``: the latest weights, and ``tmp/training_state.pth``: all that is needed to go on exactly there;
+- ``tmp/unet_I_tmp.pth``: the latest weights;
+- ``checkpoints/``: all that is needed to go on exactly there, see :mod:`.snapshots`;
 - ``training_progess.txt``: the losses, and whatever happened.
 """
 
@@ -23,7 +24,9 @@ import torch
 from torch import nn
 
 from .data import ConceptualCaptions, MinimagenCollator, MinimagenDataset, get_minimagen_dl_opts
+from .given_loader import GivenLoader
 from .Imagen import Imagen
+from .settings import TrainingSettings
 from .trainer import Trainer, TrainingStep
 from .Unet import Unet
 
@@ -149,25 +152,68 @@ def MinimagenTrain(
         ValueError: An argument is out of range, does not fit the others, or the training in `RESTART_DIRECTORY`
             cannot be continued with them.
     """
+    values = _values(args)
+    restart = values.get("RESTART_DIRECTORY")
+    with training_dir() as entered:
+        directory = Path.cwd() if entered is None else Path(entered)
     Trainer(
-        timestamp,
-        _values(args),
-        unets,
+        _settings(
+            values, imagen, len(unets), unet_numbers, timeout, ema_decay, autocast_dtype, max_grad_norm, max_seconds
+        ),
         imagen,
-        train_dataloader,
-        valid_dataloader,
-        training_dir,
         optimizer,
-        timeout,
-        unet_numbers=unet_numbers,
+        GivenLoader(train_dataloader),
+        None if valid_dataloader is None else GivenLoader(valid_dataloader),
+        directory,
+        timestamp=timestamp,
         lr_scheduler=lr_scheduler,
-        ema_decay=ema_decay,
-        autocast_dtype=autocast_dtype,
-        max_grad_norm=max_grad_norm,
-        max_seconds=max_seconds,
+        restart_directory=None if restart is None else Path(restart),
         callback=callback,
         progress=progress,
     ).run()
+
+
+def _settings(
+    values: dict[str, Any],
+    imagen: Imagen,
+    given_unets: int,
+    unet_numbers: Sequence[int] | None,
+    timeout: float | None,
+    ema_decay: float | None,
+    autocast_dtype: torch.dtype | None,
+    max_grad_norm: float | None,
+    max_seconds: float | None,
+) -> TrainingSettings:
+    """The documented arguments as settings, checked under their documented names."""
+    if missing := [name for name in ("EPOCHS", "ACCUM_ITER", "CHCKPT_NUM") if values.get(name) is None]:
+        raise ValueError(f"args lacks {', '.join(missing)}: parse it with get_minimagen_parser()")
+    for name, least in (("EPOCHS", 0), ("ACCUM_ITER", 1), ("CHCKPT_NUM", 1)):
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"timeout must be a number of seconds, or 0 or None for no limit, got {timeout!r}")
+    if autocast_dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"autocast_dtype must be None or torch.bfloat16, got {autocast_dtype!r}: float16 needs loss scaling, "
+            "which this loop does not do"
+        )
+    available = len(imagen.unets)
+    if unet_numbers is None and given_unets > available:
+        raise ValueError(f"unets has {given_unets} U-Nets, but imagen has {available}: pass those that it was made of")
+    if unet_numbers is None and imagen.only_train_unet_number is None:
+        unet_numbers = range(1, given_unets + 1)
+    return TrainingSettings(
+        epochs=values["EPOCHS"],
+        accumulate=values["ACCUM_ITER"],
+        checkpoint_interval=values["CHCKPT_NUM"],
+        unet_numbers=None if unet_numbers is None else tuple(unet_numbers),
+        ema_decay=ema_decay,
+        precision=None if autocast_dtype is None else "bfloat16",
+        max_grad_norm=max_grad_norm,
+        max_seconds=max_seconds,
+        batch_seconds=timeout,
+    )
 
 
 def load_restart_training_parameters(

@@ -91,7 +91,7 @@ def test_ctrl_c_saves_and_says_where(short, tmp_path, monkeypatch, capsys):
     directory = only_directory(tmp_path, "training_*")
     shown = capsys.readouterr()
     assert f"--RESTART_DIRECTORY {directory}" in shown.out and "Traceback" not in shown.err
-    assert (directory / "tmp" / "training_state.pth").is_file()
+    assert (directory / "checkpoints" / "latest").is_file()
 
 
 @pytest.mark.parametrize(

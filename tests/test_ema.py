@@ -68,7 +68,7 @@ def test_state_goes_on_where_it_was():
     other = EMA(nn.Linear(3, 2), 0.9)
     other.load_state_dict(one.state_dict())
     assert other.updates == 5
-    assert all(torch.equal(a, b) for a, b in zip(one._averages.values(), other._averages.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.averages.values(), other.averages.values(), strict=True))
     with pytest.raises(ValueError, match="other parameter names or shapes"):
         EMA(nn.Linear(4, 2), 0.9).load_state_dict(one.state_dict())
 

@@ -23,12 +23,16 @@ def test_training_changes_the_weights_and_writes_the_documented_files(tmp_path):
     after = run.weights
     moved = {int(name.split(".")[1]) for name in after if not torch.equal(after[name], before[name])}
     assert moved == {0, 1}
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    # Names within a checkpoint are its own business.
+    assert {name if name.count("/") < 2 else name.rsplit("/", 1)[0] for name in files} == {
         "state_dicts/unet_0_state_20240101_000000.pth",
         "state_dicts/unet_1_state_20240101_000000.pth",
         "tmp/unet_0_tmp.pth",
         "tmp/unet_1_tmp.pth",
-        "tmp/training_state.pth",
+        "checkpoints/latest",
+        "checkpoints/step_000000003",
+        "checkpoints/step_000000004",
         "training_progess.txt",
     }
     for index in range(2):
@@ -102,7 +106,7 @@ def test_losses_are_read_from_the_device_only_at_checkpoints(tmp_path, monkeypat
         monkeypatch.setattr(torch.Tensor, name, counted)
     counts = []
     for batches in (2, 6):
-        run = Run(tmp_path / str(batches), data=Pictures(2 * batches), optimizer="sgd", loader={"shuffle": False})
+        run = Run(tmp_path / str(batches), data=Pictures(2 * batches), optimizer="fused", loader={"shuffle": False})
         reads.clear()
         run.train()
         counts.append(len(reads))

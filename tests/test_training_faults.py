@@ -1,5 +1,6 @@
 """Training that is cut short: time limits, errors, Ctrl-C, restarts."""
 
+import shutil
 import signal
 import threading
 import time
@@ -7,11 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from training_runs import Interruption, Pictures, Run, identical, interrupt_at
+from training_runs import Interruption, Pictures, Run, identical, interrupt_at, state_of
 
 from minimagen_fast import checkpoint
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.interrupts import TimeLimitExceeded, time_limit, uninterrupted
+from minimagen_fast.ranks import Ranks
+from minimagen_fast.snapshots import Snapshots
 from minimagen_fast.Unet import BaseTest
 
 # Time limits
@@ -132,7 +135,7 @@ def test_an_exception_is_noted_then_raised_with_the_state_saved(tmp_path, error)
     assert f"TRAINING ABORTED in epoch 1 after 3 of its batches by {error.__name__}: now" in run.log
     for index in range(2):
         assert identical(run.file(f"tmp/unet_{index}_tmp.pth"), run.imagen.unets[index].state_dict())
-    assert run.file("tmp/training_state.pth")["position"]["batch"] == 3
+    assert state_of(run.folder)["position"]["batch"] == 3
 
 
 def test_where_an_interrupted_training_is_saved_is_shown(tmp_path, capsys):
@@ -151,7 +154,7 @@ def test_an_error_in_the_data_is_raised(tmp_path):
     run = Run(tmp_path, data=Broken(), loader={"shuffle": False})
     with pytest.raises(Interruption, match="broken item"):
         run.train()
-    assert run.file("tmp/training_state.pth")["position"]["batch"] == 2
+    assert state_of(run.folder)["position"]["batch"] == 2
 
 
 def test_the_first_error_is_raised_even_if_saving_fails(tmp_path, monkeypatch):
@@ -214,8 +217,8 @@ def test_a_restarted_training_ends_with_the_same_weights_to_the_bit(tmp_path, ki
         restart(second, tmp_path / "first", **options)
 
     assert identical(second.weights, whole.weights)
-    state, expected = second.file("tmp/training_state.pth"), whole.file("tmp/training_state.pth")
-    for part in ("optimizer", "averages", "lr_scheduler", "best_losses", "position"):
+    state, expected = state_of(second.folder), state_of(whole.folder)
+    for part in ("tensors", "optimizer", "averages", "lr_scheduler", "best_losses", "position", "own"):
         assert identical(state[part], expected[part])
     assert identical(second.file("state_dicts/unet_0_state_2.pth"), whole.file("state_dicts/unet_0_state_1.pth"))
     for line in ("Mean training loss", "Validation loss", "Best validation loss"):
@@ -251,7 +254,7 @@ def test_a_restart_in_the_same_directory_and_out_of_time(tmp_path):
         run.train(str(part), max_seconds=1e-6)  # one batch
         assert run.log.count("Time is up") == min(part + 1, 3)
     assert identical(run.weights, whole.weights)
-    assert run.file("tmp/training_state.pth")["position"]["epoch"] == 2
+    assert state_of(run.folder)["position"]["epoch"] == 2
 
 
 @pytest.mark.parametrize("owner", ["loader", "none, with worker processes"])
@@ -279,9 +282,12 @@ def test_a_finished_training_goes_on_when_epochs_are_added(tmp_path):
 
 def test_best_weights_come_along_even_if_they_are_never_improved_on(tmp_path):
     Run(tmp_path / "first").train()
-    state = checkpoint.load(tmp_path / "first" / "tmp" / "training_state.pth")
+    snapshots = Snapshots(tmp_path / "first" / "checkpoints", Ranks())
+    state = state_of(tmp_path / "first")
+    tensors, own = state.pop("tensors"), state.pop("own")
     state["best_losses"][1] = -1.0
-    checkpoint.save(state, tmp_path / "first" / "tmp" / "training_state.pth")
+    snapshots.save(5, tensors, state, own)
+    snapshots.finish()
     second = restart(Run(tmp_path / "second", EPOCHS=2), tmp_path / "first")
     best = checkpoint.load(tmp_path / "first" / "state_dicts" / "unet_0_state_1.pth")
     assert identical(second.file("state_dicts/unet_0_state_2.pth"), best)
@@ -295,7 +301,7 @@ def test_best_weights_come_along_even_if_they_are_never_improved_on(tmp_path):
         ({"optimizer": "sgd"}, {}, "optimizer: Adam in that training, SGD in this one"),
         ({"data": Pictures(6)}, {}, "batches in an epoch: 4 in that training, 3 in this one"),
         ({}, {"ema_decay": 0.9}, "ema_decay"),
-        ({"imagen": "larger"}, {}, "size mismatch"),
+        ({"imagen": "larger"}, {}, "tensors are in one of the two trainings only, such as unets.0"),
         ({"loader": {"generator": torch.Generator()}}, {}, "0 data loader generators, this run has 1"),
     ],
 )
@@ -311,22 +317,25 @@ def test_a_training_that_does_not_fit_is_not_continued(tmp_path, changes, option
 
 
 def test_a_missing_or_damaged_state_is_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot be continued: there is no checkpoint file .*training_state.pth"):
+    with pytest.raises(ValueError, match="cannot be continued: there is no checkpoint in .*checkpoints"):
         restart(Run(tmp_path / "second"), tmp_path / "nowhere")
     Run(tmp_path / "first").train()
-    state = tmp_path / "first" / "tmp" / "training_state.pth"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be continued: .*cut short or damaged"):
+    folder = tmp_path / "first" / "checkpoints"
+    (file,) = folder.glob("step_*/values.pth")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be continued: .*is damaged .values.pth: it has 1000 bytes.*No other"):
         restart(Run(tmp_path / "second"), tmp_path / "first")
-    checkpoint.save({"version": 1}, state)
-    with pytest.raises(ValueError, match="cannot be continued: lacks 'position'"):
+    snapshots = Snapshots(folder, Ranks())
+    snapshots.save(9, {}, {"version": 1}, {})
+    snapshots.finish()
+    with pytest.raises(ValueError, match="cannot be continued: lacks 'unets'"):
         restart(Run(tmp_path / "second"), tmp_path / "first")
 
 
 def test_a_directory_of_the_original_package_starts_anew_with_a_warning(tmp_path):
     Run(tmp_path / "first").train()
-    (tmp_path / "first" / "tmp" / "training_state.pth").unlink()
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
     second = Run(tmp_path / "second")
-    with pytest.warns(UserWarning, match="no tmp/training_state.pth"):
+    with pytest.warns(UserWarning, match="holds weights but no checkpoints"):
         restart(second, tmp_path / "first")
     assert identical(second.weights, Run(tmp_path / "plain").train().weights)

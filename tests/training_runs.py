@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimagen_fast import checkpoint
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.ranks import Ranks
+from minimagen_fast.snapshots import Snapshots
 from minimagen_fast.training import (
     MinimagenCollator,
     MinimagenTrain,
@@ -55,6 +57,7 @@ class Run:
         self.imagen = make_imagen(stages) if imagen is None else imagen
         kinds = {
             "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+            "fused": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True),
             "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
         }
         self.optimizer = kinds[optimizer](self.imagen.parameters())
@@ -103,6 +106,14 @@ def identical(one, other):
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(identical, one, other))
     return one == other
+
+
+def state_of(directory):
+    """All that is in the newest checkpoint of a training directory."""
+    saved = Snapshots(Path(directory) / "checkpoints", Ranks()).newest()
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in saved.tensors().items()}
+    saved.read_into(tensors, Ranks())
+    return {**saved.values, "own": saved.own, "tensors": tensors}
 
 
 class Interruption(Exception):

@@ -1,0 +1,62 @@
+"""Files that are whole or not there, and how to tell."""
+
+import hashlib
+import os
+from pathlib import Path
+
+__all__ = ["file_digest", "file_fault", "replace_file", "size_fault", "sync_folder"]
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that `path` holds either what it held or all of `content`, on the disk, whatever happens."""
+    # In the same folder, because only a rename within one file system is atomic; with the process id, so that two runs
+    # do not share it.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sync_folder(directory: Path) -> None:
+    """Have the names in a folder, not only the contents of its files, on the disk."""
+    if os.name == "nt":  # which has no such thing, and does not need it
+        return
+    folder = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 digest of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_fault(path: Path, size: int, sha256: str) -> str | None:
+    """What is wrong with a file, reading all of it; None if nothing is.
+
+    Args:
+        path: The file.
+        size: Its size in bytes as recorded.
+        sha256: Its digest as recorded.
+    """
+    return size_fault(path, size) or (None if file_digest(path) == sha256 else "its checksum is another one")
+
+
+def size_fault(path: Path, size: int) -> str | None:
+    """What is wrong with a file at first sight: whether it is there and of its recorded size in bytes."""
+    if not path.is_file():
+        return "it is missing"
+    found = path.stat().st_size
+    return None if found == size else f"it has {found} bytes instead of {size}"

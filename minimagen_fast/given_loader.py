@@ -1,0 +1,66 @@
+"""Data loaders that users have made, as the trainer reads them."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from . import checkpoint
+
+__all__ = ["GivenLoader", "Loader", "failures_of"]
+
+
+class Loader(Protocol):
+    """What a trainer reads batches from.
+
+    Attributes:
+        batches_in_epoch: How many batches an epoch has, the same on every rank; None if that is not known.
+    """
+
+    @property
+    def batches_in_epoch(self) -> int | None: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor] | None]:
+        """This rank's part of the batches of an epoch from the batch `start` on; None for one without an image."""
+        ...
+
+
+class GivenLoader:
+    """An iterable of batches, such as a ``DataLoader``; on one process.
+
+    Its order comes from torch's global random numbers or from its own generators.
+
+    Args:
+        loader: The iterable. A ``DataLoader`` goes on in the middle of an epoch without reading what was done.
+    """
+
+    def __init__(self, loader: Iterable) -> None:
+        self.loader = loader
+        self.generators = checkpoint.loader_generators(loader)
+
+    @property
+    def dataset(self) -> Any:
+        return getattr(self.loader, "dataset", None)
+
+    @property
+    def batches_in_epoch(self) -> int | None:
+        try:
+            return len(self.loader)  # type: ignore[arg-type]
+        except TypeError:  # a loader of an iterable data set has __len__ and yet no length
+            return None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor] | None]:
+        return checkpoint.iterate_from(self.loader, start)
+
+
+def failures_of(*loaders: Any) -> list[str]:
+    """What the data sets of loaders, also behind a ``Subset``, count in `failures`; in words, each data set once."""
+    counting = {}
+    for loader in loaders:
+        dataset = getattr(loader, "dataset", None)
+        while dataset is not None and not hasattr(dataset, "failures"):
+            dataset = getattr(dataset, "dataset", None)
+        # Training and validation are often parts of one data set, which has one count.
+        if dataset is not None and dataset.failures:
+            counting[id(dataset)] = dataset
+    return [f"images of {type(dataset).__name__}: {dataset.failures}" for dataset in counting.values()]

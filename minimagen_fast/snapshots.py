@@ -1,0 +1,265 @@
+"""The checkpoints that a training goes on from: sharded, written beside the training, whole or not there.
+
+A folder ``checkpoints/`` holds folders ``step_000001200``, each the state after so many optimizer steps:
+
+- the tensors, as ``torch.distributed.checkpoint`` writes them: every rank its own share, to be read by any number of
+  ranks;
+- ``values.pth``: everything that is no tensor of the model, and ``rank_00000.pth``: what each rank has for itself;
+- ``manifest.json``: the size and SHA-256 digest of every file. It is written last.
+
+A checkpoint is written into a folder ``.step_000001200.part``, which is renamed when all of it is on the disk; only
+then does the file ``latest`` name it. Whatever ends the writing leaves the earlier ones as they were.
+
+The tensors' index is read with pickle, which can run code: continue only trainings that you trust, and hand on
+exported weights instead.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from . import checkpoint
+from .files import file_digest, file_fault, replace_file, sync_folder
+from .ranks import Ranks
+
+__all__ = ["Saved", "SnapshotError", "Snapshots"]
+
+FORMAT, VERSION = "minimagen_fast training checkpoint", 1
+# That one process is taken for all where there is only one; from the writing thread, so for all threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+MANIFEST, LATEST, VALUES = "manifest.json", "latest", "values.pth"
+
+
+class SnapshotError(OSError):
+    """A checkpoint could not be written. Those before it are whole."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was found whole.
+
+    Attributes:
+        path: Its folder.
+        step: Number of optimizer steps.
+        values: What was saved as values.
+        own: What this rank saved for itself; None if it was not there, because there were fewer ranks.
+    """
+
+    path: Path
+    step: int
+    values: dict[str, Any]
+    own: dict[str, Any] | None
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor in it."""
+        found = dcp.FileSystemReader(self.path).read_metadata().state_dict_metadata
+        assert not any(isinstance(entry, BytesStorageMetadata) for entry in found.values())
+        return {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in found.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read_into(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+        """Fills tensors, plain or sharded in whatever way, with what was saved under their names; on all ranks."""
+        dcp.load(tensors, checkpoint_id=self.path, no_dist=ranks.size == 1)
+
+
+class Snapshots:
+    """The checkpoints of a training directory.
+
+    Args:
+        folder: The folder ``checkpoints``; made when the first is written.
+        ranks: The ranks, all of which must do the same. They share the file system.
+        keep_last: How many of the newest to keep.
+        keep_every: Also keep those whose step is a multiple of this.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep_last: int = 2, keep_every: int | None = None) -> None:
+        self.folder = folder
+        self._ranks = ranks
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._group: dist.ProcessGroup | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+
+    # Writing
+
+    def save(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any], own: dict[str, Any]) -> None:
+        """Copies the state and has it written while the training goes on, once the one before is finished.
+
+        Args:
+            step: Number of optimizer steps.
+            tensors: The tensors by name, plain (the same on all ranks) or DTensors.
+            values: What else belongs to the state, for :func:`.checkpoint.save`; rank 0's is taken.
+            own: What belongs to this rank alone.
+
+        Raises:
+            SnapshotError: this one could not be begun, or the one before could not be written.
+        """
+        self.finish()
+        error: OSError | None = None
+        name = self._ranks.from_first(self._free_name(step) if self._ranks.first else None)
+        part = self.folder / f".{name}.part"
+        try:
+            if self._ranks.first:
+                self._clear_away()
+                part.mkdir(parents=True)
+            self._ranks.wait()
+            part.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(own, part / f"rank_{self._ranks.rank:05d}.pth")
+            if self._ranks.first:
+                checkpoint.save(values, part / VALUES)
+        except (OSError, RuntimeError) as failure:
+            error = failure if isinstance(failure, OSError) else OSError(str(failure))
+        if self._ranks.sum([error is not None])[0]:
+            self._abandon(part)
+            raise SnapshotError(f"no checkpoint could be written to {self.folder}: {error or 'see the other ranks'}")
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            # Of its own: what the writing thread sends must not come between what the training sends.
+            self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
+        written = dcp.async_save(tensors, checkpoint_id=part, process_group=self._group, no_dist=self._ranks.size == 1)
+        assert isinstance(written, Future)
+        self._pending = self._thread.submit(self._complete, written, part, self.folder / name, step)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last one could not be written; :meth:`finish` raises why."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finish(self) -> None:
+        """Waits until what was begun is on the disk.
+
+        Raises:
+            SnapshotError: it could not be written. All ranks raise it.
+        """
+        pending, self._pending = self._pending, None
+        error = pending.exception() if pending is not None else None
+        if self._ranks.sum([error is not None])[0]:
+            raise SnapshotError(
+                f"a checkpoint could not be written to {self.folder}: {error or 'see the other ranks'}. The checkpoints"
+                " before it are whole"
+            ) from error
+
+    def _complete(self, written: Future, part: Path, path: Path, step: int) -> None:
+        """Makes a checkpoint of what has been written: rank 0, when all ranks have."""
+        try:
+            written.result()
+            if not self._ranks.first:
+                return
+            files = [
+                {"name": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
+                for file in sorted(part.iterdir())
+            ]
+            manifest = {"format": FORMAT, "version": VERSION, "step": step, "ranks": self._ranks.size, "files": files}
+            replace_file(part / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+            part.rename(path)
+            sync_folder(self.folder)
+            replace_file(self.folder / LATEST, f"{path.name}\n".encode())
+            self._remove_old(path)
+        except Exception:
+            self._abandon(part)
+            raise
+
+    def _abandon(self, part: Path) -> None:
+        if self._ranks.first:
+            shutil.rmtree(part, ignore_errors=True)  # the error before it is the one to tell
+
+    def _clear_away(self) -> None:
+        """Removes what was never finished."""
+        for path in self.folder.glob(".step_*.part"):
+            shutil.rmtree(path)
+
+    def _free_name(self, step: int) -> str:
+        # After a restart the same step may be saved again, and the one before is good until then.
+        name, again = f"step_{step:09d}", 0
+        while (self.folder / name).exists():
+            again += 1
+            name = f"step_{step:09d}_{again}"
+        return name
+
+    def _remove_old(self, newest: Path) -> None:
+        older = [path for path in self._all() if path != newest]
+        for path in older[max(self._keep_last, 1) - 1 :]:
+            if self._keep_every is None or _step(path) % self._keep_every:
+                # Not a checkpoint from its first missing file on.
+                (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path)
+
+    def _all(self) -> list[Path]:
+        """The folders of all checkpoints, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.glob("step_*") if path.is_dir()), key=_order, reverse=True)
+
+    # Reading
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole, on all ranks; None if there is no checkpoint. Damaged ones are named.
+
+        Raises:
+            ValueError: there are checkpoints, but none is whole.
+        """
+        damaged: list[str] = []
+        for path in self._ranks.from_first([str(path) for path in self._candidates()] if self._ranks.first else None):
+            fault = self._fault(Path(path))
+            if fault is None:
+                if damaged and self._ranks.first:
+                    warnings.warn(f"{'; '.join(damaged)}: {path} is used instead", stacklevel=2)
+                return self._open(Path(path))
+            damaged.append(f"the checkpoint {path} is damaged ({fault})")
+        if damaged:
+            raise ValueError(f"{'; '.join(damaged)}. No other is left in {self.folder}: start the training anew")
+        return None
+
+    def _candidates(self) -> Iterator[Path]:
+        pointer = self.folder / LATEST
+        named = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        if named is not None and named.is_dir() and named.parent == self.folder:
+            yield named
+        yield from (path for path in self._all() if path != named)
+
+    def _fault(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint. The ranks share the reading, and all get the same answer."""
+        manifest = path / MANIFEST
+        try:
+            recorded = json.loads(manifest.read_text(encoding="utf-8"))
+            files = [(path / entry["name"], entry["bytes"], entry["sha256"]) for entry in recorded["files"]]
+            kind = recorded["format"], recorded["version"]
+        except FileNotFoundError:
+            return f"there is no {MANIFEST}"
+        except (ValueError, KeyError, TypeError):
+            return f"{MANIFEST} cannot be read"
+        if kind != (FORMAT, VERSION):
+            return f"it is a {kind[0]}, version {kind[1]}; this package reads a {FORMAT}, version {VERSION}"
+        mine = files[self._ranks.rank :: self._ranks.size]
+        faults = [f"{file.name}: {fault}" for file, *record in mine if (fault := file_fault(file, *record))]
+        if not self._ranks.sum([len(faults)])[0]:
+            return None
+        return faults[0] if faults else "another rank found a damaged file"
+
+    def _open(self, path: Path) -> Saved:
+        step = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]
+        own = path / f"rank_{self._ranks.rank:05d}.pth"
+        return Saved(path, step, checkpoint.load(path / VALUES), checkpoint.load(own) if own.is_file() else None)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    words = path.name.split("_")
+    return int(words[1]), int(words[2]) if len(words) > 2 else 0
+
+
+def _step(path: Path) -> int:
+    return _order(path)[0]

@@ -1,108 +1,46 @@
-"""Captioned pictures for training: from the web, from a folder; splitting and collating them."""
+"""Captioned pictures for training: from the web; splitting and collating them."""
 
-import csv
-import io
-import json
-import os
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset, default_collate, get_worker_info, random_split
 
-from .caption_store import CaptionEncodings, CaptionStore
-from .decode import REASONS, ImageError, decode_image
+from .caption_store import CaptionStore
+from .captioned import FAILURES, CaptionedPictures, Item
 from .fetch import RETRIES, TIMEOUT_SECONDS, fetch_image
-from .helpers import resize_image_to
-from .shared_counts import SharedCounts
-from .t5 import MAX_LENGTH
+from .folders import IMAGE_SUFFIXES, FolderDataset
+
+__all__ = [
+    "CONCEPTUAL_CAPTIONS",
+    "FAILURES",
+    "IMAGE_SUFFIXES",
+    "ConceptualCaptions",
+    "FolderDataset",
+    "Item",
+    "MinimagenCollator",
+    "MinimagenDataset",
+    "conceptual_rows",
+    "get_minimagen_dl_opts",
+    "split_train_valid",
+]
 
 CONCEPTUAL_CAPTIONS = "google-research-datasets/conceptual_captions"
 SMALL_ROWS = 16
 SPLIT_SEED = 0
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-# Besides what goes wrong in fetching and decoding: a file of a folder that cannot be opened (any more), and a picture
-# that the caller's own transform gave None for.
-FAILURES = (*REASONS, "unreadable", "transform")
-
-Item = dict[str, torch.Tensor]
 
 
-class _CaptionedPictures(Dataset):
-    """Items of a picture and its encoded caption; what cannot be had is counted and becomes None."""
-
-    def __init__(self, *, side_length: int, encoder_name: str, max_length: int, captions: CaptionStore | None):
-        for name, value in (("side_length", side_length), ("max_length", max_length)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        self.side_length = side_length
-        self.encoder_name = encoder_name
-        self.max_length = max_length
-        self._encodings = CaptionEncodings(captions, encoder_name, max_length)
-        self._failures = SharedCounts(FAILURES)
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """How many items could not be had so far, by reason, those of worker processes included."""
-        return self._failures.as_dict()
-
-    @property
-    def captions_not_stored(self) -> int:
-        """How many items so far had a caption that was not in the store of pre-encoded ones and was encoded instead."""
-        return self._encodings.not_stored
-
-    def all_captions(self) -> Iterator[str]:
-        """The captions of all items, in order and as often as they come; what is no string is left out."""
-        raise NotImplementedError
-
-    def _picture(self, index: int) -> Image.Image:
-        raise NotImplementedError
-
-    def _caption(self, index: int) -> Any:
-        raise NotImplementedError
-
-    def _to_tensor(self, picture: Image.Image) -> torch.Tensor | None:
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Item | None:
-        index = int(index)
-        try:
-            caption = self._caption(index)
-            if not isinstance(caption, str):
-                raise ImageError("caption", f"a caption must be a string, got {caption!r}")
-            picture = self._picture(index)
-        except ImageError as error:
-            self._failures.add(error.reason)
-            return None
-        except OSError:
-            self._failures.add("unreadable")
-            return None
-        image = self._to_tensor(picture)
-        if image is None:
-            self._failures.add("transform")
-            return None
-        encoding, mask = self._encodings(caption)
-        return {"image": image, "encoding": encoding, "mask": mask}
-
-
-def _tensor(picture: Image.Image) -> torch.Tensor:
-    """(1, 3, h, w), float32 in [0, 1]."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float().div(255)
-
-
-class MinimagenDataset(_CaptionedPictures):
+class MinimagenDataset(CaptionedPictures):
     """Captioned pictures from the web.
 
     An item is ``{'image': (3, side_length, side_length) float32 in [0, 1], 'encoding': (1, n, dim), 'mask': (1, n)
     bool}``, or None where the picture or the caption could not be had; :attr:`failures` counts these. A picture is
-    scaled to a square, each axis on its own, and its values are stretched to fill [0, 1].
+    scaled to a square, each axis on its own, and its values are stretched to fill [0, 1] as in minimagen's ``_Rescale``
+    (those of a picture of one colour stay as they are).
 
     Args:
         hf_dataset: A Hugging Face ``DatasetDict``, or a mapping with the keys 'train' and 'validation' and below each
@@ -115,10 +53,16 @@ class MinimagenDataset(_CaptionedPictures):
         timeout: Seconds for one attempt to fetch a picture.
         retries: How often to try again after an error that may pass.
         captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
+        crop: 'center' or 'random' to take the largest square from the middle or from anywhere before scaling; without
+            it the whole picture is squeezed into a square.
+        flip: Whether to mirror every second picture, left to right, at random.
 
     Raises:
         ValueError: if the split is missing, a number is out of range, or the captions were encoded otherwise.
     """
+
+    _default_crop = None
+    _stretches = True
 
     def __init__(
         self,
@@ -132,8 +76,17 @@ class MinimagenDataset(_CaptionedPictures):
         timeout: float = TIMEOUT_SECONDS,
         retries: int = RETRIES,
         captions: CaptionStore | None = None,
+        crop: str | None = None,
+        flip: bool = False,
     ):
-        super().__init__(side_length=side_length, encoder_name=encoder_name, max_length=max_length, captions=captions)
+        super().__init__(
+            side_length=side_length,
+            encoder_name=encoder_name,
+            max_length=max_length,
+            captions=captions,
+            crop=crop,
+            flip=flip,
+        )
         split = "train" if train else "validation"
         if split not in hf_dataset:
             raise ValueError(f"hf_dataset has no split {split!r}, it has {list(hf_dataset)}")
@@ -152,184 +105,14 @@ class MinimagenDataset(_CaptionedPictures):
     def all_captions(self) -> Iterator[str]:
         return (caption for caption in self.rows["caption"] if isinstance(caption, str))
 
-    def _caption(self, index: int) -> Any:
-        return self._value("caption", index)
+    def _row(self, key: int) -> tuple[Any, Any]:
+        return self._value("caption", key), key
 
-    def _picture(self, index: int) -> Image.Image:
-        return fetch_image(self._value("image_url", index), timeout=self.timeout, retries=self.retries)
+    def _picture(self, source: int) -> Image.Image:
+        return fetch_image(self._value("image_url", source), timeout=self.timeout, retries=self.retries)
 
-    def _to_tensor(self, picture: Image.Image) -> torch.Tensor | None:
-        image = resize_image_to(_tensor(picture), self.side_length)[0]
-        low, high = image.min(), image.max()
-        # A picture of one colour has nothing to stretch.
-        image = (image - low) / (high - low) if high - low > 1e-4 else image.clamp(0, 1)
+    def _finished(self, image: torch.Tensor) -> torch.Tensor | None:
         return image if self.img_transform is None else self.img_transform(image)
-
-
-class FolderDataset(_CaptionedPictures):
-    """A folder of captioned pictures.
-
-    The captions stand in ``metadata.jsonl`` or ``metadata.csv`` with the fields ``file_name`` (relative to the folder)
-    and ``text``; without such a file, beside each picture ``x.jpg`` in a file ``x.txt``. Folders within are searched
-    too; files and folders whose name starts with a dot are not. Every picture must have a caption, and every caption a
-    picture. Items are like those of :class:`MinimagenDataset`, but a picture is cropped to its middle square before it
-    is scaled, and its values are left as they are.
-
-    Args:
-        directory: The folder.
-        side_length: Side length in pixels to scale the pictures to.
-        encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
-        max_length: Number of tokens after which a caption is cut off.
-        captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it holds no captioned picture, both metadata files, a picture without a caption or a caption
-            without a picture, or an entry that cannot be read or points outside the folder; or if the captions were
-            encoded otherwise.
-    """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        *,
-        side_length: int,
-        encoder_name: str,
-        max_length: int = MAX_LENGTH,
-        captions: CaptionStore | None = None,
-    ):
-        super().__init__(side_length=side_length, encoder_name=encoder_name, max_length=max_length, captions=captions)
-        self.directory = Path(directory).absolute()
-        if not self.directory.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.directory}")
-        self.entries = _folder_entries(self.directory)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def all_captions(self) -> Iterator[str]:
-        return (caption for _, caption in self.entries)
-
-    def _caption(self, index: int) -> str:
-        return self.entries[index][1]
-
-    def _picture(self, index: int) -> Image.Image:
-        return decode_image((self.directory / self.entries[index][0]).read_bytes())
-
-    def _to_tensor(self, picture: Image.Image) -> torch.Tensor:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = picture.crop((left, top, left + side, top + side))
-        return resize_image_to(_tensor(square), self.side_length, clamp_range=(0.0, 1.0))[0].clamp(0.0, 1.0)
-
-
-def _folder_entries(directory: Path) -> list[tuple[str, str]]:
-    """(file name, caption) of every picture of a folder, checked."""
-    problems: list[str] = []
-    jsonl, table = directory / "metadata.jsonl", directory / "metadata.csv"
-    files = _visible_files(directory)
-    if jsonl.is_file() and table.is_file():
-        raise ValueError(f"{directory} has both {jsonl.name} and {table.name}: keep one")
-    if jsonl.is_file():
-        entries = _from_metadata(jsonl, _json_rows(jsonl, problems), files, problems)
-    elif table.is_file():
-        entries = _from_metadata(table, _csv_rows(table, problems), files, problems)
-    else:
-        entries = _from_pairs(directory, files, problems)
-    if problems:
-        shown = "\n".join(f"  {problem}" for problem in problems[:5])
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the captions of {directory} cannot all be used:\n{shown}{more}")
-    if not entries:
-        raise ValueError(
-            f"{directory} holds no captioned pictures: it needs metadata.jsonl or metadata.csv with file_name and"
-            f" text, or a caption x.txt beside each picture x{'/'.join(IMAGE_SUFFIXES)}"
-        )
-    return entries
-
-
-def _visible_files(directory: Path) -> list[PurePosixPath]:
-    """Every file below a folder, relative to it; systems leave hidden ones that only look like pictures."""
-    files = []
-    for parent, folders, names in os.walk(directory):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(directory)
-        files += [PurePosixPath(below, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def _is_picture(file: PurePosixPath) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES
-
-
-def _text(file: Path, problems: list[str]) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        problems.append(f"{file.name} is not UTF-8 text ({error})")
-        return ""
-
-
-def _json_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
-    rows = []
-    # Not splitlines(), which also breaks at the separators that JSON allows inside a string.
-    for number, line in enumerate(_text(file, problems).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"line {number}", json.loads(line)))
-        except ValueError as error:
-            problems.append(f"{file.name}, line {number}: not JSON ({error})")
-    return rows
-
-
-def _csv_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(_text(file, problems), newline=""))
-    try:
-        return [(f"line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        problems.append(f"{file.name}, line {reader.line_num}: not CSV ({error})")
-        return []
-
-
-def _from_metadata(
-    file: Path, rows: list[tuple[str, Any]], files: list[PurePosixPath], problems: list[str]
-) -> list[tuple[str, str]]:
-    entries = []
-    for place, row in rows:
-        name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(text, str):
-            problems.append(f"{file.name}, {place}: needs file_name and text, both strings")
-        elif not _is_below(name):
-            problems.append(f"{file.name}, {place}: {name!r} is outside the folder")
-        elif "\0" in name or not (file.parent / name).is_file():
-            problems.append(f"{file.name}, {place}: there is no file {name!r}")
-        else:
-            entries.append((name, text))
-    if not problems:
-        named = {PurePosixPath(name) for name, _ in entries}
-        problems += [f"{path} is not in {file.name}" for path in files if _is_picture(path) and path not in named]
-    return entries
-
-
-def _is_below(name: str) -> bool:
-    """Whether a name stays in the folder on every system. Links in the folder are its owner's business."""
-    windows = PureWindowsPath(name)
-    return not (windows.drive or windows.root or ".." in windows.parts)
-
-
-def _from_pairs(directory: Path, files: list[PurePosixPath], problems: list[str]) -> list[tuple[str, str]]:
-    entries = []
-    captions = {path for path in files if path.suffix == ".txt"}
-    for picture in filter(_is_picture, files):
-        caption = picture.with_suffix(".txt")
-        if caption in captions:
-            entries.append((str(picture), _text(directory / caption, problems).strip()))
-        else:
-            problems.append(f"{picture} has no caption file {caption.name} beside it")
-    alone = captions - {path.with_suffix(".txt") for path in files if _is_picture(path)}
-    problems += [f"{caption} has no picture beside it" for caption in sorted(alone)]
-    return entries
 
 
 def split_train_valid(
@@ -392,6 +175,8 @@ def ConceptualCaptions(
     testset: bool = False,
     *,
     captions: CaptionStore | None = None,
+    crop: str | None = None,
+    flip: bool = False,
 ) -> tuple[Subset, Subset] | MinimagenDataset:
     """The Conceptual Captions data set (Sharma et al., 2018): 3.3 million captions with addresses of pictures.
 
@@ -403,6 +188,8 @@ def ConceptualCaptions(
         smalldata: Whether to take the first 16 rows alone.
         testset: Whether to return the data set's own validation split, for testing.
         captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
+        crop: See :class:`MinimagenDataset`.
+        flip: See :class:`MinimagenDataset`.
 
     Returns:
         The test data set, or the parts of the training split to train and to validate on, the same every time.
@@ -422,6 +209,8 @@ def ConceptualCaptions(
         side_length=values["IMG_SIDE_LEN"],
         train=not testset,
         captions=captions,
+        crop=crop,
+        flip=flip,
     )
     if testset:
         return dataset

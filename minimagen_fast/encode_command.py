@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 
 from .caption_encoding import BATCH_SIZE, SHARD_SIZE, encode_captions
 from .caption_format import DTYPES
-from .data import FolderDataset, MinimagenDataset, conceptual_rows
+from .data import MinimagenDataset, conceptual_rows
 from .helpers import usable_device
 from .shapes import all_captions
-from .train_command import BUILT_IN, CONCEPTUAL
+from .sources import BUILT_IN, CONCEPTUAL, add_source_arguments, open_captions
 from .training import get_minimagen_parser
 
 
@@ -21,7 +22,7 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command; those that a training has too are written as there."""
     documented = {action.dest: action for action in get_minimagen_parser()._actions}
     add = parser.add_argument
-    add("--DATA", default=CONCEPTUAL, help=f"whose captions: {CONCEPTUAL} (%(default)s), {BUILT_IN}, or a folder")
+    add_source_arguments(parser)
     add("--OUT", required=True, help="folder for the encodings")
     for name in ("T5_NAME", "MAX_NUM_WORDS"):
         parser._add_action(documented[name])
@@ -71,10 +72,19 @@ def run_encode_captions(args: argparse.Namespace) -> int:
     print(
         f"{args.OUT}: {report.captions:,} captions, {report.bytes / 1e6:,.2f} MB, {each:,.0f} bytes per caption;"
         f" padded to {args.MAX_NUM_WORDS} tokens in float32 it would be {padded:,.0f} ({padded / each:.1f} times as"
-        f" much).\nTo train with them: minimagen-fast train --DATA {args.DATA} --CAPTIONS {args.OUT} --T5_NAME"
-        f" {args.T5_NAME} --MAX_NUM_WORDS {args.MAX_NUM_WORDS}"
+        f" much).\nTo train with them: minimagen-fast train {_training_words(args)}"
     )
     return 0
+
+
+def _training_words(args: argparse.Namespace) -> str:
+    """The arguments of a training with these captions, as a shell takes them."""
+    words = ["--DATA", args.DATA, *(["--STREAMING"] if args.STREAMING else [])]
+    for name in ("IMAGE_COLUMN", "CAPTION_COLUMN"):
+        if getattr(args, name) is not None:
+            words += [f"--{name}", getattr(args, name)]
+    words += ["--CAPTIONS", args.OUT, "--T5_NAME", args.T5_NAME, "--MAX_NUM_WORDS", str(args.MAX_NUM_WORDS)]
+    return shlex.join(words)
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -87,9 +97,9 @@ def _from_environment(name: str, default: int) -> int:
 def _captions(args: argparse.Namespace) -> Iterable[str]:
     if args.DATA == BUILT_IN:
         return all_captions()
-    options: dict[str, Any] = dict(side_length=1, encoder_name=args.T5_NAME, max_length=args.MAX_NUM_WORDS)
     if args.DATA == CONCEPTUAL:
+        options: dict[str, Any] = dict(side_length=1, encoder_name=args.T5_NAME, max_length=args.MAX_NUM_WORDS)
         rows = conceptual_rows()
         parts = (MinimagenDataset(rows, train=train, **options) for train in (True, False))
         return chain.from_iterable(part.all_captions() for part in parts)
-    return FolderDataset(args.DATA, **options).all_captions()
+    return open_captions(args)

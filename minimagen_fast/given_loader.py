@@ -1,28 +1,14 @@
 """Data loaders that users have made, as the trainer reads them."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from . import checkpoint
 
-__all__ = ["GivenLoader", "Loader", "failures_of"]
-
-
-class Loader(Protocol):
-    """What a trainer reads batches from.
-
-    Attributes:
-        batches_in_epoch: How many batches an epoch has, the same on every rank; None if that is not known.
-    """
-
-    @property
-    def batches_in_epoch(self) -> int | None: ...
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor] | None]:
-        """This rank's part of the batches of an epoch from the batch `start` on; None for one without an image."""
-        ...
+__all__ = ["GivenLoader", "failures_of"]
 
 
 class GivenLoader:
@@ -56,11 +42,14 @@ class GivenLoader:
 def failures_of(*loaders: Any) -> list[str]:
     """What the data sets of loaders, also behind a ``Subset``, count in `failures`; in words, each data set once."""
     counting = {}
+    own: Counter[str] = Counter()
     for loader in loaders:
+        own.update(getattr(loader, "failures", {}))
         dataset = getattr(loader, "dataset", None)
         while dataset is not None and not hasattr(dataset, "failures"):
             dataset = getattr(dataset, "dataset", None)
         # Training and validation are often parts of one data set, which has one count.
         if dataset is not None and dataset.failures:
             counting[id(dataset)] = dataset
-    return [f"images of {type(dataset).__name__}: {dataset.failures}" for dataset in counting.values()]
+    told = [f"images that could not be had: {dict(own)}"] if own else []
+    return told + [f"images of {type(dataset).__name__}: {dataset.failures}" for dataset in counting.values()]

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from . import checkpoint
@@ -125,7 +126,7 @@ class Snapshots:
             error = failure if isinstance(failure, OSError) else OSError(str(failure))
         if self._ranks.sum([error is not None])[0]:
             self._abandon(part)
-            raise SnapshotError(f"no checkpoint could be written to {self.folder}: {error or 'see the other ranks'}")
+            raise SnapshotError(f"no checkpoint could be written to {self.folder}: {_why(error)}")
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             # Of its own: what the writing thread sends must not come between what the training sends.
@@ -148,9 +149,10 @@ class Snapshots:
         pending, self._pending = self._pending, None
         error = pending.exception() if pending is not None else None
         if self._ranks.sum([error is not None])[0]:
+            free = shutil.disk_usage(self.folder).free / 2**20
             raise SnapshotError(
-                f"a checkpoint could not be written to {self.folder}: {error or 'see the other ranks'}. The checkpoints"
-                " before it are whole"
+                f"a checkpoint could not be written to {self.folder}, where {free:,.0f} MiB are free:"
+                f" {_why(error)}. The checkpoints before it are whole"
             ) from error
 
     def _complete(self, written: Future, part: Path, path: Path, step: int) -> None:
@@ -169,7 +171,7 @@ class Snapshots:
             sync_folder(self.folder)
             replace_file(self.folder / LATEST, f"{path.name}\n".encode())
             self._remove_old(path)
-        except Exception:
+        except BaseException:  # which is what torch's CheckpointException is
             self._abandon(part)
             raise
 
@@ -254,6 +256,20 @@ class Snapshots:
         step = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]
         own = path / f"rank_{self._ranks.rank:05d}.pth"
         return Saved(path, step, checkpoint.load(path / VALUES), checkpoint.load(own) if own.is_file() else None)
+
+
+def _why(error: BaseException | None) -> str:
+    """What has gone wrong, in words: the system's, where it was the system, which torch's writer hides."""
+    if error is None:
+        return "see the other ranks"
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return "; ".join(sorted({str(_system_error(cause) or cause) for cause in causes}))
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _order(path: Path) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Asking a training to stop where it can be gone on from: what a cluster does before it takes a machine away."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ __all__ = ["STOPPED", "StopRequest", "stop_on_signals"]
 #: Exit status of a training that was asked to stop and can be continued: EX_TEMPFAIL of sysexits.h, "try again".
 STOPPED = 75
 # SIGUSR1 is what Slurm's --signal is usually set to, SIGTERM what it and others send in the end.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopRequest:
@@ -32,15 +33,18 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(*numbers: int) -> Iterator[StopRequest]:
-    """Within the block SIGTERM, SIGUSR1 and Ctrl-C ask for a stop instead of ending the process. In the main thread.
+def stop_on_signals(*, interrupt: bool = False) -> Iterator[StopRequest]:
+    """Within the block SIGTERM and SIGUSR1 ask for a stop instead of ending the process. In the main thread.
 
     Args:
-        numbers: Other signals instead.
+        interrupt: Whether Ctrl-C does so too.
     """
     request = StopRequest()
     before = {}
-    for number in numbers or SIGNALS:
+    if threading.current_thread() is not threading.main_thread():  # no other may install a handler
+        yield request
+        return
+    for number in (*SIGNALS, signal.SIGINT) if interrupt else SIGNALS:
         before[number] = signal.signal(number, lambda received, frame: request.ask(signal.Signals(received).name))
     try:
         yield request

@@ -1,24 +1,36 @@
-"""``minimagen-fast train``: from command line arguments to a training directory."""
+"""``minimagen-fast train``: from command line arguments to a training directory, on one process or many."""
 
 import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import IterableDataset
 
-from .caption_store import CaptionStore
-from .data import ConceptualCaptions, FolderDataset, split_train_valid
+from .files import replace_file
 from .generate import build_imagen
 from .helpers import usable_device
 from .Imagen import Imagen
-from .shapes import ShapesDataset
+from .loading import ShardedLoader
+from .optimizers import SCHEDULES, build_optimizer, learning_rate_schedule
+from .parallel import CHOICES, shard
+from .ranks import DEFAULT_TIMEOUT, Ranks, as_lost, open_ranks
+from .settings import TrainingSettings
+from .sources import add_data_arguments, open_data
+from .stopping import STOPPED, StopRequest, stop_on_signals
+from .streams import StreamedLoader
+from .trainer import Trainer, TrainingDiverged
 from .training import (
-    MinimagenTrain,
     create_directory,
     get_default_args,
-    get_minimagen_dl_opts,
     get_minimagen_parser,
     get_model_params,
     get_model_size,
@@ -28,36 +40,55 @@ from .training import (
 )
 from .Unet import Base, BaseTest, Super, SuperTest, Unet
 
-BUILT_IN, CONCEPTUAL = "built-in", "conceptual-captions"
-BUILT_IN_PICTURES = 10_000
 COND_DROP_PROB = 0.15
+# Exit statuses: the numbers of sysexits.h, besides STOPPED.
+DIVERGED, RANK_LOST = 70, 76
+CONFIG, ENDED = "config.json", "ended.json"
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the documented arguments of a training, and where the data is and where to train."""
+    """Add the documented arguments of a training, where the data is, and how to train at scale."""
     documented = get_minimagen_parser()
     for action in documented._actions:
         if action.dest != "help":
             parser._add_action(action)
-    parser.add_argument(
-        "--DATA",
-        default=CONCEPTUAL,
-        help=f"what to train on: {CONCEPTUAL} (%(default)s), {BUILT_IN} (shapes drawn on the spot), or a folder of"
-        " captioned pictures",
+    add_data_arguments(parser)
+    add = parser.add_argument_group("where").add_argument
+    add("--DEVICE", help="where to train, such as cpu or cuda:1 (cuda if there is one; under torchrun each its own)")
+    add(
+        "--OUT",
+        type=Path,
+        help="training directory (training_ and the time). If it holds a training already, that is continued there:"
+        " the same command starts and continues",
     )
-    parser.add_argument(
-        "--CAPTIONS",
-        default=None,
-        help="folder of captions that `minimagen-fast encode-captions` has encoded: T5 is then not loaded",
-    )
-    parser.add_argument("--DEVICE", default=None, help="where to train, such as cpu or cuda:1 (cuda if there is one)")
+    add("--PARALLEL", choices=CHOICES, default="ddp", help="with several ranks: replicate or shard (%(default)s)")
+    add("--RANK_TIMEOUT", type=float, default=DEFAULT_TIMEOUT, help="seconds to wait for a rank (%(default)s)")
+    add = parser.add_argument_group("what to train, and how").add_argument
+    add("--UNET", default=None, help="number of the one U-Net to train, or all (all; on several ranks 1)")
+    add("--SEED", type=int, default=0, help="seed of weights, order and noise (%(default)s)")
+    add("--PRECISION", choices=("bfloat16",), help="run the forward pass in it (on CUDA it is, where it is fast)")
+    add("--CHECKPOINT_LEVELS", help="levels of the U-Nets to compute twice to save memory, such as 0,1")
+    add("--UNET_LRS", help="learning rates of the U-Nets, such as 1e-4,2e-4, instead of OPTIM_LR")
+    add("--LR_SCHEDULE", choices=SCHEDULES, default="constant", help="of the learning rate (%(default)s)")
+    add("--WARMUP_STEPS", type=int, default=0, help="optimizer steps until the learning rate is reached (%(default)s)")
+    add("--TOTAL_STEPS", type=int, help="optimizer steps of a cosine schedule (those of all epochs)")
+    add("--WEIGHT_DECAY", type=float, default=0.0, help="of AdamW; Adam without (%(default)s)")
+    add("--MAX_GRAD_NORM", type=float, default=50.0, help="larger gradients are scaled down to it (%(default)s)")
+    add("--EMA_DECAY", type=float, help="keep, validate and save averaged weights, such as 0.9999")
+    add("--MIN_SNR_GAMMA", type=float, help="weigh timesteps by min(SNR, gamma) / SNR, such as 5")
+    add("--MAX_BAD_STEPS", type=int, default=10, help="steps in a row without finite gradients to give up after")
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--KEEP_LAST", type=int, default=2, help="how many checkpoints to keep (%(default)s)")
+    add("--KEEP_EVERY", type=int, help="also keep those at multiples of so many optimizer steps")
+    add("--MAX_SECONDS", type=float, help="end in good order after so many seconds")
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train as the arguments say, in a new training directory in the working directory.
+    """Train as the arguments say.
 
     Returns:
-        The exit status, 0.
+        The exit status: 0; 75 if it was asked to stop and can be continued; 70 if the training diverged; 76 if another
+        process was lost.
 
     Raises:
         ValueError, OSError, ImportError: if an argument or the data cannot be used.
@@ -65,79 +96,235 @@ def run_train(args: argparse.Namespace) -> int:
     """
     if args.RESTART_DIRECTORY is not None and args.PARAMETERS is not None:
         raise ValueError("give either --RESTART_DIRECTORY or --PARAMETERS, not both")
+    name = args.DEVICE or ("cuda:" + os.environ.get("LOCAL_RANK", "0") if torch.cuda.is_available() else "cpu")
+    device = usable_device(name, "--DEVICE")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        with open_ranks(device, args.RANK_TIMEOUT) as ranks, _stop_requests(ranks) as stop:
+            return _train(args, device, ranks, stop)
+    except TrainingDiverged as error:
+        print(f"minimagen-fast train: {error}", file=sys.stderr)
+        return DIVERGED
+    except RuntimeError as error:
+        lost = as_lost(error)
+        if lost is None:
+            raise
+        print(
+            f"minimagen-fast train: rank {os.environ.get('RANK')}: {lost}. The last checkpoint is whole: start all"
+            " processes again with the same command and --OUT",
+            file=sys.stderr,
+        )
+        return RANK_LOST
+
+
+@contextmanager
+def _stop_requests(ranks: Ranks) -> Iterator[StopRequest]:
+    # On one process Ctrl-C is Python's: it ends a slow batch too.
+    with stop_on_signals(interrupt=ranks.size > 1) as stop:
+        yield stop
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Where a training is kept, and what it continues."""
+
+    directory: Path
+    timestamp: str
+    restart: Path | None
+
+    @property
+    def in_place(self) -> bool:
+        return self.restart == self.directory
+
+
+def _find_run(args: argparse.Namespace, ranks: Ranks) -> _Run:
+    now = ranks.from_first(datetime.now().strftime("%Y%m%d_%H%M%S"))
+    restart = None if args.RESTART_DIRECTORY is None else Path(args.RESTART_DIRECTORY).absolute()
+    if args.OUT is None:
+        return _Run(Path(f"training_{now}").absolute(), now, restart)
+    directory = args.OUT.absolute()
+    if ranks.from_first((directory / "checkpoints" / "latest").is_file()):
+        config = _read_config(directory)
+        return _Run(directory, config.get("timestamp", now), directory)
+    return _Run(directory, now, restart)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Delete it, or restore it") from error
+
+
+def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: StopRequest) -> int:
     if args.TESTING:
         load_testing_parameters(args)
-        if args.DATA == BUILT_IN:
+        if args.DATA == "built-in":
             args.T5_NAME = "t5_tiny"  # needs no files
-    if args.RESTART_DIRECTORY is not None:
+    run = _find_run(args, ranks)
+    if run.restart is not None:
+        args.RESTART_DIRECTORY = str(run.restart)
         load_restart_training_parameters(args)
     elif args.PARAMETERS is not None:
         load_restart_training_parameters(args, justparams=True)
-    name = args.DEVICE or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = usable_device(name, "--DEVICE")
 
-    train_data, valid_data = _datasets(args)
+    train_data, valid_data = open_data(args)
+    # The same weights on every rank, whatever was drawn while the data was opened.
+    torch.manual_seed(args.SEED)
     imagen, unets_params, imagen_params = _model(args)
     imagen.to(device)
-    timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    directory = Path(f"training_{timestamp}").absolute()
-    training_dir = create_directory(directory)
-    save_training_info(args, timestamp, unets_params, imagen_params, get_model_size(imagen), training_dir)
-    sizes = " and ".join(f"{sum(p.numel() for p in unet.parameters()):,}" for unet in imagen.unets)
-    print(
-        f"Training U-Nets of {sizes} parameters at {' and '.join(map(str, imagen.image_sizes))} pixels on"
-        f" {len(train_data)} pictures, on {device}.\nTraining directory: {directory}"
-    )
+    numbers = _unet_numbers(args, len(imagen.unets), ranks)
+    settings = _settings(args, numbers)
+    levels = _levels(args.CHECKPOINT_LEVELS)
+    if levels:
+        imagen.accelerate(checkpoint_levels=levels)
+    train_loader, valid_loader = _loaders(args, train_data, valid_data, device, ranks)
+    if ranks.size > 1 and args.PARALLEL != "ddp":
+        _shard(imagen, numbers, ranks, device, args.PARALLEL)
+    rates = _learning_rates(args, numbers)
+    optimizer = build_optimizer(imagen, rates, args.WEIGHT_DECAY)
+    batches = train_loader.batches_in_epoch
+    steps = args.TOTAL_STEPS
+    if steps is None and batches is not None:
+        steps = math.ceil(batches / args.ACCUM_ITER) * args.EPOCHS
+    scheduler = learning_rate_schedule(optimizer, args.LR_SCHEDULE, args.WARMUP_STEPS, steps)
 
-    options = {**get_minimagen_dl_opts(device), "batch_size": args.BATCH_SIZE, "num_workers": args.NUM_WORKERS}
-    # The last, smaller batch counts too where there is nothing to be compared between batches.
-    valid_options = {**options, "shuffle": False, "drop_last": False}
-    try:
-        MinimagenTrain(
-            timestamp,
-            args,
-            list(imagen.unets),
-            imagen,
-            DataLoader(train_data, **options),
-            DataLoader(valid_data, **valid_options),
-            training_dir,
-            # All parameters in one launch, where there is a kernel for that.
-            torch.optim.Adam(imagen.parameters(), lr=args.OPTIM_LR, fused=imagen.device.type in ("cuda", "cpu")),
+    if ranks.first:
+        training_dir = create_directory(run.directory)
+        if not run.in_place:
+            size = get_model_size(imagen)
+            save_training_info(args, run.timestamp, unets_params, imagen_params, size, training_dir)
+        settings.save(
+            run.directory / CONFIG,
+            timestamp=run.timestamp,
+            unets=unets_params,
+            imagen=imagen_params,
+            batch_size=args.BATCH_SIZE,
+            ranks=ranks.size,
+            parallel=args.PARALLEL,
+            checkpoint_levels=levels,
+            learning_rates=list(rates.values()),
+            unet_number=numbers[0] if len(numbers) == 1 else None,
         )
+        _introduce(imagen, numbers, train_data, device, ranks, run)
+    ranks.wait()
+    trainer = Trainer(
+        settings,
+        imagen,
+        optimizer,
+        train_loader,
+        valid_loader,
+        run.directory,
+        timestamp=run.timestamp,
+        ranks=ranks,
+        lr_scheduler=scheduler,
+        restart_directory=run.restart,
+        stop=stop,
+    )
+    try:
+        why = trainer.run()
     except KeyboardInterrupt:
         print(
-            f"\nSaved in {directory}. To go on: minimagen-fast train --RESTART_DIRECTORY {directory}"
+            f"\nSaved in {run.directory}. To go on: minimagen-fast train --RESTART_DIRECTORY {run.directory}"
             " and the same other arguments"
         )
         raise
-    print(f'Done. Try: minimagen-fast sample -d {directory} -c "a caption"')
-    return 0
+    if ranks.first:
+        ended = {"why": why, "step": trainer.position.step, "epoch": trainer.position.epoch}
+        replace_file(run.directory / ENDED, (json.dumps(ended) + "\n").encode())
+        if why == "done":
+            print(f'Done. Try: minimagen-fast sample -d {run.directory} -c "a caption"')
+        else:
+            print(f"Saved in {run.directory}. To go on: the same command with --OUT {run.directory}")
+    return STOPPED if why == "stopped" else 0
 
 
-def _datasets(args: argparse.Namespace) -> tuple[Subset, Subset]:
-    captions = None if args.CAPTIONS is None else CaptionStore(args.CAPTIONS)
-    if args.DATA == CONCEPTUAL:
-        parts = ConceptualCaptions(args, smalldata=args.TESTING, captions=captions)
-        assert isinstance(parts, tuple), "testset was not asked for"
-        return parts
-    dataset: Any
-    if args.DATA == BUILT_IN:
-        dataset = ShapesDataset(
-            64 if args.TESTING else BUILT_IN_PICTURES,
-            side_length=args.IMG_SIDE_LEN,
-            encoder_name=args.T5_NAME,
-            max_length=args.MAX_NUM_WORDS,
-            captions=captions,
+def _introduce(
+    imagen: Imagen, numbers: list[int], train_data: Any, device: torch.device, ranks: Ranks, run: _Run
+) -> None:
+    sizes = " and ".join(f"{sum(p.numel() for p in imagen.unets[n - 1].parameters()):,}" for n in numbers)
+    pixels = " and ".join(str(imagen.image_sizes[n - 1]) for n in numbers)
+    pictures = "a stream of pictures" if isinstance(train_data, IterableDataset) else f"{len(train_data)} pictures"
+    where = f"{device}" if ranks.size == 1 else f"{ranks.size} ranks ({device.type})"
+    print(
+        f"Training U-Nets of {sizes} parameters at {pixels} pixels on {pictures}, on {where}.\n"
+        f"Training directory: {run.directory}"
+    )
+
+
+def _settings(args: argparse.Namespace, numbers: list[int]) -> TrainingSettings:
+    return TrainingSettings(
+        epochs=args.EPOCHS,
+        accumulate=args.ACCUM_ITER,
+        checkpoint_interval=args.CHCKPT_NUM,
+        unet_numbers=tuple(numbers),
+        seed=args.SEED,
+        max_grad_norm=args.MAX_GRAD_NORM,
+        ema_decay=args.EMA_DECAY,
+        precision=args.PRECISION,
+        min_snr_gamma=args.MIN_SNR_GAMMA,
+        max_seconds=args.MAX_SECONDS,
+        max_bad_steps=args.MAX_BAD_STEPS,
+        keep_last=args.KEEP_LAST,
+        keep_every=args.KEEP_EVERY,
+    )
+
+
+def _unet_numbers(args: argparse.Namespace, available: int, ranks: Ranks) -> list[int]:
+    chosen = args.UNET or ("all" if ranks.size == 1 else "1")
+    if chosen == "all":
+        return list(range(1, available + 1))
+    if not chosen.isdecimal() or not 1 <= int(chosen) <= available:
+        raise ValueError(f"--UNET must be a number from 1 to {available}, or all; got {chosen!r}")
+    return [int(chosen)]
+
+
+def _levels(text: str | None) -> list[int]:
+    words = [] if text is None else text.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"--CHECKPOINT_LEVELS must be numbers from 0 with commas between, got {text!r}")
+    return [int(word) for word in words]
+
+
+def _learning_rates(args: argparse.Namespace, numbers: list[int]) -> dict[int, float]:
+    if args.UNET_LRS is None:
+        return dict.fromkeys(numbers, args.OPTIM_LR)
+    try:
+        rates = [float(word) for word in args.UNET_LRS.split(",")]
+    except ValueError:
+        rates = []
+    if len(rates) != len(numbers):
+        raise ValueError(
+            f"--UNET_LRS must be {len(numbers)} numbers with commas between, one for each U-Net that is trained; got"
+            f" {args.UNET_LRS!r}"
         )
-    else:
-        dataset = FolderDataset(
-            args.DATA,
-            side_length=args.IMG_SIDE_LEN,
-            encoder_name=args.T5_NAME,
-            max_length=args.MAX_NUM_WORDS,
-            captions=captions,
-        )
-    return split_train_valid(dataset, args.TRAIN_VALID_FRAC, args.VALID_NUM)
+    return dict(zip(numbers, rates, strict=True))
+
+
+def _loaders(
+    args: argparse.Namespace, train_data: Any, valid_data: Any, device: torch.device, ranks: Ranks
+) -> tuple[Any, ShardedLoader]:
+    options = {
+        "seed": args.SEED,
+        "rank": ranks.rank,
+        "ranks": ranks.size,
+        "num_workers": args.NUM_WORKERS,
+        "pin_memory": device.type == "cuda",
+        "max_bad_fraction": args.MAX_BAD_FRACTION,
+    }
+    kind = StreamedLoader if isinstance(train_data, IterableDataset) else ShardedLoader
+    # The last, smaller batch counts too where there is nothing to be compared between batches.
+    valid = ShardedLoader(valid_data, args.BATCH_SIZE, shuffle=False, drop_last=False, **options)
+    return kind(train_data, args.BATCH_SIZE, **options), valid
+
+
+def _shard(imagen: Imagen, numbers: list[int], ranks: Ranks, device: torch.device, how: str) -> None:
+    # Gathering the weights of a block is not for torch.compile to trace.
+    imagen.accelerate(compile="off")
+    for number in numbers:
+        shard(imagen._get_unet(number), ranks, device, how)
 
 
 def _model(args: argparse.Namespace) -> tuple[Imagen, list[dict[str, Any]], dict[str, Any]]:

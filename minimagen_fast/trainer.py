@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .ema import EMA
-from .given_loader import GivenLoader, Loader, failures_of
+from .given_loader import GivenLoader, failures_of
 from .image_random import image_seeds
 from .Imagen import Imagen
 from .interrupts import TimeLimitExceeded, has_time_limit, time_limit, uninterrupted
+from .loading import Loader
 from .parallel import TrainedUnet, full
 from .ranks import Ranks
 from .settings import TrainingSettings

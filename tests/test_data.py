@@ -223,6 +223,60 @@ def test_numbers_are_checked(server, option):
         web(server, ["rgb"], **{option: 0})
 
 
+# Cropping and mirroring
+
+
+def _wide(tmp_path, **options):
+    """A folder of one picture of three squares, red, green and blue."""
+    wide = Image.new("RGB", (30, 10), (255, 0, 0))
+    wide.paste((0, 255, 0), (10, 0, 20, 10))
+    wide.paste((0, 0, 255), (20, 0, 30, 10))
+    wide.save(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_text("three colours")
+    return FolderDataset(tmp_path, side_length=10, encoder_name="word_count", **options)
+
+
+@pytest.mark.parametrize("share, color", [(0.0, 0), (0.5, 1), (0.999, 2)])
+def test_a_random_crop_may_be_anywhere(tmp_path, share, color):
+    image = _wide(tmp_path, crop="random").item(0, (share, 0.3, 0.0))["image"]
+    assert torch.allclose(image, torch.eye(3)[color][:, None, None].expand(3, 10, 10), atol=0.2)
+    upright = Image.open(tmp_path / "x.png").rotate(-90, expand=True)
+    upright.save(tmp_path / "x.png")
+    dataset = FolderDataset(tmp_path, side_length=10, encoder_name="word_count", crop="random")
+    assert torch.equal(dataset.item(0, (0.3, share, 0.0))["image"], image), "the same from top to bottom"
+
+
+def test_mirroring(tmp_path):
+    (tmp_path / "x.png").write_bytes(encoded(picture()))
+    (tmp_path / "x.txt").write_text("x")
+    plain, mirrored = (
+        FolderDataset(tmp_path, side_length=12, encoder_name="word_count", flip=flip) for flip in (False, True)
+    )
+    image = plain[0]["image"]
+    assert torch.equal(plain.item(0, (0, 0, 0))["image"], image)
+    assert torch.equal(mirrored.item(0, (0, 0, 0.5))["image"], image)
+    assert torch.allclose(mirrored.item(0, (0, 0, 0.49))["image"], image.flip(-1), atol=1e-6)
+    assert not torch.allclose(image, image.flip(-1), atol=0.1)
+
+
+def test_chance_is_drawn_only_where_it_is_needed(tmp_path):
+    dataset = _wide(tmp_path)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = dataset[0]["image"]
+    assert torch.equal(torch.get_rng_state(), before)
+    dataset.crop = "random"
+    images = torch.stack([dataset[0]["image"] for _ in range(10)])
+    assert len(images.unique(dim=0)) > 1 and torch.equal(dataset.unaugmented()[0]["image"], first)
+
+
+def test_pictures_from_the_web_can_be_cropped_too(server):
+    squeezed, cropped = (web(server, ["rgb"], crop=crop)[0]["image"] for crop in (None, "center"))
+    assert not torch.equal(squeezed, cropped) and cropped.min() == 0 and cropped.max() == 1
+    with pytest.raises(ValueError, match="crop must be one of center, random, or None, got 'left'"):
+        web(server, ["rgb"], crop="left")
+
+
 # Splitting
 
 

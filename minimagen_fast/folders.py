@@ -1,0 +1,190 @@
+"""A folder of captioned pictures."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from PIL import Image
+
+from .caption_store import CaptionStore
+from .captioned import CaptionedPictures
+from .decode import decode_image
+from .t5 import MAX_LENGTH
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class FolderDataset(CaptionedPictures):
+    """A folder of captioned pictures.
+
+    The captions stand in ``metadata.jsonl`` or ``metadata.csv`` with the fields ``file_name`` (relative to the folder)
+    and ``text``; without such a file, beside each picture ``x.jpg`` in a file ``x.txt``. Folders within are searched
+    too; files and folders whose name starts with a dot are not. Every picture must have a caption, and every caption a
+    picture. Items are like those of :class:`.data.MinimagenDataset`, but a picture is cropped to its middle square
+    before it is scaled, and its values are left as they are.
+
+    Args:
+        directory: The folder.
+        side_length: Side length in pixels to scale the pictures to.
+        encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
+        max_length: Number of tokens after which a caption is cut off.
+        captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
+        crop: 'center' (the default) or 'random': which of the largest squares of a picture to take.
+        flip: Whether to mirror every second picture, left to right, at random.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it holds no captioned picture, both metadata files, a picture without a caption or a caption
+            without a picture, or an entry that cannot be read or points outside the folder; or if the captions were
+            encoded otherwise.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        side_length: int,
+        encoder_name: str,
+        max_length: int = MAX_LENGTH,
+        captions: CaptionStore | None = None,
+        crop: str | None = None,
+        flip: bool = False,
+    ):
+        super().__init__(
+            side_length=side_length,
+            encoder_name=encoder_name,
+            max_length=max_length,
+            captions=captions,
+            crop=crop,
+            flip=flip,
+        )
+        self.directory = Path(directory).absolute()
+        if not self.directory.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.directory}")
+        self.entries = _entries(self.directory)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def all_captions(self) -> Iterator[str]:
+        return (caption for _, caption in self.entries)
+
+    def _row(self, key: int) -> tuple[str, str]:
+        file, caption = self.entries[key]
+        return caption, file
+
+    def _picture(self, source: str) -> Image.Image:
+        return decode_image((self.directory / source).read_bytes())
+
+
+def _entries(directory: Path) -> list[tuple[str, str]]:
+    """(file name, caption) of every picture of a folder, checked."""
+    problems: list[str] = []
+    jsonl, table = directory / "metadata.jsonl", directory / "metadata.csv"
+    files = visible_files(directory)
+    if jsonl.is_file() and table.is_file():
+        raise ValueError(f"{directory} has both {jsonl.name} and {table.name}: keep one")
+    if jsonl.is_file():
+        entries = _from_metadata(jsonl, _json_rows(jsonl, problems), files, problems)
+    elif table.is_file():
+        entries = _from_metadata(table, _csv_rows(table, problems), files, problems)
+    else:
+        entries = _from_pairs(directory, files, problems)
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:5])
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the captions of {directory} cannot all be used:\n{shown}{more}")
+    if not entries:
+        raise ValueError(
+            f"{directory} holds no captioned pictures: it needs metadata.jsonl or metadata.csv with file_name and"
+            f" text, or a caption x.txt beside each picture x{'/'.join(IMAGE_SUFFIXES)}"
+        )
+    return entries
+
+
+def visible_files(directory: Path) -> list[PurePosixPath]:
+    """Every file below a folder, relative to it; systems leave hidden ones that only look like pictures."""
+    files = []
+    for parent, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(parent).relative_to(directory)
+        files += [PurePosixPath(below, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def is_picture(file: PurePosixPath) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _text(file: Path, problems: list[str]) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(f"{file.name} is not UTF-8 text ({error})")
+        return ""
+
+
+def _json_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
+    rows = []
+    # Not splitlines(), which also breaks at the separators that JSON allows inside a string.
+    for number, line in enumerate(_text(file, problems).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"line {number}", json.loads(line)))
+        except ValueError as error:
+            problems.append(f"{file.name}, line {number}: not JSON ({error})")
+    return rows
+
+
+def _csv_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(_text(file, problems), newline=""))
+    try:
+        return [(f"line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        problems.append(f"{file.name}, line {reader.line_num}: not CSV ({error})")
+        return []
+
+
+def _from_metadata(
+    file: Path, rows: list[tuple[str, Any]], files: list[PurePosixPath], problems: list[str]
+) -> list[tuple[str, str]]:
+    entries = []
+    for place, row in rows:
+        name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            problems.append(f"{file.name}, {place}: needs file_name and text, both strings")
+        elif not is_below(name):
+            problems.append(f"{file.name}, {place}: {name!r} is outside the folder")
+        elif "\0" in name or not (file.parent / name).is_file():
+            problems.append(f"{file.name}, {place}: there is no file {name!r}")
+        else:
+            entries.append((name, text))
+    if not problems:
+        named = {PurePosixPath(name) for name, _ in entries}
+        problems += [f"{path} is not in {file.name}" for path in files if is_picture(path) and path not in named]
+    return entries
+
+
+def is_below(name: str) -> bool:
+    """Whether a name stays in the folder on every system. Links in the folder are its owner's business."""
+    windows = PureWindowsPath(name)
+    return not (windows.drive or windows.root or ".." in windows.parts)
+
+
+def _from_pairs(directory: Path, files: list[PurePosixPath], problems: list[str]) -> list[tuple[str, str]]:
+    entries = []
+    captions = {path for path in files if path.suffix == ".txt"}
+    for picture in filter(is_picture, files):
+        caption = picture.with_suffix(".txt")
+        if caption in captions:
+            entries.append((str(picture), _text(directory / caption, problems).strip()))
+        else:
+            problems.append(f"{picture} has no caption file {caption.name} beside it")
+    alone = captions - {path.with_suffix(".txt") for path in files if is_picture(path)}
+    problems += [f"{caption} has no picture beside it" for caption in sorted(alone)]
+    return entries

@@ -1,0 +1,75 @@
+"""Optimizer and learning rate of a training at scale."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from .Imagen import Imagen
+
+__all__ = ["SCHEDULES", "build_optimizer", "learning_rate_schedule"]
+
+SCHEDULES = ("constant", "cosine")
+
+
+def build_optimizer(imagen: Imagen, rates: Mapping[int, float], weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """Adam, or with weight decay AdamW (Loshchilov and Hutter, 2019), for some U-Nets of a cascade.
+
+    Args:
+        imagen: The Imagen, on its device, and sharded if it is to be.
+        rates: Learning rate by number of the U-Net, from 1. The others are not trained.
+        weight_decay: Share of a weight that is taken off it in a step, times the learning rate; at least 0.
+
+    Raises:
+        ValueError: a learning rate is not positive, or the weight decay is negative.
+    """
+    if bad := {number: rate for number, rate in rates.items() if not rate > 0}:
+        raise ValueError(f"learning rates must be positive, got {bad}")
+    if weight_decay < 0:
+        raise ValueError(f"WEIGHT_DECAY must be at least 0, got {weight_decay}")
+    groups = [{"params": list(imagen.unets[n - 1].parameters()), "lr": rate} for n, rate in rates.items()]
+    # All parameters in one launch, where there is a kernel for that.
+    fused = imagen.device.type in ("cuda", "cpu")
+    if weight_decay:
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
+    return torch.optim.Adam(groups, fused=fused)
+
+
+def learning_rate_schedule(
+    optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int, total_steps: int | None
+) -> torch.optim.lr_scheduler.LambdaLR | None:
+    """Linear warm-up, then constant or a cosine down to 0 (Loshchilov and Hutter, "SGDR", 2017, without restarts).
+
+    Args:
+        optimizer: Whose learning rates are scheduled.
+        kind: ``constant`` or ``cosine``.
+        warmup_steps: Steps until the learning rate is reached, at least 0.
+        total_steps: Step at which the cosine ends; needed for it alone.
+
+    Returns:
+        The schedule; None if there is nothing to schedule.
+
+    Raises:
+        ValueError: an argument is out of range or missing.
+    """
+    if kind not in SCHEDULES:
+        raise ValueError(f"LR_SCHEDULE must be {' or '.join(SCHEDULES)}, got {kind!r}")
+    if warmup_steps < 0:
+        raise ValueError(f"WARMUP_STEPS must be at least 0, got {warmup_steps}")
+    if kind == "cosine" and (total_steps is None or total_steps <= warmup_steps):
+        raise ValueError(
+            f"a cosine schedule needs to know the number of steps, more than the {warmup_steps} of the warm-up; got"
+            f" {total_steps}: give TOTAL_STEPS"
+        )
+    if kind == "constant" and not warmup_steps:
+        return None
+
+    def factor(step: int) -> float:
+        warm = min((step + 1) / max(warmup_steps, 1), 1.0)
+        if kind == "constant":
+            return warm
+        assert total_steps is not None
+        progress = min(max(step - warmup_steps, 0) / (total_steps - warmup_steps), 1.0)
+        return warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

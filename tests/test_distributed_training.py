@@ -1,0 +1,145 @@
+"""Training on several ranks: the same as on one, however the work is shared out."""
+
+import pytest
+import torch
+from rank_processes import run_ranks
+from training_runs import Pictures, make_imagen, state_of
+
+from minimagen_fast.loading import ShardedLoader
+from minimagen_fast.parallel import full, shard
+from minimagen_fast.ranks import open_ranks
+from minimagen_fast.settings import TrainingSettings
+from minimagen_fast.trainer import Trainer
+
+CPU = torch.device("cpu")
+# Sums over a batch are made in another order on every number of ranks.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def train(folder, *, how="ddp", epochs=2, missing=(), restart=None, stages=1, batch_size=8, levels=(), **settings):
+    """Trains; returns the losses of all steps, the weights, and what this rank holds of the optimizer's states."""
+    with open_ranks(CPU) as ranks:
+        imagen = make_imagen(stages)
+        imagen.accelerate(checkpoint_levels=levels)
+        if how != "ddp":
+            for unet in imagen.unets:
+                shard(unet, ranks, CPU, how)
+        # With the usual eps the first steps have the sign of a gradient, however small: rounding would decide.
+        optimizer = torch.optim.AdamW(imagen.parameters(), lr=1e-2, eps=1e-2, foreach=True)
+        losses = []
+        options = {"seed": 3, "rank": ranks.rank, "ranks": ranks.size}
+        trainer = Trainer(
+            TrainingSettings(epochs=epochs, **{"seed": 5, "ema_decay": 0.9, "max_grad_norm": 0.3, **settings}),
+            imagen,
+            optimizer,
+            ShardedLoader(Pictures(16, missing=missing), batch_size, **options),
+            ShardedLoader(Pictures(5, seed=2), 4, shuffle=False, drop_last=False, **options),
+            folder,
+            timestamp="1",
+            ranks=ranks,
+            restart_directory=restart,
+            callback=lambda step: losses.append(step.loss),
+            progress=False,
+        )
+        assert trainer.run() == "done"
+        weights = {name: full(value.detach()).clone() for name, value in imagen.named_parameters()}
+        held = sum(
+            (value.to_local() if hasattr(value, "to_local") else value).numel()
+            for state in optimizer.state.values()
+            for key, value in state.items()
+            if key == "exp_avg"
+        )
+    return losses, {name: value.numpy() for name, value in weights.items()}, held, trainer.best_losses[1]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("alone"))
+
+
+def agree(one, other):
+    torch.testing.assert_close(torch.tensor(one[0]), torch.tensor(other[0]), **CLOSE)
+    for name, value in one[1].items():
+        torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(other[1][name]), **CLOSE)
+    assert one[3] == pytest.approx(other[3], rel=1e-3)
+
+
+def four_ranks(folder):
+    """Every way in which four ranks can train, one after the other."""
+    with open_ranks(CPU):
+        return all_ways(folder)
+
+
+def all_ways(folder):
+    return {
+        "ddp": train(folder / "ddp"),
+        "fsdp": train(folder / "fsdp"),
+        "half": train(folder / "half", how="fsdp", epochs=1),
+        "accumulated": train(folder / "accumulated", how="fsdp", batch_size=4, accumulate=2, epochs=1),
+        "accumulated ddp": train(folder / "accumulated ddp", batch_size=4, accumulate=3, epochs=1),
+        "missing": train(folder / "missing", missing=range(3, 16), epochs=1),
+        "missing sharded": train(folder / "missing sharded", how="fsdp", missing=range(3, 16), epochs=1),
+        "checkpointed": train(folder / "checkpointed", how="fsdp", levels=(0, 1), epochs=1),
+        "both": train(folder / "both", stages=2, epochs=1, min_snr_gamma=5.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("four")
+
+
+@pytest.fixture(scope="module")
+def four(folder):
+    return run_ranks(four_ranks, 4, folder)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_four_ranks_train_as_one_does(four, alone, how):
+    for result in four:
+        agree(result[how], alone)
+        assert len(result[how][0]) == 4
+
+
+def test_sharded_ranks_hold_a_quarter_of_the_states_each(four, alone):
+    held = [result["half"][2] for result in four]
+    assert sum(held) == alone[2] and max(held) < 0.4 * alone[2]
+
+
+@pytest.mark.parametrize("how, batch_size, accumulate", [("accumulated", 4, 2), ("accumulated ddp", 4, 3)])
+def test_accumulated_gradients(four, tmp_path, how, batch_size, accumulate):
+    expected = train(tmp_path, batch_size=batch_size, accumulate=accumulate, epochs=1)
+    agree(four[0][how], expected)
+    agree(four[3][how], expected)
+
+
+@pytest.mark.parametrize("how", ["missing", "missing sharded"])
+def test_images_that_could_not_be_had_leave_the_mean_right(four, tmp_path, how):
+    agree(four[0][how], train(tmp_path, missing=range(3, 16), epochs=1))
+
+
+def test_sharded_weights_are_gathered_again_for_what_is_computed_twice(four):
+    assert four[1]["checkpointed"][0] == pytest.approx(four[1]["half"][0], rel=1e-5)
+
+
+def test_two_unets_and_weighted_timesteps(four, tmp_path):
+    agree(four[0]["both"], train(tmp_path, stages=2, epochs=1, min_snr_gamma=5.0))
+
+
+def resumed_on_two(folder, out):
+    with open_ranks(CPU):
+        return {
+            "fsdp": train(out / "fsdp", how="fsdp", restart=folder / "half"),
+            "ddp": train(out / "ddp", restart=folder / "half"),
+        }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_of_four_sharded_ranks_is_continued_on_another_number(four, alone, folder, tmp_path, ranks):
+    if ranks == 1:
+        results = {"ddp": train(tmp_path, restart=folder / "half")}
+    else:
+        results = run_ranks(resumed_on_two, 2, folder, tmp_path)[1]
+    for result in results.values():
+        agree((alone[0][2:], *alone[1:]), result)
+    assert state_of(folder / "half")["position"]["epoch"] == 1

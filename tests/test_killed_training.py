@@ -1,0 +1,217 @@
+"""Training that is killed without warning, and checkpoints that are damaged or do not fit on the disk."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import start
+from training_runs import Pictures, identical, make_imagen, state_of
+
+from minimagen_fast.loading import ShardedLoader
+from minimagen_fast.ranks import Ranks
+from minimagen_fast.settings import TrainingSettings
+from minimagen_fast.snapshots import SnapshotError, Snapshots
+from minimagen_fast.stopping import stop_on_signals
+from minimagen_fast.trainer import Trainer
+
+KILLS = 20
+
+
+def make_trainer(folder, **options):
+    imagen = make_imagen()
+    optimizer = torch.optim.AdamW(imagen.parameters(), lr=1e-3, fused=True)
+    settings = {"epochs": 6, "checkpoint_interval": 1, "seed": 5, "ema_decay": 0.9, "keep_last": 2, "accumulate": 2}
+    continued = (folder / "checkpoints" / "latest").is_file()
+    given = {name: options.pop(name) for name in ("stop", "callback") if name in options}
+    return Trainer(
+        TrainingSettings(**{**settings, **options}),
+        imagen,
+        optimizer,
+        ShardedLoader(Pictures(16), 2, seed=3),
+        ShardedLoader(Pictures(2, seed=2), 2, seed=3, shuffle=False),
+        folder,
+        timestamp="1",
+        lr_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40),
+        restart_directory=folder if continued else None,
+        progress=False,
+        **given,
+    )
+
+
+def train(folder, **options):
+    """Trains in a folder, from where it was left; keeps the losses in a file, so that none is lost."""
+
+    def note(step):
+        with open(folder / "losses.txt", "a") as file:
+            file.write(f"{step.epoch} {step.batch} {step.loss!r}\n")
+
+    folder.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    return make_trainer(folder, callback=note, **options).run()
+
+
+def losses(folder):
+    """Loss by epoch and batch; every time it was computed it must have been the same."""
+    found = {}
+    for line in (folder / "losses.txt").read_text().splitlines():
+        words = line.split()
+        if len(words) == 3:  # a kill may cut the last line
+            found.setdefault(tuple(words[:2]), set()).add(float(words[2]))
+    assert all(len(values) == 1 for values in found.values())
+    return found
+
+
+def part_of(folder):
+    return next((folder / "checkpoints").glob(".step_*.part"), None)
+
+
+def test_killed_twenty_times_it_ends_with_the_same_losses_and_weights(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    (process,) = [start(train, whole)]
+    process.join()
+    assert process.exitcode == 0
+    chance, inside = random.Random(0), 0
+    for kill in range(KILLS):
+        process = start(train, killed)
+        # Half of them while a checkpoint is being written, the others at any moment.
+        begun = time.monotonic()
+        before = len((killed / "losses.txt").read_text()) if (killed / "losses.txt").is_file() else 0
+        while process.is_alive() and time.monotonic() - begun < 60:
+            moved = (killed / "losses.txt").is_file() and len((killed / "losses.txt").read_text()) > before
+            if moved and (kill % 2 or part_of(killed)):
+                break
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        inside += part_of(killed) is not None
+        process.kill()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)
+    (process,) = [start(train, killed)]
+    process.join()
+    assert process.exitcode == 0
+    assert inside >= 3, "too few of the kills fell into a save"
+    assert losses(killed) == losses(whole)
+    ends = [state_of(folder) for folder in (killed, whole)]
+    for part in ("tensors", "optimizer", "averages", "lr_scheduler", "best_losses", "position"):
+        assert identical(ends[0][part], ends[1][part]), part
+    for name in ("tmp/unet_0_tmp.pth", "state_dicts/unet_0_state_1.pth"):
+        assert identical(*(torch.load(folder / name, weights_only=True) for folder in (killed, whole)))
+
+
+@pytest.fixture
+def snapshots(tmp_path):
+    return Snapshots(tmp_path / "checkpoints", Ranks(), keep_last=3)
+
+
+def saved_steps(snapshots, *steps):
+    for step in steps:
+        snapshots.save(step, {"weight": torch.full((1000,), float(step))}, {"step": step}, {"rank": 0})
+    snapshots.finish()
+
+
+def weight(saved):
+    tensors = {"weight": torch.zeros(1000)}
+    saved.read_into(tensors, Ranks())
+    return tensors["weight"][0].item()
+
+
+@pytest.mark.parametrize("file", ["*.distcp", ".metadata", "values.pth", "rank_00000.pth", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(snapshots, file, damage):
+    saved_steps(snapshots, 1, 2)
+    (path,) = (snapshots.folder / "step_000000002").glob(file)
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        flipped = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else flipped)
+    if (file, damage) == ("manifest.json", "changed"):  # a digest is another one
+        assert path.read_bytes() != content
+    with pytest.warns(UserWarning, match="step_000000002 is damaged .*step_000000001 is used instead"):
+        saved = snapshots.newest()
+    assert (saved.step, saved.values, weight(saved)) == (1, {"step": 1}, 1.0)
+
+
+def test_what_was_saved_is_that_moment_and_not_what_came_after(snapshots):
+    value = torch.zeros(100_000)
+    snapshots.save(1, {"weight": value}, {}, {})
+    value.add_(1)
+    snapshots.finish()
+    tensors = {"weight": torch.full((100_000,), 7.0)}
+    snapshots.newest().read_into(tensors, Ranks())
+    assert not tensors["weight"].any()
+
+
+def test_old_checkpoints_go_but_for_every_so_many_steps(tmp_path):
+    snapshots = Snapshots(tmp_path / "checkpoints", Ranks(), keep_last=2, keep_every=4)
+    saved_steps(snapshots, *range(1, 11))
+    names = sorted(path.name for path in snapshots.folder.iterdir())
+    assert names == ["latest", "step_000000004", "step_000000008", "step_000000009", "step_000000010"]
+
+
+def test_the_same_step_twice_and_what_a_kill_has_left(snapshots):
+    saved_steps(snapshots, 3)
+    (snapshots.folder / ".step_000000009.part").mkdir()
+    saved_steps(snapshots, 3)
+    assert not part_of(snapshots.folder.parent)
+    assert snapshots.newest().path.name == "step_000000003_1"
+    (snapshots.folder / "latest").unlink()
+    assert snapshots.newest().path.name == "step_000000003_1", "without the pointer the newest counts"
+
+
+def limited(folder, size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    snapshots = Snapshots(folder, Ranks())
+    snapshots.save(2, {"weight": torch.zeros(1_000_000)}, {}, {})
+    try:
+        snapshots.finish()
+    except SnapshotError as error:
+        assert "before it are whole" in str(error) and os.strerror(errno.EFBIG) in str(error)
+        os._exit(7)
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint_whole(snapshots):
+    saved_steps(snapshots, 1)
+    process = start(limited, snapshots.folder, 1_000_000)
+    process.join()
+    assert process.exitcode == 7
+    assert snapshots.newest().step == 1
+    assert sorted(path.name for path in snapshots.folder.iterdir()) == ["latest", "step_000000001"]
+
+
+def test_a_training_whose_checkpoint_fails_ends_with_that_error(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(
+        "minimagen_fast.snapshots.file_digest", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space"))
+    )
+    with pytest.raises(SnapshotError, match="no space"), pytest.warns(UserWarning, match="could not be saved"):
+        trainer.run()
+    assert trainer.position.epoch == 0, "it did not go on until the end"
+
+
+def stopping(folder, number):
+    torch.set_num_threads(1)
+    with stop_on_signals() as stop:
+        trainer = make_trainer(folder, stop=stop, epochs=1000, callback=lambda step: (folder / "begun").touch())
+        why = trainer.run()
+        os._exit(75 if why == "stopped" and stop.why == signal.Signals(number).name else 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_step_and_ends_the_training(tmp_path, number):
+    process = start(stopping, tmp_path, number)
+    while process.is_alive() and not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 75
+    assert f"Stopped ({number.name})" in Path(tmp_path, "training_progess.txt").read_text()
+    assert state_of(tmp_path)["position"]["step"] >= 0

@@ -261,9 +261,11 @@ class Trainer:
                     self._checkpoint(epoch, done)
             else:
                 with uninterrupted():
+                    step = self.position.step
                     if self.group:
                         self._step()
-                    self.position = self._start_of(epoch + 1, self.position.step)
+                        step += 1
+                    self.position = self._start_of(epoch + 1, step)
                 if not self.loss_count:
                     self._say(f"No batch of epoch {epoch + 1} could be used: check the data set.")
                 why = self._reason_to_end()

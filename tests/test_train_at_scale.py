@@ -1,0 +1,214 @@
+"""`minimagen-fast train` on several processes: started by torchrun, stopped, continued, and when a process is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_processes import start_ranks
+from training_runs import state_of
+
+from minimagen_fast import cli, shapes
+from minimagen_fast.generate import load_minimagen
+from minimagen_fast.train_command import DIVERGED, RANK_LOST
+from minimagen_fast.training import create_directory, get_minimagen_parser, save_training_info
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"dim": 8, "dim_mults": [1, 2], "num_resnet_blocks": 1, "layer_attns": False, "layer_cross_attns": False}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of captioned pictures, their captions, and a description of a small cascade."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    kinds = product(list(shapes.COLORS)[:4], list(shapes.SHAPES)[:3], list(shapes.BACKGROUNDS)[:2])
+    for number, kind in enumerate(kinds):
+        shapes.draw(*kind, 32, rng).save(folder / "pictures" / f"{number:02d}.png")
+        (folder / "pictures" / f"{number:02d}.txt").write_text(shapes.caption(*kind))
+    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "32", "-t", "25"])
+    unets = [SMALL, {**SMALL, "lowres_cond": True}]
+    save_training_info(args, "1", unets, {"image_sizes": [16, 32]}, 0.0, create_directory(folder / "model"))
+    words = ["encode-captions", "--DATA", str(folder / "pictures"), "--OUT", str(folder / "captions")]
+    assert cli.main([*words, "-t5", "t5_tiny", "-mw", "32"]) == 0
+    return folder
+
+
+def command(data, out, *further):
+    words = ["train", "-p", str(data / "model" / "parameters"), "--DATA", str(data / "pictures")]
+    words += ["--CAPTIONS", str(data / "captions"), "-t5", "t5_tiny", "-mw", "32", "-s", "32", "-t", "25", "-b", "4"]
+    return [*words, "-f", "0.84", "--OUT", str(out), "--DEVICE", "cpu", *further]
+
+
+def call(words, folder):
+    """What a rank does in these tests: the command, with what it says on stderr kept in a file."""
+    with open(folder / f"stderr_{os.environ['RANK']}", "w", buffering=1) as file:
+        sys.stderr = file
+        os._exit(cli.main(words))
+
+
+def said(folder, rank):
+    return (folder / f"stderr_{rank}").read_text()
+
+
+def when_trained(folder, processes, batches=1):
+    """Waits until some batches are done; an epoch is a few of them."""
+    progress = folder / "run" / "checkpoints" / "latest"
+    while not progress.exists():
+        assert all(process.is_alive() for process in processes), said(folder, 0) + said(folder, 1)
+        time.sleep(0.02)
+
+
+def test_under_torchrun_on_a_captioned_folder_with_encoded_captions(data, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINIMAGEN_FAST_CACHE": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = command(data, tmp_path / "run", "-e", "2", "--PARALLEL", "fsdp", "--EMA_DECAY", "0.9", "-ai", "2")
+    words += ["--WARMUP_STEPS", "2", "--LR_SCHEDULE", "cosine", "--MIN_SNR_GAMMA", "5", "--CHECKPOINT_LEVELS", "0"]
+    done = subprocess.run(
+        [*torchrun, "-m", "minimagen_fast", *words], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20 pictures, on 2 ranks (cpu)" in done.stdout
+    run = tmp_path / "run"
+    assert not (tmp_path / "cache").exists(), "no text encoder was needed"
+    assert json.loads((run / "ended.json").read_text()) == {"why": "done", "step": 6, "epoch": 2}
+    config = json.loads((run / "config.json").read_text())
+    assert (config["batch_size"], config["ranks"], config["parallel"], config["unet_number"]) == (4, 2, "fsdp", 1)
+    state = state_of(run)
+    assert state["position"]["step"] == 6 and state["lr_scheduler"]["state"]["last_epoch"] == 6
+    assert any(name.startswith("averages.1.") for name in state["tensors"])
+    assert load_minimagen(run).image_sizes == (16, 32)
+
+    # The same command goes on, on one process.
+    words[words.index("-e") + 1] = "3"
+    for flag in ("--PARALLEL",):
+        del words[words.index(flag) : words.index(flag) + 2]
+    assert cli.main([*words, "--UNET", "1"]) == 0
+    assert state_of(run)["position"]["step"] == 9
+    assert (run / "training_progess.txt").read_text().count("Continuing") == 1
+
+
+@pytest.mark.parametrize("to", [0, 1])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(data, tmp_path, to):
+    words = command(data, tmp_path / "run", "-e", "10000", "-cn", "2")
+    processes = start_ranks(call, 2, words, tmp_path)
+    when_trained(tmp_path, processes)
+    os.kill(processes[to].pid, signal.SIGTERM)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [75, 75], said(tmp_path, 0) + said(tmp_path, 1)
+    ended = json.loads((tmp_path / "run" / "ended.json").read_text())
+    assert ended["why"] == "stopped"
+    assert state_of(tmp_path / "run")["position"]["step"] == ended["step"]
+
+
+def test_a_lost_rank_is_said_and_the_training_can_go_on(data, tmp_path):
+    words = command(data, tmp_path / "run", "-e", "10000", "-cn", "2")
+    processes = start_ranks(call, 2, words, tmp_path)
+    when_trained(tmp_path, processes)
+    processes[1].kill()
+    processes[0].join()
+    assert processes[0].exitcode == RANK_LOST, said(tmp_path, 0)
+    message = said(tmp_path, 0)
+    assert "rank 0: another process of this training has gone" in message and "--OUT" in message
+    step = state_of(tmp_path / "run")["position"]["step"]
+    assert step >= 2
+
+    words[words.index("-e") + 1] = "1"
+    assert cli.main([*words, "--UNET", "1"]) == 0, "there is nothing left to train, but it is taken up"
+    assert state_of(tmp_path / "run")["position"]["step"] >= step
+
+
+class Poisoned:
+    """Pictures of which some are not a number."""
+
+    def __init__(self, dataset, every):
+        self.dataset, self.every = dataset, every
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        item = dict(self.dataset[index])
+        if index % self.every == 0:
+            item["image"] = item["image"] * float("nan")
+        return item
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    def with_every(every):
+        from minimagen_fast import train_command
+
+        opened = train_command.open_data
+
+        def poisoning(args):
+            train, valid = opened(args)
+            return Poisoned(train, every), valid
+
+        monkeypatch.setattr(train_command, "open_data", poisoning)
+
+    return with_every
+
+
+def test_steps_without_finite_gradients_are_left_out_and_counted(data, tmp_path, poisoned):
+    poisoned(20)  # one picture, in one of five batches
+    words = command(data, tmp_path / "run", "-e", "1", "--UNET", "1")
+    assert cli.main(words) == 0
+    assert "1 optimizer steps whose gradients were not finite" in (tmp_path / "run/training_progess.txt").read_text()
+    state = state_of(tmp_path / "run")
+    assert state["bad_steps"] == 1 and state["position"]["step"] == 5
+    assert all(value.isfinite().all() for value in state["tensors"].values() if value.is_floating_point())
+    steps = {value.item() for name, value in state["tensors"].items() if name.startswith("optimizer.step.")}
+    assert steps == {4.0}, "Adam has not counted it either"
+
+
+def test_too_many_of_them_end_the_training_with_the_ids_and_a_checkpoint(data, tmp_path, poisoned, capsys):
+    poisoned(1)
+    words = command(data, tmp_path / "run", "-e", "3", "--UNET", "1", "--MAX_BAD_STEPS", "4")
+    before = torch.get_rng_state()
+    assert cli.main(words) == DIVERGED
+    torch.set_rng_state(before)
+    message = capsys.readouterr().err
+    assert "gradients of the last 4 optimizer steps were not finite" in message and "Traceback" not in message
+    ids = [int(word.strip("[],;")) for word in message.split("these batches: ")[1].split() if word[0] in "[0123456789"]
+    assert len(ids) == 16 and set(ids) <= set(range(24))
+    assert state_of(tmp_path / "run")["position"]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "further, message",
+    [
+        (["--UNET", "3"], "--UNET must be a number from 1 to 2, or all; got '3'"),
+        (["--UNET_LRS", "1e-3"], "--UNET_LRS must be 2 numbers"),
+        (["--CHECKPOINT_LEVELS", "a"], "--CHECKPOINT_LEVELS must be numbers"),
+        (["--LR_SCHEDULE", "cosine", "--WARMUP_STEPS", "1000"], "more than the 1000 of the warm-up"),
+        (["--EMA_DECAY", "1"], "ema_decay must lie in"),
+        (["--MIN_SNR_GAMMA", "0"], "min_snr_gamma must be positive"),
+        (["-b", "100"], "less than one batch of 100"),
+        (["--WEIGHT_DECAY", "-1"], "WEIGHT_DECAY must be at least 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(data, tmp_path, capsys, further, message):
+    assert cli.main(command(data, tmp_path / "run", *further)) == cli.MISUSED
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+def test_the_same_weights_whatever_the_learning_rates_of_other_unets(data, tmp_path):
+    both = command(data, tmp_path / "both", "-e", "1", "--UNET_LRS", "1e-3,1e-4", "--MAX_GRAD_NORM", "1e9")
+    one = command(data, tmp_path / "one", "-e", "1", "--UNET", "2", "-lr", "1e-4", "--MAX_GRAD_NORM", "1e9")
+    assert cli.main(both) == 0 and cli.main(one) == 0
+    files = [torch.load(tmp_path / name / "tmp" / "unet_1_tmp.pth", weights_only=True) for name in ("both", "one")]
+    for name, value in files[0].items():
+        torch.testing.assert_close(value, files[1][name], rtol=0, atol=1e-6)

@@ -1,16 +1,24 @@
 """Asking a training to stop where it can be gone on from: what a cluster does before it takes a machine away."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["STOPPED", "StopRequest", "stop_on_signals"]
+__all__ = ["STOPPED", "STOP_FILE", "StopRequest", "stop_on_signals"]
 
 #: Exit status of a training that was asked to stop and can be continued: EX_TEMPFAIL of sysexits.h, "try again".
 STOPPED = 75
 # SIGUSR1 is what Slurm's --signal is usually set to, SIGTERM what it and others send in the end.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+#: Name of the file in a training directory that asks for a stop too: signals do not reach every process everywhere.
+STOP_FILE = "stop"
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class StopRequest:
@@ -22,9 +30,25 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.why: str | None = None
+        self._file: Path | None = None
+        self._looked = float("-inf")
+
+    def watch(self, directory: Path) -> None:
+        """Takes a file ``stop`` in the directory for a request. One that is there already is an old one, and removed.
+
+        A training that torchrun has started once more after it was stopped is to stop again, though.
+        """
+        self._file = directory / STOP_FILE
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            self._file.unlink(missing_ok=True)
 
     @property
     def requested(self) -> bool:
+        """Whether anybody has asked. For a file it is looked every second at most."""
+        if self.why is None and self._file is not None and time.monotonic() - self._looked >= SECONDS_BETWEEN_LOOKS:
+            self._looked = time.monotonic()
+            if self._file.exists():
+                self.ask(f"by the file {self._file}")
         return self.why is not None
 
     def ask(self, why: str) -> None:

@@ -120,6 +120,8 @@ class Trainer:
         self.callback = callback
         self.progress = progress and self.ranks.first
         self.stop = StopRequest() if stop is None else stop
+        if self.ranks.first:
+            self.stop.watch(Path(directory))
         self.trained = [TrainedUnet(imagen, number, self.ranks) for number in self.numbers]
         averages = (
             {}

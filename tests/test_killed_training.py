@@ -215,3 +215,19 @@ def test_a_signal_saves_at_the_next_step_and_ends_the_training(tmp_path, number)
     assert process.exitcode == 75
     assert f"Stopped ({number.name})" in Path(tmp_path, "training_progess.txt").read_text()
     assert state_of(tmp_path)["position"]["step"] >= 0
+
+
+def test_a_file_stops_the_training_too_and_an_old_one_does_not(tmp_path):
+    (tmp_path / "stop").touch()
+    trainer = make_trainer(tmp_path, epochs=1000, callback=lambda step: step.epoch == 1 and (tmp_path / "stop").touch())
+    assert trainer.run() == "stopped"
+    assert trainer.position.epoch >= 1
+    assert "Stopped (by the file" in Path(tmp_path, "training_progess.txt").read_text()
+
+
+def test_a_training_that_torchrun_starts_again_after_a_stop_stops_again(tmp_path, monkeypatch):
+    (tmp_path / "stop").touch()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    trainer = make_trainer(tmp_path, epochs=1000)
+    assert trainer.run() == "stopped"
+    assert trainer.position.step == 0 and trainer.position.batch == 0, "a group of two batches was not finished"

@@ -178,11 +178,12 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     numbers = _unet_numbers(args, len(imagen.unets), ranks)
     settings = _settings(args, numbers)
     levels = _levels(args.CHECKPOINT_LEVELS)
-    if levels:
-        imagen.accelerate(checkpoint_levels=levels)
+    sharded = ranks.size > 1 and args.PARALLEL != "ddp"
+    # Gathering the weights of a block is not for torch.compile to trace.
+    imagen.accelerate(checkpoint_levels=levels, compile="off" if sharded else "auto")
     train_loader, valid_loader = _loaders(args, train_data, valid_data, device, ranks)
-    if ranks.size > 1 and args.PARALLEL != "ddp":
-        _shard(imagen, numbers, ranks, device, args.PARALLEL)
+    if sharded:
+        _shard(imagen, numbers, ranks, args)
     rates = _learning_rates(args, numbers)
     optimizer = build_optimizer(imagen, rates, args.WEIGHT_DECAY)
     batches = train_loader.batches_in_epoch
@@ -320,11 +321,11 @@ def _loaders(
     return kind(train_data, args.BATCH_SIZE, **options), valid
 
 
-def _shard(imagen: Imagen, numbers: list[int], ranks: Ranks, device: torch.device, how: str) -> None:
-    # Gathering the weights of a block is not for torch.compile to trace.
-    imagen.accelerate(compile="off")
+def _shard(imagen: Imagen, numbers: list[int], ranks: Ranks, args: argparse.Namespace) -> None:
+    # What autocast would make of the weights of a block is gathered so at once: half the bytes.
+    half = "bfloat16" in (args.PRECISION, imagen.acceleration.precision)
     for number in numbers:
-        shard(imagen._get_unet(number), ranks, device, how)
+        shard(imagen._get_unet(number), ranks, imagen.device, args.PARALLEL, torch.bfloat16 if half else None)
 
 
 def _model(args: argparse.Namespace) -> tuple[Imagen, list[dict[str, Any]], dict[str, Any]]:

@@ -23,7 +23,7 @@ def train(folder, *, how="ddp", epochs=2, missing=(), restart=None, stages=1, ba
         imagen.accelerate(checkpoint_levels=levels)
         if how != "ddp":
             for unet in imagen.unets:
-                shard(unet, ranks, CPU, how)
+                shard(unet, ranks, CPU, how, torch.bfloat16 if "precision" in settings else None)
         # With the usual eps the first steps have the sign of a gradient, however small: rounding would decide.
         optimizer = torch.optim.AdamW(imagen.parameters(), lr=1e-2, eps=1e-2, foreach=True)
         losses = []
@@ -79,6 +79,8 @@ def all_ways(folder):
         "accumulated ddp": train(folder / "accumulated ddp", batch_size=4, accumulate=3, epochs=1),
         "missing": train(folder / "missing", missing=range(3, 16), epochs=1),
         "missing sharded": train(folder / "missing sharded", how="fsdp", missing=range(3, 16), epochs=1),
+        "hybrid": train(folder / "hybrid", how="hybrid"),
+        "bfloat16": train(folder / "bfloat16", how="fsdp", precision="bfloat16"),
         "checkpointed": train(folder / "checkpointed", how="fsdp", levels=(0, 1), epochs=1),
         "both": train(folder / "both", stages=2, epochs=1, min_snr_gamma=5.0),
     }
@@ -91,14 +93,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(folder):
-    return run_ranks(four_ranks, 4, folder)
+    return run_ranks(four_ranks, 4, folder, local_ranks=2)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "hybrid"])
 def test_four_ranks_train_as_one_does(four, alone, how):
     for result in four:
         agree(result[how], alone)
         assert len(result[how][0]) == 4
+
+
+def test_weights_that_are_gathered_in_bfloat16(four, tmp_path):
+    expected = train(tmp_path, precision="bfloat16")
+    assert four[2]["bfloat16"][0] == pytest.approx(expected[0], rel=2e-2)
+    assert four[2]["bfloat16"][0] != pytest.approx(four[2]["fsdp"][0], rel=1e-6), "it was no bfloat16"
+    assert all(value.dtype == "float32" for value in four[2]["bfloat16"][1].values())
 
 
 def test_sharded_ranks_hold_a_quarter_of_the_states_each(four, alone):

@@ -35,7 +35,7 @@ class TrainingSettings:
             training is given up (counted after every so many steps, so between this and twice as many).
         keep_last: How many checkpoints to keep.
         keep_every: Also keep those whose number of optimizer steps is a multiple of this.
-        log_interval: Optimizer steps after which a line is written to ``log.jsonl``; None for no such file.
+        sample_interval: Optimizer steps after which pictures are sampled; None for none.
 
     Raises:
         ValueError: a value is out of range. The message names it.
@@ -55,7 +55,7 @@ class TrainingSettings:
     max_bad_steps: int = 10
     keep_last: int = 2
     keep_every: int | None = None
-    log_interval: int | None = None
+    sample_interval: int | None = None
 
     def __post_init__(self) -> None:
         if self.unet_numbers is not None:
@@ -66,7 +66,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if not _whole(value) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("keep_every", "log_interval"):
+        for name in ("keep_every", "sample_interval"):
             value = getattr(self, name)
             if value is not None and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, or None; got {value!r}")

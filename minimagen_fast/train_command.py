@@ -1,6 +1,7 @@
 """``minimagen-fast train``: from command line arguments to a training directory, on one process or many."""
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from .loading import ShardedLoader
 from .optimizers import SCHEDULES, build_optimizer, learning_rate_schedule
 from .parallel import CHOICES, shard
 from .ranks import DEFAULT_TIMEOUT, Ranks, as_lost, open_ranks
+from .sampled_prompts import sampled_prompts
 from .settings import TrainingSettings
 from .sources import add_data_arguments, open_data
 from .stopping import STOPPED, StopRequest, stop_on_signals
@@ -39,6 +41,7 @@ from .training import (
     save_training_info,
 )
 from .Unet import Base, BaseTest, Super, SuperTest, Unet
+from .watching import Watch
 
 COND_DROP_PROB = 0.15
 # Exit statuses: the numbers of sysexits.h, besides STOPPED.
@@ -77,6 +80,14 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--EMA_DECAY", type=float, help="keep, validate and save averaged weights, such as 0.9999")
     add("--MIN_SNR_GAMMA", type=float, help="weigh timesteps by min(SNR, gamma) / SNR, such as 5")
     add("--MAX_BAD_STEPS", type=int, default=10, help="steps in a row without finite gradients to give up after")
+    add = parser.add_argument_group("watching").add_argument
+    add("--LOG_INTERVAL", type=int, default=10, help="optimizer steps from line to line of log.jsonl (%(default)s)")
+    add("--TENSORBOARD", action="store_true", help="write for TensorBoard too")
+    add("--PEAK_TFLOPS", type=float, help="what one device can do at most, for the share of it that is reached")
+    add("--SAMPLE_INTERVAL", type=int, help="optimizer steps from one grid of sampled pictures to the next")
+    add("--SAMPLE_PROMPTS", help="captions to sample: a .txt file with one a line; else the validation pictures'")
+    add("--SAMPLE_STEPS", type=int, default=50, help="steps of each U-Net, with DDIM (%(default)s)")
+    add("--SAMPLE_COND_SCALE", type=float, default=3.0, help="guidance weight (%(default)s)")
     add = parser.add_argument_group("checkpoints").add_argument
     add("--KEEP_LAST", type=int, default=2, help="how many checkpoints to keep (%(default)s)")
     add("--KEEP_EVERY", type=int, help="also keep those at multiples of so many optimizer steps")
@@ -182,6 +193,11 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     # Gathering the weights of a block is not for torch.compile to trace.
     imagen.accelerate(checkpoint_levels=levels, compile="off" if sharded else "auto")
     train_loader, valid_loader = _loaders(args, train_data, valid_data, device, ranks)
+    sample = None
+    if args.SAMPLE_INTERVAL is not None:
+        if sharded:
+            raise ValueError(f"--SAMPLE_INTERVAL cannot be had with --PARALLEL {args.PARALLEL}: sample its checkpoints")
+        sample = sampled_prompts(args, imagen, numbers, valid_data, ranks)
     if sharded:
         _shard(imagen, numbers, ranks, args)
     rates = _learning_rates(args, numbers)
@@ -211,6 +227,16 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         )
         _introduce(imagen, numbers, train_data, device, ranks, run)
     ranks.wait()
+    watch = Watch(
+        run.directory,
+        imagen,
+        numbers,
+        ranks,
+        log_interval=args.LOG_INTERVAL,
+        steps=steps,
+        tensorboard=args.TENSORBOARD,
+        precision_peak_flops=None if args.PEAK_TFLOPS is None else args.PEAK_TFLOPS * 1e12,
+    )
     trainer = Trainer(
         settings,
         imagen,
@@ -223,6 +249,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         lr_scheduler=scheduler,
         restart_directory=run.restart,
         stop=stop,
+        watch=watch,
+        sample=sample,
     )
     try:
         why = trainer.run()
@@ -256,6 +284,10 @@ def _introduce(
 
 
 def _settings(args: argparse.Namespace, numbers: list[int]) -> TrainingSettings:
+    if args.LOG_INTERVAL < 1:
+        raise ValueError(f"LOG_INTERVAL must be at least 1, got {args.LOG_INTERVAL}")
+    if args.TENSORBOARD and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("--TENSORBOARD needs the package tensorboard: pip install 'minimagen_fast[tensorboard]'")
     return TrainingSettings(
         epochs=args.EPOCHS,
         accumulate=args.ACCUM_ITER,
@@ -270,6 +302,7 @@ def _settings(args: argparse.Namespace, numbers: list[int]) -> TrainingSettings:
         max_bad_steps=args.MAX_BAD_STEPS,
         keep_last=args.KEEP_LAST,
         keep_every=args.KEEP_EVERY,
+        sample_interval=args.SAMPLE_INTERVAL,
     )
 
 

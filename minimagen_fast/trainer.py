@@ -6,7 +6,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .settings import TrainingSettings
 from .snapshots import Saved, Snapshots
 from .stopping import StopRequest
 from .training_state import Owners, Position, gather, must_agree, take_over
+from .watching import Watch
 
 __all__ = ["Trainer", "TrainingDiverged", "TrainingStep"]
 
@@ -74,6 +75,9 @@ class Trainer:
         lr_scheduler: Learning rate scheduler, stepped once after each optimizer step.
         restart_directory: Training directory whose training is continued; may be `directory` itself.
         stop: What may ask the training to stop.
+        watch: What is told of every step; one on each rank.
+        sample: Samples pictures with the weights that the Imagen has, writes them to a file and says whether it did; on
+            all ranks.
         callback: Called after each batch for each trained U-Net; it costs a synchronisation with the device.
         progress: Whether to show a progress bar for each epoch, and messages.
 
@@ -95,6 +99,8 @@ class Trainer:
         lr_scheduler: Any = None,
         restart_directory: Path | None = None,
         stop: StopRequest | None = None,
+        watch: Watch | None = None,
+        sample: Callable[[Path], bool] | None = None,
         callback: Callable[[TrainingStep], None] | None = None,
         progress: bool = True,
     ) -> None:
@@ -118,6 +124,7 @@ class Trainer:
             )
         self.generators = getattr(train_loader, "generators", [])
         self.callback = callback
+        self.watch, self.sample = watch, sample
         self.progress = progress and self.ranks.first
         self.stop = StopRequest() if stop is None else stop
         if self.ranks.first:
@@ -195,14 +202,21 @@ class Trainer:
             Why it ended: ``done``, ``time`` or ``stopped``.
         """
         try:
+            if self.watch is not None:
+                self.watch.start(self.position.step, asdict(self.settings))
             ended = self._run()
             self.snapshots.finish()
+            self._note(f"ended: {ended}")
             return ended
         except BaseException as error:
+            self._note(f"{type(error).__name__}: {error}")
             # Saving needs all ranks; only of a divergence do all know.
             if self.ranks.size == 1 or isinstance(error, TrainingDiverged):
                 self._save_on_error(error)
             raise
+        finally:
+            if self.watch is not None:
+                self.watch.close()
 
     def _run(self) -> str:
         epochs = self.settings.epochs
@@ -251,7 +265,7 @@ class Trainer:
                 bar.update()
                 due = time.monotonic() - shown >= SECONDS_BETWEEN_SHOWN_LOSSES
                 if self.progress and due and self.losses is not None:
-                    bar.set_postfix(loss=f"{self.losses.mean().item() * self.ranks.size:.4f}")
+                    bar.set_postfix(self._shown(self.losses))
                     shown = time.monotonic()
                 if done == self.batches_in_epoch:  # the end of the epoch is dealt with below
                     continue
@@ -265,8 +279,8 @@ class Trainer:
                 with uninterrupted():
                     step = self.position.step
                     if self.group:
-                        self._step()
                         step += 1
+                        self._step(step, epoch, done)
                     self.position = self._start_of(epoch + 1, step)
                 if not self.loss_count:
                     self._say(f"No batch of epoch {epoch + 1} could be used: check the data set.")
@@ -277,7 +291,10 @@ class Trainer:
     def _agreed(self, batches: Iterator) -> Iterator[tuple[dict[str, Tensor] | None, int]]:
         """This rank's batches with the number of images of all ranks, until the first rank has no more."""
         while True:
+            began = time.perf_counter()
             batch = next(batches, _END)
+            if self.watch is not None and self.imagen.training and batch is not _END:
+                self.watch.waited(time.perf_counter() - began)
             own = 0 if batch is _END or not batch else len(batch["image"])
             images, ended = self.ranks.sum([own, batch is _END])
             if ended:
@@ -324,12 +341,15 @@ class Trainer:
             self.group += 1
             self.exchanged = last
             if self.group == self.settings.accumulate:
-                self._step()
-                rng = checkpoint.capture_rng(self.imagen.device, self.generators)
                 step = self.position.step + 1
+                self._step(step, epoch, index + 1)
+                rng = checkpoint.capture_rng(self.imagen.device, self.generators)
                 self.position = Position(
                     epoch, index + 1, step, self.position.epoch_rng, rng, self.loss_sums, self.loss_count
                 )
+            stepped = self.group == 0
+        if stepped:
+            self._sample_if_due(self.position.step)
         if self.callback is not None:
             seconds = time.monotonic() - self.started
             for number, loss in zip(self.numbers, self.ranks.sum_(losses.clone()).tolist(), strict=True):
@@ -366,23 +386,29 @@ class Trainer:
             This rank's contributions to the losses over the images of all ranks, float32, shape (trained U-Nets,).
         """
         # Gradients are averaged over ranks; weighed so, they are those of the mean over all images.
-        share = (len(batch["image"]) if batch else 0) / images
+        share = len(batch["image"]) / images if batch else 0.0
         losses = []
         for trained in self.trained:
             inputs, options = self._inputs(batch, trained.number, epoch)
             with trained.exchanging(exchange):
                 with self._autocast():
-                    loss = trained.loss(*inputs, **options)
+                    loss = trained.loss(*inputs, **options, **({"per_image": True} if self.watch is not None else {}))
+                if self.watch is not None:
+                    loss, times = loss
+                    own = len(loss) if share else 0
+                    self.watch.losses(trained.number, images, loss[:own], times[:own])
+                    loss = loss.mean()
                 if self.ranks.size > 1:
                     loss = loss * (share * self.ranks.size)
                 loss.backward()
             losses.append(loss.detach().float() / self.ranks.size)
         return torch.stack(losses)
 
-    def _step(self) -> None:
+    def _step(self, step: int, epoch: int, batch: int) -> None:
+        """The optimizer step with this number, after so many batches of the epoch."""
         if not self.exchanged:
             # A group that ended sooner than was known: an image that weighs nothing carries the gradients along.
-            self._backward(None, 1, 0, exchange=True)
+            self._backward(None, 0, 0, exchange=True)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if self.group > 1:
             torch._foreach_div_(gradients, self.group)
@@ -391,8 +417,12 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
-        self._optimize(~torch.isfinite(full(norm)))
+        norm = full(norm)
+        self._optimize(~torch.isfinite(norm))
         self._drop_gradients()
+        if self.watch is not None:
+            rates = [group["lr"] for group in self.owners.optimizer.param_groups]
+            self.watch.step(step, epoch, batch, norm, rates, self.bad_steps)
         if self.owners.lr_scheduler is not None:
             self.owners.lr_scheduler.step()
         for average in self.owners.averages.values():
@@ -473,6 +503,12 @@ class Trainer:
 
         In haste, which is when something waits to end the process, only the state is saved.
         """
+        with nullcontext() if self.watch is None else self.watch.paused():
+            losses = self._save_and_validate(epoch, done, in_haste)
+        if losses is not None and self.watch is not None:
+            self.watch.validation(self.position.step, dict(zip(self.numbers, losses, strict=True)))
+
+    def _save_and_validate(self, epoch: int | None, done: int, in_haste: bool) -> list[float] | None:
         if epoch is not None:
             self._log(f"Epoch {epoch + 1}, batch {done}: checkpoint.")
             if self.loss_count:
@@ -492,6 +528,17 @@ class Trainer:
             self._log_losses("Best validation loss", self.best_losses.values())
             self._tell("Validation loss " + self._listed(losses))
         self._log(f"Skipped: {self._skipped_so_far()}")
+        return losses
+
+    def _sample_if_due(self, step: int) -> None:
+        interval = self.settings.sample_interval
+        if self.sample is None or interval is None or step % interval:
+            return
+        path = self.directory / "samples" / f"step_{step:09d}.png"
+        with nullcontext() if self.watch is None else self.watch.paused(), self._averaged(), self._autocast():
+            written = self.sample(path)
+        if written and self.watch is not None:
+            self.watch.samples(step, path)
 
     def _validate_and_keep_best(self) -> list[float] | None:
         with self._averaged():
@@ -598,9 +645,9 @@ class Trainer:
                 stacklevel=4,
             )
             return
-        self._say(
-            f"Continuing {directory} in epoch {self.position.epoch + 1} after {self.position.batch} of its batches."
-        )
+        told = f"Continuing {directory} in epoch {self.position.epoch + 1} after {self.position.batch} of its batches."
+        self._say(told)
+        self._note(told)
 
     def _take_over(self, saved: Saved, directory: Path) -> None:
         values = saved.values
@@ -635,6 +682,15 @@ class Trainer:
             checkpoint.save(checkpoint.load(file), self._best_file(self.directory, number, self.timestamp))
 
     # What is said
+
+    def _note(self, text: str) -> None:
+        if self.watch is not None:
+            self.watch.event(self.position.step, text)
+
+    def _shown(self, losses: Tensor) -> dict[str, str]:
+        """What the progress bar shows."""
+        own = {"loss": f"{losses.mean().item() * self.ranks.size:.4f}"}
+        return own if self.watch is None else {**own, **self.watch.shown()}
 
     def _log(self, text: str) -> None:
         if not self.ranks.first:

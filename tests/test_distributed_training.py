@@ -1,5 +1,7 @@
 """Training on several ranks: the same as on one, however the work is shared out."""
 
+import json
+
 import pytest
 import torch
 from rank_processes import run_ranks
@@ -10,6 +12,7 @@ from minimagen_fast.parallel import full, shard
 from minimagen_fast.ranks import open_ranks
 from minimagen_fast.settings import TrainingSettings
 from minimagen_fast.trainer import Trainer
+from minimagen_fast.watching import Watch
 
 CPU = torch.device("cpu")
 # Sums over a batch are made in another order on every number of ranks.
@@ -18,6 +21,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 def train(folder, *, how="ddp", epochs=2, missing=(), restart=None, stages=1, batch_size=8, levels=(), **settings):
     """Trains; returns the losses of all steps, the weights, and what this rank holds of the optimizer's states."""
+    folder.mkdir(exist_ok=True)
     with open_ranks(CPU) as ranks:
         imagen = make_imagen(stages)
         imagen.accelerate(checkpoint_levels=levels)
@@ -38,6 +42,7 @@ def train(folder, *, how="ddp", epochs=2, missing=(), restart=None, stages=1, ba
             timestamp="1",
             ranks=ranks,
             restart_directory=restart,
+            watch=Watch(folder, imagen, range(1, stages + 1), ranks, log_interval=1, steps=None),
             callback=lambda step: losses.append(step.loss),
             progress=False,
         )
@@ -52,9 +57,17 @@ def train(folder, *, how="ddp", epochs=2, missing=(), restart=None, stages=1, ba
     return losses, {name: value.numpy() for name, value in weights.items()}, held, trainer.best_losses[1]
 
 
+def logged(folder):
+    """What the log says of every step that does not depend on the machine."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    return [(s["step"], s["epoch"], s["batch"], s["images"], s["grad_norm"], s["unets"]) for s in steps]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("alone"))
+    folder = tmp_path_factory.mktemp("alone")
+    return *train(folder), folder
 
 
 def agree(one, other):
@@ -101,6 +114,22 @@ def test_four_ranks_train_as_one_does(four, alone, how):
     for result in four:
         agree(result[how], alone)
         assert len(result[how][0]) == 4
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "missing"])
+def test_the_log_says_the_same(four, alone, folder, tmp_path, how):
+    if how == "missing":
+        train(tmp_path, missing=range(3, 16), epochs=1)
+    expected = logged(tmp_path if how == "missing" else alone[4])
+    found = logged(folder / how)
+    assert [line[:4] for line in found] == [line[:4] for line in expected] and len(found) == (
+        2 if how == "missing" else 4
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one[4] == pytest.approx(other[4], rel=1e-3)
+        assert one[5]["1"]["loss"] == pytest.approx(other[5]["1"]["loss"], rel=1e-4)
+        buckets = one[5]["1"]["loss_by_timestep"], other[5]["1"]["loss_by_timestep"]
+        assert [b is None for b in buckets[0]] == [b is None for b in buckets[1]]
 
 
 def test_weights_that_are_gathered_in_bfloat16(four, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rank_processes import start_ranks
 from training_runs import state_of
 
@@ -193,6 +194,44 @@ def test_too_many_of_them_end_the_training_with_the_ids_and_a_checkpoint(data, t
     assert state_of(tmp_path / "run")["position"]["step"] == 3
 
 
+def kinds(run):
+    return [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_it_is_logged_and_sampled(data, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue square\n")
+    words = command(
+        data, tmp_path / "run", "-e", "2", "--EMA_DECAY", "0.5", "--LOG_INTERVAL", "3", "--SAMPLE_STEPS", "3"
+    )
+    before = torch.get_rng_state()
+    assert cli.main([*words, "--SAMPLE_INTERVAL", "4", "--SAMPLE_PROMPTS", str(prompts)]) == 0
+    assert [kind for kind in kinds(tmp_path / "run") if kind != "event"] == [
+        *("start", "step", "samples", "validation", "step", "samples", "step", "validation")
+    ]
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
+        "step_000000004.png",
+        "step_000000008.png",
+    ]
+    # Looking on changes nothing.
+    words[words.index("--OUT") + 1] = str(tmp_path / "unseen")
+    words[words.index("--LOG_INTERVAL") + 1] = "1000"
+    assert cli.main(words) == 0
+    states = [state_of(tmp_path / name)["tensors"] for name in ("run", "unseen")]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    torch.set_rng_state(before)
+
+
+def test_a_super_resolution_u_net_alone_enlarges_validation_pictures(data, tmp_path, capsys):
+    words = command(data, tmp_path / "run", "-e", "1", "--UNET", "2", "--SAMPLE_INTERVAL", "5", "--SAMPLE_STEPS", "2")
+    assert cli.main(words) == 0
+    with Image.open(tmp_path / "run" / "samples" / "step_000000005.png") as grid:
+        assert grid.width > 32
+    assert cli.main([*words, "--SAMPLE_PROMPTS", "prompts.txt"]) == cli.MISUSED
+    assert "enlarges validation pictures" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "further, message",
     [
@@ -203,6 +242,8 @@ def test_too_many_of_them_end_the_training_with_the_ids_and_a_checkpoint(data, t
         (["--EMA_DECAY", "1"], "ema_decay must lie in"),
         (["--MIN_SNR_GAMMA", "0"], "min_snr_gamma must be positive"),
         (["-b", "100"], "less than one batch of 100"),
+        (["--LOG_INTERVAL", "0"], "LOG_INTERVAL must be at least 1"),
+        (["--SAMPLE_INTERVAL", "1", "--SAMPLE_PROMPTS", "nowhere.txt"], "there is no file nowhere.txt"),
         (["--WEIGHT_DECAY", "-1"], "WEIGHT_DECAY must be at least 0"),
     ],
 )

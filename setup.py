@@ -51,6 +51,8 @@ setup(
     extras_require={
         "xformers": ["xformers>=0.0.35"],
         "data": ["datasets"],
+        "tensorboard": ["tensorboard"],
+        "report": ["matplotlib"],
         "test": TEST,
         "bench": ["pytest>=8", "pytest-benchmark", "matplotlib"],
         "dev": [*TEST, "ruff", "mypy"],

@@ -304,7 +304,7 @@ def _volume(build: Build) -> int:
 
 # Kernels whose loads or stores are of vectors and partial sums: a small part of what their operation moves.
 _NARROW: dict[str, tuple[str, ...]] = {
-    "group_norm_silu._parameter_gradients_kernel": ("load", "store"),
+    "group_norm_parameters._parameter_gradients_kernel": ("load", "store"),
     "group_norm_split._moments_kernel": ("store",),
     "group_norm_split._statistics_kernel": ("load", "store"),
     "group_norm_split_backward._sums_kernel": ("store",),

@@ -221,7 +221,6 @@ def group_norm(b: int, c: int, h: int, w: int, *, skip: int = 0, scale: bool = F
         Floor(
             {**dict.fromkeys(images, backward), "grad": backward, **once},
             tuple(f"grad_{name}" for name in (*images, *vectors)),
-            *((1.07, 1.07, "of every 64 values two float32 sums are written and read") if h * w <= 64 else ()),
         ),
         options={"groups": RESNET_GROUPS, "skip_scale": SKIP_CONNECT_SCALE if skip else 1.0},
         gradients=(*images, *vectors),

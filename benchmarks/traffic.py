@@ -10,10 +10,7 @@ kernel to the next count as well. An atomic operation is a load and a store. "Di
 less than the bytes means that a kernel reads something again. Copies and sums that an operation leaves to torch are not
 seen.
 
-Kernels are launched as on an H200, the row norms also as on a card with a sixteenth of its multiprocessors. Each of
-their programs reads the gain once and then takes tile after tile, so that the share of the gain depends on how many
-tiles there are for each multiprocessor: what an image is to the small card, sixteen are to an H200. There one image is
-not much more than the gains and sums of as many programs as keep the card busy, and has limits of its own.
+Kernels are launched as on an H200.
 """
 
 import argparse
@@ -21,7 +18,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,18 +36,6 @@ from minimagen_fast.kernels import launch
 from .kernel_cases import CASES, LIMIT, Case, Floor
 
 TABLE = Path(__file__).parent / "results" / "traffic.md"
-# Cards to launch as on, by operation: an H200, or one with this share of its multiprocessors.
-CARDS = {1: "H200", 16: "1/16 H200"}
-SHARES = {"layer_norm": (16, 1), "channel_layer_norm": (16, 1)}
-# What holds for them on the whole card, where each program has one or two tiles.
-FEW_TILES = {
-    "forward": {"limit": 1.25, "why": "as many times the gain as programs"},
-    "backward": {
-        "limit": 1.5,
-        "distinct": 1.34,
-        "why": "as many times the gain, and sums of its gradient, as programs",
-    },
-}
 # Elements of a page of addresses.
 PAGE = 2**18
 # Images in half precision and parameters in float32, so that parameters weigh most.
@@ -143,7 +128,6 @@ class Row:
     direction: str
     shape: str
     memory_format: str
-    card: str
     launches: int
     floor: int
     moved: int
@@ -152,7 +136,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.operation} {self.direction} {self.shape} {self.memory_format} {self.card}"
+        return f"{self.operation} {self.direction} {self.shape} {self.memory_format}"
 
     @property
     def complaints(self) -> list[str]:
@@ -167,26 +151,17 @@ class Row:
 
 
 def measure(case: Case, memory_format: torch.memory_format = torch.contiguous_format) -> list[Row]:
-    """Run a case forward and, if it has gradients, backward, and count; on every card that the operation is due on."""
-    rows = []
-    for share in SHARES.get(case.operation, (1,)):
-        card = replace(launch.H200, multiprocessors=launch.H200.multiprocessors // share)
-        with mock.patch.object(launch, "_stand_in", card):
-            rows += _measure(case, memory_format, share)
-    return rows
-
-
-def _measure(case: Case, memory_format: torch.memory_format, share: int) -> list[Row]:
+    """Run a case forward and, if it has gradients, backward, and count."""
     inputs = case.inputs("cpu", DTYPE, memory_format, gradients=True)
     with count() as forward:
         out = case.run(inputs, implementation="triton")
-    rows = [_row(case, "forward", memory_format, share, forward, inputs, out)]
+    rows = [_row(case, "forward", memory_format, forward, inputs, out)]
     if case.backward is not None:
         gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         gradient = gradient.contiguous(memory_format=memory_format if out.ndim == 4 else torch.contiguous_format)
         with count() as backward:
             out.backward(gradient)
-        rows.append(_row(case, "backward", memory_format, share, backward, inputs, out))
+        rows.append(_row(case, "backward", memory_format, backward, inputs, out))
     return rows
 
 
@@ -194,20 +169,16 @@ def _row(
     case: Case,
     direction: str,
     memory_format: torch.memory_format,
-    share: int,
     counted: list[Traffic],
     inputs: dict[str, Any],
     out: Any,
 ) -> Row:
     floor = case.floor(direction, memory_format)
-    if share == 1 and case.operation in SHARES:
-        floor = replace(floor, **FEW_TILES[direction])
     return Row(
         case.operation,
         direction,
         case.shape,
         format_name(case, memory_format),
-        CARDS[share],
         len(counted),
         floor.bytes(inputs, out),
         sum(launch.bytes for launch in counted),
@@ -231,13 +202,12 @@ def format_name(case: Case, memory_format: torch.memory_format) -> str:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [
-        "| operation | | shape | format | card | launches | floor, bytes | moved / floor | distinct / floor | limits"
-        " | rule |",
-        "|---|---|---|---|---|--:|--:|--:|--:|--:|---|",
+        "| operation | | shape | format | launches | floor, bytes | moved / floor | distinct / floor | limits | rule |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
         moved, distinct = row.moved / row.floor, row.distinct / row.floor
-        words = row.operation, row.direction, row.shape, row.memory_format, row.card, row.launches, f"{row.floor:,}"
+        words = row.operation, row.direction, row.shape, row.memory_format, row.launches, f"{row.floor:,}"
         ratios = f"{moved:.3f}", f"{distinct:.3f}", f"{row.rule.limit or '-'}, {row.rule.distinct}"
         lines.append(f"| {' | '.join(map(str, (*words, *ratios, row.rule)))} |")
     return "\n".join(lines) + "\n"
@@ -270,8 +240,7 @@ Written by `python -m benchmarks.traffic --write`, no card needed: bytes that th
 Triton's interpreter, over the floor of the operation. Images and tokens are float16, parameters float32. "Moved" counts
 every access, partial sums between kernels included, an atomic addition as a load and a store; "distinct" counts an
 address once in a launch. The limit is {LIMIT} times the floor for both, but for what stands in the table; attention has
-none for what it moves, since every block of queries reads all keys again. Kernels are launched as on an H200; the row
-norms also as on a sixteenth of one, to which an image is what sixteen are to the whole card.
+none for what it moves, since every block of queries reads all keys again. Kernels are launched as on an H200.
 
 """
 

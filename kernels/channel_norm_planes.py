@@ -9,9 +9,9 @@ reads again is small enough to be in the cache.
 
 import torch
 
-from . import launch
+from . import launch, programs
 from .launch import tl, triton
-from .layer_norm_tiles import activated, input_gradient, resident_programs, standardize, sum_partials
+from .layer_norm_tiles import activated, empty_partials, input_gradient, standardize, sum_partials
 
 # 16 bytes of half precision.
 MIN_PIXELS, MAX_PIXELS = 8, 128
@@ -101,7 +101,8 @@ def _backward_kernel(
             grad = input_gradient(grad, gain, normalized, rstd, slope, C, 0)
             tl.store(grad_x_ptr + start + offset, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if NEED_GAIN:
-        tl.store(partial_ptr + tl.program_id(0) * C + channel, total, mask=channel < C)
+        partial = total.to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + tl.program_id(0) * C + channel, partial, mask=channel < C)
 
 
 @triton.jit
@@ -214,29 +215,48 @@ def _wide_backward_kernel(
         normalized = (h - pivot - mean) * rstd
         if NEED_GAIN:
             partial = partial_ptr + tl.program_id(0).to(tl.int64) * C + channel
-            tl.store(partial, tl.sum(grad * normalized, 1), mask=channel < C)
+            tl.store(partial, tl.sum(grad * normalized, 1).to(partial_ptr.dtype.element_ty), mask=channel < C)
         if NEED_X:
             grad *= tl.load(gain_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[:, None]
             grad = (grad - grad_mean - normalized * projection) * rstd * slope
             tl.store(grad_x_ptr + start + offset, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
-def _plan(x: torch.Tensor, most: int, per_thread: int) -> tuple[bool, int, int, dict[str, int]]:
-    """For tiles of at most ``most`` elements: whether channels come block by block, programs, warps and tile sizes."""
+def _plan(
+    x: torch.Tensor, most: int, per_thread: int, fewest: int, moved: int, each: int
+) -> tuple[bool, int, int, dict[str, int]]:
+    """Whether channels come block by block, programs, warps and tile sizes.
+
+    Args:
+        x: Images.
+        most: Elements of a tile at most.
+        per_thread: Those of a thread, or more if there were too many threads.
+        fewest: Pixels of a tile at least if channels come block by block: each reads gains anew, and has partial sums.
+        moved: Bytes of all that is read and written once.
+        each: Bytes of vectors and partial sums that each program moves.
+    """
     b, c, h, w = x.shape
     c_padded = launch.next_power_of_2(c)
     if h * w % 16:
         # Lines that are not aligned come value by value, and every value has an address of its own.
         most //= 2
     if c_padded * MIN_PIXELS <= most:
-        pixels = min(max(TILE // c_padded, 2 * MIN_PIXELS), MAX_PIXELS)
-        pixels = pixels if c_padded * pixels <= most else MIN_PIXELS
-        num_warps = min(max(c_padded * pixels // (32 * per_thread), 4), 16)
-        programs = resident_programs(x, b * launch.ceil_div(h * w, pixels), num_warps)
-        return False, programs, num_warps, dict(C=c, C_PADDED=c_padded, PIXELS=pixels)
+        longest = min(max(launch.next_power_of_2(h * w), 2 * MIN_PIXELS), MAX_PIXELS)
+        affordable = programs.affordable(moved, each)
+        # Where the gain allows only few programs, each has as much under way as it can.
+        for tile in (min(TILE, most), most):
+            pixels = min(max(tile // c_padded, 2 * MIN_PIXELS), longest)
+            pixels = pixels if c_padded * pixels <= most else MIN_PIXELS
+            num_warps = min(max(c_padded * pixels // (32 * per_thread), 4), 16)
+            tiles = b * launch.ceil_div(h * w, pixels)
+            number = min(tiles, programs.resident(x.device, num_warps))
+            if number <= affordable:
+                break
+        sizes = dict(C=c, C_PADDED=c_padded, PIXELS=pixels)
+        return False, programs.shared_out(tiles, min(number, affordable)), num_warps, sizes
     # Longer lines where the image is large enough to keep the card busy all the same.
     busy = b * launch.ceil_div(h * w, WIDE_PIXELS) >= launch.target(x.device).multiprocessors
-    pixels = WIDE_PIXELS if busy else 2 * MIN_PIXELS
+    pixels = WIDE_PIXELS if busy else fewest
     return True, b * launch.ceil_div(h * w, pixels), 8, dict(C=c, CHANNELS=WIDE_TILE // pixels, PIXELS=pixels)
 
 
@@ -245,10 +265,12 @@ def forward_planes(
 ) -> None:
     """Normalise contiguous images (b, c, h, w)."""
     b, _, h, w = x.shape
-    wide, programs, num_warps, sizes = _plan(x, LARGEST_TILE if residual is None else LARGEST_TILE // 2, 32)
+    moved = x.nbytes + out.nbytes + (0 if residual is None else residual.nbytes)
+    most = LARGEST_TILE if residual is None else LARGEST_TILE // 2
+    wide, number, num_warps, sizes = _plan(x, most, 32, 2 * MIN_PIXELS, moved, gain.nbytes)
     kernel, numbers = (_wide_forward_kernel, (h * w,)) if wide else (_forward_kernel, (b, h * w))
     tensors = x, gain, residual, out
-    launch.run(kernel, (programs,), *tensors, *numbers, num_warps=num_warps, **sizes, EPS=eps, GELU=gelu)
+    launch.run(kernel, (number,), *tensors, *numbers, num_warps=num_warps, **sizes, EPS=eps, GELU=gelu)
 
 
 def backward_planes(
@@ -263,12 +285,15 @@ def backward_planes(
     """Gradients of :func:`forward_planes` into ``grad_x`` and ``grad_gain``, of which empty ones are not wanted."""
     b, _, h, w = x.shape
     need_x, need_gain = grad_x.numel() > 0, grad_gain.numel() > 0
-    wide, programs, num_warps, sizes = _plan(x, LARGEST_TILE // 2, 16)
+    # Partial sums are written and read.
+    each = gain.nbytes + 2 * 4 * grad_gain.numel()
+    moved = x.nbytes + grad.nbytes + grad_x.nbytes
+    wide, number, num_warps, sizes = _plan(x, LARGEST_TILE // 2, 16, 4 * MIN_PIXELS, moved, each)
     kernel, numbers = (_wide_backward_kernel, (h * w,)) if wide else (_backward_kernel, (b, h * w))
-    partial = x.new_empty((programs if need_gain else 0, gain.numel()), dtype=torch.float32)
+    partial = empty_partials(grad_gain, number)
     needs = dict(NEED_X=need_x, NEED_GAIN=need_gain)
     if need_x or need_gain:
         tensors = grad, x, gain, grad_x, partial
-        launch.run(kernel, (programs,), *tensors, *numbers, num_warps=num_warps, **sizes, EPS=eps, GELU=gelu, **needs)
+        launch.run(kernel, (number,), *tensors, *numbers, num_warps=num_warps, **sizes, EPS=eps, GELU=gelu, **needs)
     if need_gain:
         sum_partials(partial, grad_gain)

@@ -7,6 +7,7 @@ write backward, of which the second reads mostly find the group in the cache; an
 import torch
 
 from . import launch
+from .group_norm_parameters import from_samples
 from .group_norm_tiles import (
     Operands,
     affine,
@@ -14,7 +15,6 @@ from .group_norm_tiles import (
     load_both,
     load_one,
     pointers,
-    run_backward,
     run_forward,
     silu_gradient,
     store_one,
@@ -248,6 +248,32 @@ def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: 
     run_forward(_forward_kernel, _config(operands), operands, y, statistics, eps)
 
 
-def backward(operands: Operands, *tensors: torch.Tensor | None) -> None:
-    """See :func:`.run_backward`."""
-    run_backward(_backward_kernel, _config(operands), operands, *tensors)
+def backward(
+    operands: Operands,
+    dy: torch.Tensor,
+    statistics: torch.Tensor,
+    images: list[torch.Tensor | None],
+    vectors: list[torch.Tensor | None],
+) -> None:
+    """Fill the gradients that are given: of both images, and of weight, bias, scale and shift."""
+    wanted = any(vector is not None for vector in vectors)
+    sums = statistics.new_empty((operands.batch if wanted else 0, 2, operands.channels))
+    launch.run(
+        _backward_kernel,
+        (operands.batch * operands.groups,),
+        *operands.images,
+        *operands.affine,
+        dy,
+        statistics,
+        *(dy if image is None else image for image in images),
+        sums,
+        *operands.sizes,
+        NEED_X=images[0] is not None,
+        NEED_SKIP=images[1] is not None,
+        NEED_SUMS=wanted,
+        SILU=operands.silu,
+        **operands.image_flags,
+        **operands.affine_flags,
+        **_config(operands),
+    )
+    from_samples(operands, sums, vectors)

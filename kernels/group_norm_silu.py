@@ -16,9 +16,16 @@ one write backward.
 import torch
 import torch.nn.functional as F
 
-from . import dispatch, group_norm_looped, group_norm_resident, group_norm_split, group_norm_split_backward, launch
+from . import (
+    dispatch,
+    group_norm_looped,
+    group_norm_resident,
+    group_norm_resident_backward,
+    group_norm_split,
+    group_norm_split_backward,
+    launch,
+)
 from .group_norm_tiles import Operands, empty_like, memory_format
-from .launch import tl, triton
 
 # In channels_last memory groups of other widths than multiples of this are not read one by one, but in blocks of
 # channels that can be: they would come element by element, and each would fetch its neighbours. Up to so many elements
@@ -55,88 +62,6 @@ def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, sil
     return x.to(dtype)
 
 
-@triton.jit(do_not_specialize=["batch"])
-def _parameter_gradients_kernel(
-    weight,
-    bias,
-    scale,
-    scale_stride,
-    sums,
-    dweight,
-    dbias,
-    dscale,
-    dshift,
-    batch,
-    channels,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
-    NEED_SCALE: tl.constexpr,
-    NEED_SHIFT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < channels
-    gain, offset = tl.full((BLOCK_C,), 1.0, tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-    if HAS_WEIGHT:
-        gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    weight_total, bias_total = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(0, batch, BLOCK_N):
-        sample = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
-        mask = (sample < batch)[:, None] & inside[None, :]
-        row = sums + sample[:, None] * 2 * channels + channel[None, :]
-        p = tl.load(row, mask=mask, other=0.0)
-        q = tl.load(row + channels, mask=mask, other=0.0)
-        out = sample[:, None] * channels + channel[None, :]
-        if NEED_SCALE:
-            gradient = gain[None, :] * q + offset[None, :] * p
-            tl.store(dscale + out, gradient.to(dscale.dtype.element_ty), mask=mask)
-        if NEED_SHIFT:
-            tl.store(dshift + out, p.to(dshift.dtype.element_ty), mask=mask)
-        if HAS_SCALE and (NEED_WEIGHT or NEED_BIAS):
-            at = scale + sample[:, None] * scale_stride + channel[None, :]
-            factor = tl.load(at, mask=mask, other=0.0).to(tl.float32) + 1.0
-            p *= factor
-            q *= factor
-        weight_total += tl.sum(q, axis=0)
-        bias_total += tl.sum(p, axis=0)
-    if NEED_WEIGHT:
-        tl.store(dweight + channel, weight_total.to(dweight.dtype.element_ty), mask=inside)
-    if NEED_BIAS:
-        tl.store(dbias + channel, bias_total.to(dbias.dtype.element_ty), mask=inside)
-
-
-def _parameter_gradients(operands: Operands, sums: torch.Tensor, gradients: list[torch.Tensor | None]) -> None:
-    """From the sums of du and du * normalised, (b, 2, c), those of weight, bias, scale and shift that are not None."""
-    block_n, block_c = 32, 32
-    weight, bias, scale, _, scale_stride, _ = operands.affine
-    launch.run(
-        _parameter_gradients_kernel,
-        (launch.ceil_div(operands.channels, block_c),),
-        weight,
-        bias,
-        scale,
-        scale_stride,
-        sums,
-        *(sums if gradient is None else gradient for gradient in gradients),
-        operands.batch,
-        operands.channels,
-        **operands.affine_flags,
-        **{
-            f"NEED_{name}": gradient is not None
-            for name, gradient in zip(("WEIGHT", "BIAS", "SCALE", "SHIFT"), gradients, strict=True)
-        },
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
-        num_warps=4,
-    )
-
-
 def _channels(x: torch.Tensor, skip: torch.Tensor | None):
     return x.shape[1] + (0 if skip is None else skip.shape[1])
 
@@ -169,9 +94,10 @@ def _plan(operands: Operands):
     """Forward and backward launcher for operands of this size."""
     scattered = operands.channels_last and operands.group_width % ALIGNED != 0
     if not scattered or operands.group_width * operands.pixels <= LITTLE:
-        for plan in (group_norm_resident, group_norm_looped):
-            if plan.fits(operands):
-                return plan.forward, plan.backward
+        if group_norm_resident.fits(operands):
+            return group_norm_resident.forward, group_norm_resident_backward.backward
+        if group_norm_looped.fits(operands):
+            return group_norm_looped.forward, group_norm_looped.backward
     return group_norm_split.forward, group_norm_split_backward.backward
 
 
@@ -197,11 +123,8 @@ def _launch_backward(dy, x, skip, weight, bias, scale, shift, statistics, groups
     operands = Operands.of(x, skip, weight, bias, scale, shift, groups, skip_scale, silu)
     dy = dy.contiguous(memory_format=memory_format(operands.x))
     gradients = _empty_gradients(x, skip, (weight, bias, scale, shift), needed)
-    sums = statistics.new_empty((operands.batch, 2, operands.channels)) if any(needed[2:]) else None
     _, run = _plan(operands)
-    run(operands, dy, statistics, *gradients[:2], sums)
-    if sums is not None:
-        _parameter_gradients(operands, sums, gradients[2:])
+    run(operands, dy, statistics, gradients[:2], gradients[2:])
     return _without_none(gradients, x)
 
 

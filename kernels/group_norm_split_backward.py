@@ -3,6 +3,7 @@
 import torch
 
 from . import launch
+from .group_norm_parameters import from_samples
 from .group_norm_split import choose, config, load_tile, normalisation, place, reduction
 from .group_norm_tiles import Operands, affine, load_one, silu_gradient, store_one
 from .launch import tl, triton
@@ -218,15 +219,14 @@ def backward(
     operands: Operands,
     dy: torch.Tensor,
     statistics: torch.Tensor,
-    dx: torch.Tensor | None,
-    dskip: torch.Tensor | None,
-    sums: torch.Tensor | None,
+    images: list[torch.Tensor | None],
+    vectors: list[torch.Tensor | None],
 ) -> None:
-    """Fill those of the gradients of the inputs and the sums of du and du * normalised, (b, 2, c), that are given."""
+    """Fill the gradients that are given: of both images, and of weight, bias, scale and shift."""
     tile, split = config(operands)
     batch, chunks, blocks = operands.batch, split["chunks"], split["blocks"]
     partial = statistics.new_empty((batch, 2, chunks, operands.channels))
-    sums = statistics.new_empty((batch, 2, operands.channels)) if sums is None else sums
+    sums = statistics.new_empty((batch, 2, operands.channels))
     means = statistics.new_empty((batch, 2, operands.groups))
     flags = {"SILU": operands.silu, **operands.image_flags, **operands.affine_flags}
     launch.run(
@@ -256,8 +256,8 @@ def backward(
     )
     # Blocks of an input whose gradient nobody needs are left out.
     blocks_x = launch.ceil_div(operands.x.shape[1], tile["BLOCK_C"])
-    first_block = blocks_x if dx is None else 0
-    needed = (blocks if dskip is not None else blocks_x) - first_block
+    first_block = blocks_x if images[0] is None else 0
+    needed = (blocks if images[1] is not None else blocks_x) - first_block
     launch.run(
         _input_gradient_kernel,
         (batch * chunks * needed,),
@@ -266,7 +266,7 @@ def backward(
         dy,
         statistics,
         means,
-        *(dy if gradient is None else gradient for gradient in (dx, dskip)),
+        *(dy if image is None else image for image in images),
         first_block,
         *operands.sizes,
         split["span"],
@@ -275,3 +275,4 @@ def backward(
         **flags,
         **tile,
     )
+    from_samples(operands, sums, vectors)

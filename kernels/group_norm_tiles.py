@@ -116,6 +116,26 @@ class Operands:
 
 
 @triton.jit
+def parameters(weight, bias, channel, mask, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Weight and bias of every channel; 1 and 0 if there are none."""
+    gain = tl.full(channel.shape, 1.0, tl.float32)
+    offset = tl.zeros(channel.shape, tl.float32)
+    if HAS_WEIGHT:
+        gain = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)
+    return gain, offset
+
+
+@triton.jit
+def modulation(scale, shift, scale_stride, shift_stride, sample, channel, mask):
+    """A sample's 1 + scale, and its shift, of every channel."""
+    factor = tl.load(scale + sample * scale_stride + channel, mask=mask, other=0.0).to(tl.float32) + 1.0
+    level = tl.load(shift + sample * shift_stride + channel, mask=mask, other=0.0).to(tl.float32)
+    return factor, level
+
+
+@triton.jit
 def affine(
     weight,
     bias,
@@ -131,16 +151,11 @@ def affine(
     HAS_SCALE: tl.constexpr,
 ):
     """Per channel, gain and offset such that u = gain * normalised + offset."""
-    gain = tl.full(channel.shape, 1.0, tl.float32)
-    offset = tl.zeros(channel.shape, tl.float32)
-    if HAS_WEIGHT:
-        gain = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        offset = tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)
+    gain, offset = parameters(weight, bias, channel, mask, HAS_WEIGHT, HAS_BIAS)
     if HAS_SCALE:
-        factor = tl.load(scale + sample * scale_stride + channel, mask=mask, other=0.0).to(tl.float32) + 1.0
+        factor, level = modulation(scale, shift, scale_stride, shift_stride, sample, channel, mask)
         gain *= factor
-        offset = offset * factor + tl.load(shift + sample * shift_stride + channel, mask=mask, other=0.0).to(tl.float32)
+        offset = offset * factor + level
     return gain, offset
 
 
@@ -275,40 +290,6 @@ def run_forward(
         statistics,
         *operands.sizes,
         EPS=eps,
-        SILU=operands.silu,
-        **operands.image_flags,
-        **operands.affine_flags,
-        **config,
-    )
-
-
-def run_backward(
-    kernel,
-    config: dict[str, int],
-    operands: Operands,
-    dy: torch.Tensor,
-    statistics: torch.Tensor,
-    dx: torch.Tensor | None,
-    dskip: torch.Tensor | None,
-    sums: torch.Tensor | None,
-) -> None:
-    """Launch one program for each group of each sample.
-
-    Fills those of the gradients of the inputs and the sums of du and du * normalised, (b, 2, c), that are given.
-    """
-    launch.run(
-        kernel,
-        (operands.batch * operands.groups,),
-        *operands.images,
-        *operands.affine,
-        dy,
-        statistics,
-        *(dy if out is None else out for out in (dx, dskip)),
-        statistics if sums is None else sums,
-        *operands.sizes,
-        NEED_X=dx is not None,
-        NEED_SKIP=dskip is not None,
-        NEED_SUMS=sums is not None,
         SILU=operands.silu,
         **operands.image_flags,
         **operands.affine_flags,

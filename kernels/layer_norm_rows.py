@@ -2,18 +2,22 @@
 
 Floor: forward one read (two with a residual) and one write, backward two reads and one write. A row is in registers as
 a whole, so that backward finds mean and variance again without further traffic, and forward saves nothing but its
-inputs. Programs take tile after tile of rows, as many programs as the card holds at once: each reads the gain once and
-writes one row of partial sums of its gradient. GELU can come first.
+inputs. Programs take tile after tile of rows, as many programs as the card holds at once, or fewer: each reads the gain
+once and writes one row of partial sums of its gradient, which must not be much of what it moves, see :mod:`.programs`.
+In half precision, with a float32 gain, that takes 20 rows a program forward and 40 backward. GELU can come first.
 """
 
 import torch
 
-from . import launch
+from . import launch, programs
 from .launch import tl, triton
-from .layer_norm_tiles import activated, input_gradient, resident_programs, standardize, sum_partials
+from .layer_norm_tiles import activated, empty_partials, input_gradient, standardize, sum_partials
 
-# Elements of a tile where rows are short enough to have several in one.
+# Elements of a tile where rows are short enough to have several in one: programs of 4 or 8 warps, so that a
+# multiprocessor has some that load while others compute.
 TILE = 4096
+# Of a program where the gain allows fewer programs than that: then each has as much under way as it can.
+MOST_WARPS = 16
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -88,13 +92,29 @@ def _backward_kernel(
             grad = input_gradient(grad, gain, normalized, rstd, slope, C, 1)
             tl.store(grad_x_ptr + start + offset, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if NEED_GAIN:
-        tl.store(partial_ptr + tl.program_id(0) * C + column, tl.sum(total, 0), mask=column < C)
+        partial = tl.sum(total, 0).to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + tl.program_id(0) * C + column, partial, mask=column < C)
 
 
-def _tile(c: int) -> tuple[int, int]:
-    """Padded width and number of rows."""
-    c_padded = launch.next_power_of_2(c)
-    return c_padded, max(TILE // c_padded, 1)
+def _plan(x: torch.Tensor, c: int, per_thread: int, moved: int, each: int) -> tuple[int, int, dict[str, int]]:
+    """Programs, warps and tile sizes.
+
+    Args:
+        x: Rows of ``c`` values.
+        c: Width of a row.
+        per_thread: Elements of a tile for each thread.
+        moved: Bytes of all that is read and written once.
+        each: Bytes of vectors and partial sums that each program moves.
+    """
+    c_padded, most = launch.next_power_of_2(c), programs.affordable(moved, each)
+    for tile in (TILE, MOST_WARPS * 32 * per_thread):
+        rows = max(tile // c_padded, 1)
+        num_warps = rows * c_padded // (32 * per_thread)
+        tiles = launch.ceil_div(x.numel() // c, rows)
+        number = min(tiles, programs.resident(x.device, num_warps))
+        if number <= most:
+            break
+    return programs.shared_out(tiles, min(number, most)), num_warps, dict(C=c, C_PADDED=c_padded, ROWS=rows)
 
 
 def forward_rows(
@@ -102,12 +122,10 @@ def forward_rows(
 ) -> None:
     """Normalise rows of ``gain.numel()`` values that lie one after the other in memory, whatever the shape says."""
     c = gain.numel()
-    rows = x.numel() // c
-    c_padded, tile = _tile(c)
-    num_warps = 4 if c_padded <= TILE else 8
-    grid = resident_programs(x, launch.ceil_div(rows, tile), num_warps)
-    sizes = dict(C=c, C_PADDED=c_padded, ROWS=tile)
-    launch.run(_forward_kernel, (grid,), x, gain, residual, out, rows, num_warps=num_warps, **sizes, EPS=eps, GELU=gelu)
+    moved = x.nbytes + out.nbytes + (0 if residual is None else residual.nbytes)
+    number, num_warps, sizes = _plan(x, c, 32, moved, gain.nbytes)
+    tensors = x, gain, residual, out, x.numel() // c
+    launch.run(_forward_kernel, (number,), *tensors, num_warps=num_warps, **sizes, EPS=eps, GELU=gelu)
 
 
 def backward_rows(
@@ -121,16 +139,14 @@ def backward_rows(
 ) -> None:
     """Gradients of :func:`forward_rows` into ``grad_x`` and ``grad_gain``, of which empty ones are not wanted."""
     c = gain.numel()
-    rows = x.numel() // c
-    c_padded, tile = _tile(c)
     need_x, need_gain = grad_x.numel() > 0, grad_gain.numel() > 0
-    num_warps = 8 if c_padded <= TILE else 16
-    grid = resident_programs(x, launch.ceil_div(rows, tile), num_warps)
-    partial = x.new_empty((grid if need_gain else 0, c), dtype=torch.float32)
-    sizes = dict(C=c, C_PADDED=c_padded, ROWS=tile)
+    # Partial sums are written and read.
+    each = gain.nbytes + 2 * 4 * grad_gain.numel()
+    number, num_warps, sizes = _plan(x, c, 16, x.nbytes + grad.nbytes + grad_x.nbytes, each)
+    partial = empty_partials(grad_gain, number)
     needs = dict(NEED_X=need_x, NEED_GAIN=need_gain)
     if need_x or need_gain:
-        tensors = grad, x, gain, grad_x, partial
-        launch.run(_backward_kernel, (grid,), *tensors, rows, num_warps=num_warps, **sizes, EPS=eps, GELU=gelu, **needs)
+        tensors = grad, x, gain, grad_x, partial, x.numel() // c
+        launch.run(_backward_kernel, (number,), *tensors, num_warps=num_warps, **sizes, EPS=eps, GELU=gelu, **needs)
     if need_gain:
         sum_partials(partial, grad_gain)

@@ -5,9 +5,6 @@ import torch
 from . import launch
 from .launch import tl, triton
 
-# What a multiprocessor holds at once at the register use of these kernels.
-WARPS_PER_MULTIPROCESSOR = 16
-
 
 @triton.jit
 def normal_cdf_and_density(x):
@@ -68,15 +65,19 @@ def _sum_kernel(partial_ptr, out_ptr, partials, C: tl.constexpr, COLUMNS: tl.con
     tl.store(out_ptr + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < C)
 
 
-def resident_programs(x: torch.Tensor, tiles: int, num_warps: int) -> int:
-    """How many programs share the tiles: no more than run at the same time."""
-    return min(tiles, launch.target(x.device).multiprocessors * (WARPS_PER_MULTIPROCESSOR // num_warps))
+def empty_partials(grad_gain: torch.Tensor, programs: int) -> torch.Tensor:
+    """Room for a row of partial sums of each program, (programs, c); the row of a single one is the gradient itself."""
+    c = grad_gain.numel()
+    if c and programs == 1:
+        return grad_gain.view(1, c)
+    return grad_gain.new_empty((programs, c), dtype=torch.float32)
 
 
 def sum_partials(partial: torch.Tensor, out: torch.Tensor) -> None:
-    """Sum (partials, c) over the partials in a fixed order; zeros if there are none."""
-    partials, c = partial.shape
-    launch.run(_sum_kernel, (launch.ceil_div(c, 32),), partial, out, partials, C=c, COLUMNS=32, ROWS=64)
+    """Sum partials, (programs, c), over the programs in a fixed order; zeros if there are none."""
+    programs, c = partial.shape
+    if programs != 1:
+        launch.run(_sum_kernel, (launch.ceil_div(c, 32),), partial, out, programs, C=c, COLUMNS=32, ROWS=64)
 
 
 def output_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:

@@ -2,8 +2,9 @@
 
 ``ddpm`` is ancestral sampling, algorithm 2 of Ho et al., "Denoising Diffusion Probabilistic Models" (2020); ``ddim``
 that of Song et al., "Denoising Diffusion Implicit Models" (2021); ``dpmpp_2m`` is algorithm 2 of Lu et al.,
-"DPM-Solver++" (2022). On fewer timesteps than the model was trained with, ``ddpm`` is the DDIM step with eta = 1, which
-is the ancestral step of the respaced process (Song et al., section 4.1).
+"DPM-Solver++" (2022), but looks less far ahead in its step to timestep 0, see :func:`_limited`. On fewer timesteps
+than the model was trained with, ``ddpm`` is the DDIM step with eta = 1, which is the ancestral step of the respaced
+process (Song et al., section 4.1).
 """
 
 from dataclasses import dataclass
@@ -63,6 +64,24 @@ class Sampler:
         return [(2 * i * (total - 1) + number - 1) // (2 * (number - 1)) for i in range(number - 1, -1, -1)]
 
 
+def _limited(
+    alphas: torch.Tensor, sigmas: torch.Tensor, before: int, now: int, to: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both noise schedules with one timestep more: what the step from ``now`` to ``to`` takes for ``before``.
+
+    A step of DPM-Solver++(2M) follows the line through the last two x_0 to the middle of its way, measured in lambda =
+    log(alpha / sigma). On evenly spaced timesteps the way to timestep 0 is several times as long as the one before it:
+    in 20 steps of 1000 it would follow the line more than twice as far as it has come, to where x_0 hardly changes any
+    more. Where the step before was shorter, the added timestep lies so far back as if it had been as long, and the line
+    is followed half as far as it has come. Made of first order, this step is worse in few steps: see
+    tests/test_samplers.py.
+    """
+    ratios = alphas.double() / sigmas.double()
+    # Its lambda is that of the timestep before, or 2 lambda(now) - lambda(to).
+    ratio = torch.minimum(ratios[before], ratios[now] ** 2 / ratios[to]).reshape(1).to(alphas.dtype)
+    return torch.cat((alphas, ratio)), torch.cat((sigmas, torch.ones_like(ratio)))
+
+
 class Update:
     """From the noise that a model predicts to the next image, for one schedule of timesteps.
 
@@ -83,11 +102,18 @@ class Update:
         device = cast(torch.Tensor, scheduler.betas).device
         self.times = torch.tensor(visited, device=device)
         self._following = torch.tensor([*visited[1:], -1], device=device)
+        # The timestep of the step before, which the first step has not.
+        self._last = torch.tensor([visited[0], *visited[:-1]], device=device)
         self._visited = tuple(visited)
         ancestral = len(visited) == scheduler.num_timesteps
         self._kind = "ancestral" if sampler.name == "ddpm" and ancestral else sampler.name
         self._eta = 1.0 if sampler.name == "ddpm" else sampler.eta
         self.draws = self._kind == "ancestral" or (self._kind in ("ddpm", "ddim") and self._eta > 0)
+        schedules = scheduler.sqrt_alphas_cumprod, scheduler.sqrt_one_minus_alphas_cumprod
+        self._schedules = cast("tuple[torch.Tensor, torch.Tensor]", schedules)
+        if self.multistep and len(visited) > 2:
+            self._schedules = _limited(*self._schedules, *visited[-3:])
+            self._last[-2] = scheduler.num_timesteps
         # With a scale of 0 or 1 there is one prediction, and nothing to combine it with.
         self._common: dict[str, Any] = {"percentile": percentile, "cond_scale": 1.0 if cond_scale == 0 else cond_scale}
 
@@ -138,10 +164,9 @@ class Update:
             )
             return out, None
         following = self._following.index_select(0, step).expand(len(x))
-        schedules = scheduler.sqrt_alphas_cumprod, scheduler.sqrt_one_minus_alphas_cumprod
         if self._kind != "dpmpp_2m":
-            return ddim_step(x, t, following, pred, *schedules, eta=self._eta, noise=noise, **common), None
-        t_last = None if last_x_start is None else self.times.index_select(0, step - 1).expand(len(x))
+            return ddim_step(x, t, following, pred, *self._schedules, eta=self._eta, noise=noise, **common), None
+        t_last = None if last_x_start is None else self._last.index_select(0, step).expand(len(x))
         return dpm_solver_pp_2m_step(
-            x, t, following, pred, *schedules, last_x_start=last_x_start, t_last=t_last, **common
+            x, t, following, pred, *self._schedules, last_x_start=last_x_start, t_last=t_last, **common
         )

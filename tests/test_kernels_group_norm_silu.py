@@ -159,7 +159,7 @@ def _planned(*shape, groups, memory_format=NCHW, dtype=torch.float16):
 @pytest.mark.parametrize(
     "shape, modules",
     [
-        ((1, 8, 128, 128), ["resident"] * 2),
+        ((1, 8, 128, 128), ["resident", "backward"]),
         ((1, 8, 128, 129), ["looped"] * 2),
         ((1, 8, 256, 128), ["looped"] * 2),
         ((1, 8, 256, 129), ["split"] * 3 + ["backward"] * 3),
@@ -173,7 +173,7 @@ def test_which_kernels_run(shape, modules):
 
 
 def test_of_float32_half_as_many_values_fit_into_registers():
-    assert _planned(1, 8, 128, 64, groups=8, dtype=torch.float32) == ["resident"] * 2
+    assert _planned(1, 8, 128, 64, groups=8, dtype=torch.float32) == ["resident", "backward"]
     assert _planned(1, 8, 128, 65, groups=8, dtype=torch.float32) == ["looped"] * 2
 
 
@@ -181,6 +181,45 @@ def test_narrow_groups_are_read_together():
     for shape, first in (((1, 64, 32, 32), "split"), ((1, 64, 8, 8), "resident"), ((1, 128, 16, 16), "resident")):
         assert _planned(*shape, groups=8, memory_format=NHWC)[0] == first
     assert _planned(1, 64, 32, 32, groups=8)[0] == "resident"
+
+
+def _backward_programs(b, c, side, memory_format=NHWC, dtype=torch.bfloat16, skip=0):
+    """Of each launch of backward, programs and whether each has a single sample (None for the sums that follow)."""
+    inputs = {k: v.to("meta") for k, v in case(b, c, 1, 1, skip=skip, dtype=dtype).items() if v is not None}
+    for name in ("x", "skip") if skip else ("x",):
+        image = torch.empty(*inputs[name].shape[:2], side, side, device="meta", dtype=dtype)
+        inputs[name] = image.contiguous(memory_format=memory_format)
+    with launch.record() as launches:
+        inputs = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+        out = ours(**inputs, groups=8)
+        out.backward(torch.empty_like(out))
+    return [(one.grid[0], one.constexprs.get("SINGLE")) for one in launches[1:]]
+
+
+def test_programs_take_several_samples_of_small_images():
+    # Half as many programs as samples where the sums would be too much, and no launch that adds one sum to nothing.
+    for memory_format in (NHWC, NCHW):
+        assert _backward_programs(1, 1024, 8, memory_format) == [(8, True)]
+        assert _backward_programs(2, 1024, 8, memory_format) == [(8, False)]
+        assert _backward_programs(16, 1024, 8, memory_format) == [(8 * 8, False), (32, None)]
+        assert _backward_programs(16, 512, 16, memory_format) == [(8 * 16, True), (16, None)]
+    assert _backward_programs(16, 1024, 8, dtype=torch.float32) == [(8 * 16, True), (32, None)]
+    # Where registers are short, one sample all the same.
+    assert _backward_programs(16, 512, 8, NHWC, skip=512)[0] == (8 * 8, False)
+    assert _backward_programs(16, 512, 8, NCHW, skip=512)[0] == (8 * 16, True)
+
+
+@FORMATS
+@pytest.mark.parametrize("b", [2, 3, 5, 6])
+@pytest.mark.parametrize("width, side", [(8, 4), (6, 5)])
+def test_samples_that_share_a_program(width, side, b, memory_format):
+    for skip in (0, width):
+        inputs = case(b, 2 * width - skip, side, side, skip=skip, memory_format=memory_format, dtype=torch.float16)
+        inputs = {k: v for k, v in inputs.items() if v is not None}
+        for names in (set(inputs), {"weight"}, {"bias", "x"}, {"shift"}):
+            check(inputs, 2, dtype=torch.float16, gradients_of=names)
+        one, other = (gradients(inputs, groups=2)[1] for _ in range(2))
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_single_large_image_fills_the_card():

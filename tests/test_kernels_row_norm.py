@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
 
-from minimagen_fast.kernels import launch, layer_norm_rows, layer_norm_tiles, row_norm
+from minimagen_fast.kernels import launch, layer_norm_rows, layer_norm_tiles, programs, row_norm
 from minimagen_fast.kernels.row_norm import layer_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -77,7 +77,7 @@ def test_tiles_need_not_be_full(rows):
 def test_programs_take_several_tiles(monkeypatch):
     monkeypatch.setattr(launch, "target", lambda device: launch.Target((9, 0), 1, 1 << 17))
     check_parity(ours, reference, case(700, 100), dtype=torch.float32)
-    assert layer_norm_tiles.resident_programs(torch.empty(0), 100, 4) == 4
+    assert programs.resident(torch.device("cpu"), 4) == 4
 
 
 def test_many_partial_sums():
@@ -124,7 +124,7 @@ def test_requires_grad_subsets(needed):
 def test_nothing_is_computed_that_nobody_needs(monkeypatch):
     launches = []
     monkeypatch.setattr(launch, "run", lambda kernel, *args, **kw: launches.append((kernel, kw)))
-    x, gain, residual = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in ((2, 8), (8,), (2, 8)))
+    x, gain, residual = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in ((2000, 8), (8,), (2000, 8)))
     ours(x=x, gain=gain.detach()).sum().backward()
     assert [k for k, _ in launches] == [layer_norm_rows._forward_kernel, layer_norm_rows._backward_kernel]
     assert launches[1][1]["NEED_X"] and not launches[1][1]["NEED_GAIN"]
@@ -136,6 +136,10 @@ def test_nothing_is_computed_that_nobody_needs(monkeypatch):
         layer_norm_tiles._sum_kernel,
     ]
     assert launches[1][1]["NEED_GAIN"] and not launches[1][1]["NEED_X"]
+    launches.clear()
+    # A single program's sums are the gradient.
+    ours(x=x[:2].detach(), gain=gain).sum().backward()
+    assert [k for k, _ in launches] == [layer_norm_rows._forward_kernel, layer_norm_rows._backward_kernel]
     launches.clear()
     ours(x=x.detach(), gain=gain.detach(), residual=residual).sum().backward()
     assert [k for k, _ in launches] == [layer_norm_rows._forward_kernel]
@@ -265,7 +269,32 @@ def test_launches_are_recorded_on_meta_tensors():
         ours(x=x, gain=gain).backward(torch.empty_like(x))
     kernels = [layer_norm_rows._forward_kernel, layer_norm_rows._backward_kernel, layer_norm_tiles._sum_kernel]
     assert [entry.kernel for entry in launches] == kernels
-    assert [entry.grid for entry in launches] == [(132 * 4,), (132 * 2,), (16,)]
+    assert [entry.grid for entry in launches] == [(132 * 4 - 1,), (132 * 2,), (16,)]
+
+
+def grids(rows, c, dtype=torch.bfloat16):
+    """Programs and their warps, forward and backward, gains and their gradients in float32."""
+    x = torch.empty(rows, c, device="meta", dtype=dtype, requires_grad=True)
+    with launch.record() as launches:
+        ours(x=x, gain=torch.empty(c, device="meta", requires_grad=True)).backward(torch.empty_like(x))
+    return [(*entry.grid, entry.num_warps) for entry in launches if entry.kernel is not layer_norm_tiles._sum_kernel]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 50, 64, 1024, 3000, 20000])
+@pytest.mark.parametrize("c", [128, 1000, 2048, 8192])
+def test_gains_are_a_small_part_of_what_is_moved(rows, c, dtype):
+    (forward, _), (backward, _) = grids(rows, c, dtype)
+    gain, row = 4 * c, c * dtype.itemsize
+    assert 1 <= forward and forward * gain + 2 * rows * row <= 1.05 * (gain + 2 * rows * row)
+    vectors = 2 if backward == 1 else 3 * backward
+    assert 1 <= backward and vectors * gain + 3 * rows * row <= 1.05 * (2 * gain + 3 * rows * row)
+
+
+def test_few_programs_are_large_ones():
+    # A tile of 16 rows each, and of 8; where the gain leaves enough programs, as many small ones as a card holds.
+    assert grids(1024, 1024) == [(32, 16), (22, 16)]
+    assert grids(1 << 17, 1024) == [(521, 4), (263, 8)]
 
 
 def test_clear_errors():

@@ -8,8 +8,8 @@ import pytest
 
 
 def pytest_configure(config):
-    # Workers of pytest-xdist share the processors: two of them, each with a thread for every processor, would wait for one
-    # another at every operation. Subprocesses take the number from the environment.
+    # Workers of pytest-xdist share the processors: two of them, each with a thread for every processor, would wait for
+    # one another at every operation. Subprocesses take the number from the environment.
     if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
         threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))

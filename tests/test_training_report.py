@@ -69,7 +69,10 @@ def trained(folder, steps=40, **values):
         unets = {"1": loss(value), "2": loss(2 * value)}
         return record("step", step, **{"unets": unets, "batch": step, **values})
 
-    start = {"settings": {"epochs": 3, "name": "<b>bold</b>", "betas": [0.9, 0.99]}, "unets": {"1": UNET, "2": UNET}}
+    start = {
+        "settings": {"epochs": 3, "name": "<b>bold</b>", "betas": [0.9, 0.99], "seed": None},
+        "unets": {"1": UNET, "2": UNET},
+    }
     first = [record("start", 0, **start, ranks=2), *(line(step, 9.0) for step in range(2, 31, 2))]
     second = [record("start", 20, **start, ranks=4), *(line(step, 1 / step) for step in range(22, steps + 1, 2))]
     checks = [record("validation", step, losses={"1": 0.5 - step / 100, "2": None}) for step in (10, 20)]
@@ -90,7 +93,7 @@ def report(folder):
 @pytest.mark.usefixtures("words_alone")
 def test_totals_are_those_of_the_steps_that_count(tmp_path):
     page = report(trained(tmp_path / "run", data_wait_share=0.25, mfu=0.5, seconds_to_end=3725.0, bad_steps=2))
-    assert "Training run" in page.text
+    assert "Training run" in page.text and "at optimizer step 40, is from" in page.text
     assert page.value("optimizer steps") == "40, in epoch 1"
     assert page.value("images trained on") == str(20 * 8), "not those of the steps that were done over"
     assert page.value("time in training").startswith("00:40 ")
@@ -103,7 +106,7 @@ def test_totals_are_those_of_the_steps_that_count(tmp_path):
     assert page.value("time to the end") == "1:02:05"
     assert page.value("1") == ["64×64", "1,234,567", "2.50GFLOP", "0.025", "0.3 at step 20"]
     assert page.value("2")[-2:] == ["0.05", "–"]
-    assert page.value("epochs") == "3" and page.value("betas") == "[0.9, 0.99]"
+    assert page.value("epochs") == "3" and page.value("betas") == "[0.9, 0.99]" and page.value("seed") == "null"
 
 
 @pytest.mark.usefixtures("words_alone")
@@ -193,8 +196,21 @@ def test_lines_that_could_not_be_read_are_told_of(tmp_path):
     assert "could not be read" not in report(trained(tmp_path / "whole")).text
 
 
+@pytest.fixture
+def far_away(monkeypatch):
+    """Where it is another hour."""
+    if not hasattr(time, "tzset"):
+        yield
+        return
+    with monkeypatch.context() as context:
+        context.setenv("TZ", "XYZ-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
 @pytest.mark.usefixtures("words_alone")
-def test_events_and_processes_are_listed(tmp_path):
+def test_events_and_processes_are_listed(tmp_path, far_away):
     write(tmp_path / "log.jsonl", *(record("event", step, text=f"event {step}") for step in range(250)))
     write(tmp_path / "log.jsonl", record("start", 7, ranks=3, machine={"device": "H", "x": None}, time=0))
     page = report(tmp_path)
@@ -243,9 +259,13 @@ def test_long_lines_are_smoothed_and_thinned_out():
 
 
 def test_validation_losses_are_marked():
-    checks = [record("validation", step, losses={"1": step / 10}) for step in (5, 10)]
+    checks = [record("validation", step, losses={"1": step / 10}) for step in (5, 10, 15)]
     line = lines_of(training_plots.draw_validation(RunRecords(validations=checks)))["U-Net 1"]
-    assert (line.get_xdata().tolist(), line.get_ydata().tolist(), line.get_marker()) == ([5, 10], [0.5, 1.0], "o")
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist(), line.get_marker()) == (
+        [5, 10, 15],
+        [0.5, 1.0, 1.5],
+        "o",
+    )
 
 
 def test_every_tenth_of_the_timesteps_has_a_line_and_every_unet_a_panel():

@@ -44,6 +44,9 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     _add_train(commands, command == "train")
     _add_encode_captions(commands, command == "encode-captions")
     _add_sample(commands)
+    _add_export(commands, command == "export")
+    _add_report(commands, command == "report")
+    _add_plan(commands, command == "plan")
     _add_bench(commands, command == "bench")
     doctor = commands.add_parser("doctor", help="say what is installed, what can be used, and why not")
     doctor.set_defaults(run=_doctor)
@@ -100,6 +103,25 @@ def _encode_captions(args: argparse.Namespace) -> int:
     from .encode_command import run_encode_captions
 
     return run_encode_captions(args)
+
+
+def _add_plan(commands, with_arguments: bool) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="say what a training on many GPUs would take: memory, exchange, time, data",
+        description="What a training on many GPUs takes, from what is counted, measured and assumed.",
+    )
+    if with_arguments:
+        from .plan_command import add_plan_arguments
+
+        add_plan_arguments(command)
+    command.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .plan_command import run_plan
+
+    return run_plan(args)
 
 
 def _add_sample(commands) -> None:
@@ -159,6 +181,44 @@ def _sample(args: argparse.Namespace) -> int:
             image.close()
         print(f"All in one: {out / 'grid.png'}")
     return 0
+
+
+def _add_export(commands, with_arguments: bool) -> None:
+    command = commands.add_parser(
+        "export",
+        help="put a trained cascade into a folder of its own, to hand on",
+        description="Put a trained cascade, with a model card, into a folder of its own, as safetensors or .pth files.",
+    )
+    if with_arguments:
+        from .export_command import add_export_arguments
+
+        add_export_arguments(command)
+    command.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export_command import run_export
+
+    return run_export(args)
+
+
+def _add_report(commands, with_arguments: bool) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write a page with plots of a training, ended or under way",
+        description="Write a page about a training, ended or under way: losses, speed, memory, samples, settings.",
+    )
+    if with_arguments:
+        from .training_report import add_report_arguments
+
+        add_report_arguments(command)
+    command.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .training_report import run_training_report
+
+    return run_training_report(args)
 
 
 def _add_bench(commands, with_arguments: bool) -> None:

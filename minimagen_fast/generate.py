@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from datetime import datetime
@@ -13,13 +12,13 @@ from typing import Any
 import PIL.Image
 import torch
 
-from . import checkpoint
 from .helpers import usable_device
 from .Imagen import Imagen
 from .pictures import to_pil_images
 from .t5 import get_encoded_dim
 from .training import get_model_params
 from .Unet import Unet
+from .weights_files import TrainedFolder
 
 __all__ = ["load_minimagen", "load_params", "sample_and_save"]
 
@@ -41,13 +40,13 @@ def load_params(directory: str | os.PathLike) -> tuple[list[dict[str, Any]], dic
 
 
 def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str | None = None) -> Imagen:
-    """Loads a trained Imagen from a training directory.
+    """Loads a trained Imagen from a training directory or from a folder that ``minimagen-fast export`` has made.
 
-    Each U-Net gets its weights in ``state_dicts`` (the last by name, that is by timestamp, if there are several) or,
-    where it has none, with a warning, the latest in ``tmp``.
+    Each U-Net gets the exported weights or those in ``state_dicts`` (the last by name, that is by timestamp, if there
+    are several) or, where there are none, with a warning, the latest, in ``tmp`` or in the newest checkpoint.
 
     Args:
-        directory: Training directory, see :mod:`.training`.
+        directory: Training directory, see :mod:`.training`, or exported folder.
         device: Where to put the Imagen; by default ``cuda:0`` if there is one, else the CPU.
 
     Returns:
@@ -60,8 +59,17 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
     """
     directory = Path(directory)
     imagen = build_imagen(*load_params(directory))
+    folder = TrainedFolder(directory)
     for index, unet in enumerate(imagen.unets):
-        checkpoint.load_weights(unet, _weights_file(directory, index))
+        weights = folder.weights(index + 1)
+        if weights.kind != "best":
+            warnings.warn(
+                f"{directory / 'state_dicts'} has no weights of U-Net {index}: the latest, {weights.path}, are used"
+                " instead of the best. If only other U-Nets were trained here, they are as the training began: put"
+                " several trainings together with `minimagen-fast export`",
+                stacklevel=2,
+            )
+        weights.load_into(unet)
     if device is None:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return imagen.to(usable_device(device)).eval()
@@ -83,23 +91,6 @@ def build_imagen(unets_params: list[dict[str, Any]], imagen_params: dict[str, An
     fitted = {"text_embed_dim": text_embed_dim, "channels": channels, "channels_out": channels}
     unets = [Unet(**{**params, **fitted, "lowres_cond": index > 0}) for index, params in enumerate(unets_params)]
     return Imagen(unets, **imagen_params)
-
-
-def _weights_file(directory: Path, index: int) -> Path:
-    best = directory / "state_dicts"
-    names = sorted(os.listdir(best)) if best.is_dir() else []
-    if matching := [name for name in names if re.fullmatch(rf"unet_{index}_.*\.pth", name)]:
-        return best / matching[-1]
-    latest = directory / "tmp" / f"unet_{index}_tmp.pth"
-    if not latest.is_file():
-        raise ValueError(
-            f"{directory} has no weights of U-Net {index}, neither state_dicts/unet_{index}_state_TIMESTAMP.pth nor "
-            f"tmp/{latest.name}: train the model first"
-        )
-    warnings.warn(
-        f"{best} has no weights of U-Net {index}: the latest, {latest}, are used instead of the best", stacklevel=3
-    )
-    return latest
 
 
 def sample_and_save(

@@ -19,7 +19,7 @@ from .files import replace_file
 from .folders import IMAGE_SUFFIXES
 from .t5 import MAX_LENGTH
 from .tar_members import CAPTION_FIELDS, Member, caption_of, captioned_members, read_member
-from .tiny_t5 import _cache_root
+from .tiny_t5 import cache_root
 
 __all__ = ["TarDataset"]
 
@@ -130,7 +130,7 @@ def _index(path: Path) -> tuple[np.ndarray, int]:
     """(offset and size of a picture, those of its caption, whether that is JSON) of each item, and the number alone."""
     state = os.stat(path)
     signature = [INDEX_VERSION, state.st_size, state.st_mtime_ns]
-    kept = _cache_root() / "tar_index" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.npz"
+    kept = cache_root() / "tar_index" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.npz"
     try:
         with open(kept, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays["signature"].tolist() == signature:

@@ -57,7 +57,7 @@ def embedded_t5_directory() -> Path:
         OSError: If the cache folder cannot be written.
     """
     captions = _captions()
-    root = _cache_root()
+    root = cache_root()
     directory = root / f"{TINY_T5_NAME}-{_recipe(captions)}"
     if _is_whole(directory):
         return directory
@@ -82,7 +82,7 @@ def embedded_t5_directory() -> Path:
     return directory
 
 
-def _cache_root() -> Path:
+def cache_root() -> Path:
     own = os.environ.get("MINIMAGEN_FAST_CACHE")
     if own:
         return Path(own).expanduser()

@@ -82,7 +82,8 @@ while True:
     kills += 1
     longest *= 1.1
     # Whatever has a record is whole, and stays the same file.
-    finished = sorted(name for name in os.listdir(sys.argv[1]) if name.endswith(".json")) if kills > 5 else []
+    there = os.listdir(sys.argv[1]) if os.path.isdir(sys.argv[1]) else []
+    finished = sorted(name for name in there if name.endswith(".json"))
     print(json.dumps({name: os.stat(os.path.join(sys.argv[1], name)).st_mtime_ns for name in finished}))
 """
 

@@ -131,11 +131,11 @@ def test_another_recipe_gets_another_folder(folder, monkeypatch):
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("MINIMAGEN_FAST_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tiny_t5._cache_root() == tmp_path / "xdg" / "minimagen_fast"
+    assert tiny_t5.cache_root() == tmp_path / "xdg" / "minimagen_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tiny_t5._cache_root() == Path.home() / ".cache" / "minimagen_fast"
+    assert tiny_t5.cache_root() == Path.home() / ".cache" / "minimagen_fast"
     monkeypatch.setenv("MINIMAGEN_FAST_CACHE", str(tmp_path / "own"))
-    assert tiny_t5._cache_root() == tmp_path / "own"
+    assert tiny_t5.cache_root() == tmp_path / "own"
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path, monkeypatch):

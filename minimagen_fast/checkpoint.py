@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "isolated_rng",
     "iterate_from",
     "load",
-    "load_weights",
     "loader_generators",
     "restore_rng",
     "save",
@@ -70,22 +68,6 @@ def load(path: str | os.PathLike) -> Any:
                 "tensors and plain values. Delete it and use another checkpoint of the same training directory, from "
                 "state_dicts/ or tmp/"
             ) from error
-
-
-def load_weights(module: nn.Module, path: str | os.PathLike) -> None:
-    """Loads the state dict in the file `path` into `module`, whose devices and dtypes stay as they are.
-
-    Raises:
-        ValueError: The file cannot be read (see :func:`load`), or its weights belong to a module of another shape.
-    """
-    state = load(path)
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"the weights in {path} do not fit this {type(module).__name__}: it must be built with the parameters that "
-            f"they were trained with (the parameters folder of the same training directory). {error}"
-        ) from error
 
 
 def capture_rng(device: torch.device | None = None, generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:

@@ -75,8 +75,8 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _choice(words: str) -> tuple[int, Path]:
-    number, equals, directory = words.partition("=")
-    if not number.isdecimal() or not equals or not directory:
+    number, _, directory = words.partition("=")
+    if not number.isdecimal() or not directory:
         raise ValueError(f"--UNET must be N=DIR, such as 2=training_2, got {words!r}")
     return int(number), Path(directory)
 

@@ -10,8 +10,7 @@ A folder ``checkpoints/`` holds folders ``step_000001200``, each the state after
 A checkpoint is written into a folder ``.step_000001200.part``, which is renamed when all of it is on the disk; only
 then does the file ``latest`` name it. Whatever ends the writing leaves the earlier ones as they were.
 
-The tensors' index is read with pickle, which can run code: continue only trainings that you trust, and hand on
-exported weights instead.
+Nothing that is read can run code: the tensors' index, a pickle, is looked through first, see :mod:`.checkpoint_index`.
 """
 
 import json
@@ -28,9 +27,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from . import checkpoint
+from .checkpoint_index import read_index
 from .files import file_digest, file_fault, replace_file, sync_folder
 from .ranks import Ranks
 
@@ -63,17 +62,16 @@ class Saved:
     own: dict[str, Any] | None
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor in it."""
-        found = dcp.FileSystemReader(self.path).read_metadata().state_dict_metadata
-        assert not any(isinstance(entry, BytesStorageMetadata) for entry in found.values())
-        return {
-            name: (tuple(entry.size), entry.properties.dtype)
-            for name, entry in found.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        """Shape and dtype of every tensor in it.
+
+        Raises:
+            ValueError: Its index holds anything else.
+        """
+        return read_index(self.path)
 
     def read_into(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         """Fills tensors, plain or sharded in whatever way, with what was saved under their names; on all ranks."""
+        read_index(self.path)  # which torch would read with pickle, whatever it holds
         dcp.load(tensors, checkpoint_id=self.path, no_dist=ranks.size == 1)
 
 

@@ -209,23 +209,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     scheduler = learning_rate_schedule(optimizer, args.LR_SCHEDULE, args.WARMUP_STEPS, steps)
 
     if ranks.first:
-        training_dir = create_directory(run.directory)
-        if not run.in_place:
-            size = get_model_size(imagen)
-            save_training_info(args, run.timestamp, unets_params, imagen_params, size, training_dir)
-        settings.save(
-            run.directory / CONFIG,
-            timestamp=run.timestamp,
-            unets=unets_params,
-            imagen=imagen_params,
-            batch_size=args.BATCH_SIZE,
-            ranks=ranks.size,
-            parallel=args.PARALLEL,
-            checkpoint_levels=levels,
-            learning_rates=list(rates.values()),
-            unet_number=numbers[0] if len(numbers) == 1 else None,
-        )
-        _introduce(imagen, numbers, train_data, device, ranks, run)
+        create_directory(run.directory)
     ranks.wait()
     watch = Watch(
         run.directory,
@@ -252,6 +236,25 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         watch=watch,
         sample=sample,
     )
+    # Not before it is sure that the training can go on with these.
+    if ranks.first:
+        (run.directory / ENDED).unlink(missing_ok=True)
+        if not run.in_place:
+            size = get_model_size(imagen)
+            save_training_info(args, run.timestamp, unets_params, imagen_params, size, create_directory(run.directory))
+        settings.save(
+            run.directory / CONFIG,
+            timestamp=run.timestamp,
+            unets=unets_params,
+            imagen=imagen_params,
+            batch_size=args.BATCH_SIZE,
+            ranks=ranks.size,
+            parallel=args.PARALLEL,
+            checkpoint_levels=levels,
+            learning_rates=list(rates.values()),
+            unet_number=numbers[0] if len(numbers) == 1 else None,
+        )
+        _introduce(imagen, numbers, train_data, device, ranks, run)
     try:
         why = trainer.run()
     except KeyboardInterrupt:

@@ -370,6 +370,16 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_what_a_killed_export_has_left_is_in_nobodys_way(tmp_path):
+    best, _ = trained(tmp_path / "run", 1, 2)
+    left = tmp_path / f".out.{os.getpid()}.part"
+    left.mkdir()
+    (left / "half").write_text("half")
+    export_cascade([tmp_path / "run"], tmp_path / "out")
+    assert identical(unets_of(tmp_path / "out"), best)
+    assert not left.exists() and not (tmp_path / "out" / "half").exists()
+
+
 # Damage
 
 

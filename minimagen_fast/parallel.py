@@ -96,7 +96,6 @@ class TrainedUnet:
     def __init__(self, imagen: Imagen, number: int, ranks: Ranks) -> None:
         self.number = number
         self.unet = imagen.unets[number - 1]
-        self.parameters = list(self.unet.parameters())
         self.sharded = isinstance(self.unet, FSDPModule)
         self._module: nn.Module = _Loss(imagen, number)
         self._replicated = ranks.size > 1 and not self.sharded
@@ -124,10 +123,6 @@ class TrainedUnet:
             assert isinstance(self.unet, FSDPModule)
             self.unet.set_requires_gradient_sync(wanted)
         yield
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The whole weights, on every rank; all ranks must call this if it is sharded."""
-        return {name: full(value) for name, value in self.unet.state_dict().items()}
 
 
 def full(value: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Settings of a training, its optimizer and its learning rate."""
+
+import json
+import math
+
+import pytest
+import torch
+from training_runs import make_imagen
+
+from minimagen_fast.optimizers import build_optimizer, learning_rate_schedule
+from minimagen_fast.settings import TrainingSettings
+
+
+def test_settings_survive_a_file_with_other_entries(tmp_path):
+    settings = TrainingSettings(epochs=3, unet_numbers=[2], seed=7, ema_decay=0.99, min_snr_gamma=5.0, keep_every=100)
+    settings.save(tmp_path / "config.json", batch_size=8)
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 8
+    assert TrainingSettings.load(tmp_path / "config.json") == settings
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        TrainingSettings.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("epochs", -1),
+        ("epochs", True),
+        ("accumulate", 0),
+        ("checkpoint_interval", 1.5),
+        ("max_bad_steps", 0),
+        ("keep_last", 0),
+        ("keep_every", 0),
+        ("sample_interval", -1),
+        ("max_grad_norm", 0),
+        ("max_seconds", -1),
+        ("min_snr_gamma", 0),
+        ("seed", -1),
+        ("ema_decay", 1),
+        ("precision", "float16"),
+    ],
+)
+def test_what_is_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must"):
+        TrainingSettings(**{name: value})
+
+
+def rates(kind, warmup, total, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = learning_rate_schedule(optimizer, kind, warmup, total)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_warm_up_and_cosine():
+    assert rates("constant", 4, None, 6) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+    expected = [1.0, 2.0] + [1 + math.cos(math.pi * step / 8) for step in range(9)]
+    assert rates("cosine", 2, 10, 11) == pytest.approx([*expected[:2], *expected[2:]], abs=1e-12)
+    assert rates("cosine", 0, 4, 6)[-2:] == pytest.approx([0.0, 0.0], abs=1e-12)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    assert learning_rate_schedule(optimizer, "constant", 0, None) is None
+    for arguments in (("linear", 0, 5), ("cosine", 0, None), ("cosine", 5, 5), ("constant", -1, None)):
+        with pytest.raises(ValueError):
+            learning_rate_schedule(optimizer, *arguments)
+
+
+def test_each_unet_has_its_learning_rate_and_the_others_none():
+    imagen = make_imagen(2)
+    optimizer = build_optimizer(imagen, {2: 1e-3})
+    assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["lr"] == 1e-3
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in imagen.unets[1].parameters()
+    }
+    both = build_optimizer(imagen, {1: 1e-3, 2: 1e-4}, weight_decay=0.1)
+    assert type(both) is torch.optim.AdamW and [group["lr"] for group in both.param_groups] == [1e-3, 1e-4]
+    with pytest.raises(ValueError, match="learning rates must be positive"):
+        build_optimizer(imagen, {1: 0.0})

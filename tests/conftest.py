@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
 
 
 def pytest_configure(config):
+    # What a shell starts in the background ignores Ctrl-C, and so would the programs that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Workers of pytest-xdist share the processors: two of them, each with a thread for every processor, would wait for
     # one another at every operation. Subprocesses take the number from the environment.
     if "PYTEST_XDIST_WORKER_COUNT" in os.environ:

@@ -251,7 +251,7 @@ def test_200_steps_follow_the_reference():
         assert {p.grad.dtype for p in imagen.parameters() if p.grad is not None} == {torch.float32}
         moments = [v for state in optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
         assert moments and {v.dtype for v in moments} == {torch.float32}
-        assert {v.dtype for v in averages._averages.values()} == {torch.float32}
+        assert {v.dtype for v in averages.averages.values()} == {torch.float32}
 
 
 def test_a_users_autocast_is_respected_in_training(monkeypatch):

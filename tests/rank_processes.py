@@ -12,7 +12,7 @@ import torch
 # Forked from a process that has imported everything already, and has no threads.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training_runs", "minimagen_fast.trainer", "minimagen_fast.loading"])
-PATIENCE = 120
+PATIENCE = 500
 
 
 def start(function, *args, **environment):

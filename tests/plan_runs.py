@@ -60,7 +60,7 @@ class Loop:
                 # New every time, as from a loader.
                 text = {name: value.clone() for name, value in self.text.items()}
                 self.trained.loss(self.images.clone(), **text).backward()
-        torch.nn.utils.clip_grad_norm_(self.trained.parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained.unet.parameters(), 1.0)
         self.optimizer.step()
         self.imagen.zero_grad(set_to_none=True)
         if self.average:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from minimagen_fast import host_memory
 from minimagen_fast.kernels import use_implementation
 from minimagen_fast.quickstart_training import Recipe
 from minimagen_fast.t5 import get_encoded_dim
@@ -137,6 +138,8 @@ class Variant:
     @contextmanager
     def active(self, device: torch.device) -> Iterator[None]:
         """Run what is inside as this variant does."""
+        # As our models have it and others do not, whichever ran before.
+        host_memory.keep_freed(device.type == "cpu" and self.implementation != "reference")
         with ExitStack() as stack:
             stack.enter_context(use_implementation(self.implementation))
             if self.autocast:

@@ -3,9 +3,10 @@
 # From a checkout's root this folder can also be imported as ``kernels``, and transformers does so when it looks for a
 # package of that name. That copy stays empty: every operation exists, and is registered, once.
 if __name__ != "kernels":
-    from .attention import null_key_attention, null_key_cross_attention
+    from .attention import null_key_attention
     from .channel_norm import channel_layer_norm
     from .conv1x1_concat import conv1x1_concat
+    from .cross_attention import null_key_cross_attention
     from .diffusion import predict_start_from_noise, q_posterior_mean, q_sample
     from .dispatch import implementation, use_implementation
     from .group_norm_silu import group_norm_silu

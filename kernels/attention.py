@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from . import attention_table, dispatch, null_key_flash, null_key_merge
 
-__all__ = ["null_key_attention", "null_key_cross_attention"]
+__all__ = ["null_key_attention"]
 
 
 def null_key_attention(
@@ -77,64 +77,6 @@ def null_key_attention(
     return _RUN[choice](q, k, v, null_key, null_value, heads, mask, bias)
 
 
-def null_key_cross_attention(
-    q: torch.Tensor,
-    context: torch.Tensor,
-    to_kv: torch.Tensor,
-    null_key: torch.Tensor,
-    null_value: torch.Tensor,
-    *,
-    heads: int,
-    mask: torch.Tensor | None = None,
-    implementation: str | None = None,
-) -> torch.Tensor:
-    """:func:`null_key_attention` to keys and values that are linear in context tokens.
-
-    On a CPU, where it takes fewer multiplications, the queries and the attended tokens go through the two projections
-    instead of the context: q (W c)^T = (q W) c^T. Then no keys and values are ever made.
-
-    Args:
-        q: Queries, shape (b, n, heads * d).
-        context: Context tokens, shape (b, m, c).
-        to_kv: Weight of the projection to keys (first half) and values, shape (2 * heads * d, c).
-        null_key: The key that stands before all others in every head, shape (d,).
-        null_value: Its value, shape (d,).
-        heads: Number of heads.
-        mask: Which context tokens may be attended to, bool, shape (b, m).
-        implementation: Overrides the policy of :mod:`.dispatch` for this call.
-
-    Returns:
-        Attended values, shape (b, n, heads * d).
-    """
-    implementation = dispatch.attention_override(implementation)
-    if (
-        dispatch.implementation(implementation) == "auto"
-        and q.device.type == "cpu"
-        and _fewer_by_query(q, context, heads)
-    ):
-        return _by_query(q, context, to_kv, null_key, null_value, heads, mask)
-    k, v = F.linear(context, to_kv).chunk(2, dim=-1)
-    return null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
-
-
-def keys_are_worth_keeping(context: torch.Tensor, heads: int, dim_head: int) -> bool:
-    """Whether many calls of :func:`null_key_cross_attention` with one context go faster with its keys and values kept.
-
-    They do but on a CPU with a narrow context, where the scores take fewer multiplications without them.
-    """
-    (_, m, c), width = context.shape, heads * dim_head
-    by_query = c * width + m * heads * c
-    chosen = dispatch.implementation(dispatch.attention_override(None))
-    return context.device.type != "cpu" or chosen != "auto" or m * width <= by_query
-
-
-def _fewer_by_query(q: torch.Tensor, context: torch.Tensor, heads: int) -> bool:
-    (_, n, width), (_, m, c) = q.shape, context.shape
-    by_key = m * c * width + n * m * width
-    by_query = n * c * width + n * m * heads * c
-    return by_query < by_key
-
-
 def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation) -> dict[str, list[str]]:
     """Implementations, best first, and why each cannot do the job."""
     tensors = (q, k, v, null_key, null_value)
@@ -157,14 +99,14 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
     return {**{name: biased + reasons[name]() for name in order}, "reference": []}
 
 
-def _visible(mask: torch.Tensor | None) -> torch.Tensor | None:
+def visible_keys(mask: torch.Tensor | None) -> torch.Tensor | None:
     """(b, m) to (b, 1, 1, 1 + m), the null key always visible."""
     return None if mask is None else F.pad(mask.bool(), (1, 0), value=True)[:, None, None, :]
 
 
-def _weights(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def weights_of_scores(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Attention weights from scores (b, h, n, 1 + m)."""
-    visible = _visible(mask)
+    visible = visible_keys(mask)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.finfo(scores.dtype).max)
     # Sums and exponentials are float32 inside, whatever the dtype. Under autocast on CUDA so is the result.
@@ -178,7 +120,7 @@ def _reference(q, k, v, null_key, null_value, heads, mask, bias):
     scores = torch.einsum("b n h d, b h m d -> b h n m", q, k)
     if bias is not None:
         scores = scores + bias
-    return torch.einsum("b h n m, b h m d -> b n h d", _weights(scores, mask), v).reshape(b, n, width)
+    return torch.einsum("b h n m, b h m d -> b n h d", weights_of_scores(scores, mask), v).reshape(b, n, width)
 
 
 # Scores of a piece: they stay in the second cache.
@@ -212,29 +154,8 @@ def _matmul(q, k, v, null_key, null_value, heads, mask, bias):
     # Heads that share keys are just more queries of one head: as in _sdpa.
     q = q.reshape(b, 1, n * heads, -1) if k.shape[1] == 1 else q.transpose(1, 2)
     pieces = q.split(max(_PIECE // (b * k.shape[1] * k.shape[2]), 1), dim=2)
-    out = torch.cat([_weights(piece @ k.transpose(-1, -2), mask) @ v for piece in pieces], dim=2)
+    out = torch.cat([weights_of_scores(piece @ k.transpose(-1, -2), mask) @ v for piece in pieces], dim=2)
     return (out if k.shape[1] == 1 else out.transpose(1, 2)).reshape(b, n, width)
-
-
-def _by_query(q, context, to_kv, null_key, null_value, heads, mask):
-    (b, n, width), c = q.shape, context.shape[-1]
-    q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
-    to_key, to_value = to_kv.reshape(2, heads, -1, c)
-    # One more channel, that of the null entry alone: it carries its score on the way in and its weight on the way out.
-    projected = torch.einsum("b n h d, h d c -> b h n c", q, to_key)
-    null_scores = torch.einsum("b n h d, d -> b h n", q, null_key.to(q.dtype))
-    projected = torch.cat((projected, null_scores[..., None].to(projected.dtype)), dim=-1).reshape(b, heads * n, c + 1)
-    context = F.pad(context, (0, 1, 1, 0))
-    context[:, 0, c] = 1.0
-    if projected.dtype == torch.float32:
-        one_head = projected[:, None], context[:, None], context[:, None]
-        attended = F.scaled_dot_product_attention(*one_head, attn_mask=_visible(mask), scale=1.0)
-    else:
-        weights = _weights((projected @ context.transpose(1, 2)).reshape(b, heads, n, -1), mask)
-        attended = weights.reshape(b, heads * n, -1) @ context
-    attended = attended.reshape(b, heads, n, c + 1)
-    out = torch.einsum("b h n c, h d c -> b n h d", attended[..., :c], to_value)
-    return (out + attended[..., c:].transpose(1, 2) * null_value.to(out.dtype)).reshape(b, n, width)
 
 
 def _with_null(null: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -252,9 +173,9 @@ def _sdpa(q, k, v, null_key, null_value, heads, mask, bias):
     if k.shape[1] == 1:
         # Heads that share keys are just more queries of one head, and (b, n, h * d) already lies that way in memory.
         q = q.reshape(b, 1, n * heads, width // heads)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(mask)).reshape(b, n, width)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_keys(mask)).reshape(b, n, width)
     q = q.reshape(b, n, heads, width // heads).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(mask))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_keys(mask))
     return out.transpose(1, 2).reshape(b, n, width)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from . import host_memory
 from .blocks import use_blocks
 from .kernels import dispatch, launch
 
@@ -29,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "compile": ("off", "blocks"),
     "cuda_graphs": ("off", "on"),
     "condition_cache": ("off", "on"),
+    "freed_memory": ("returned", "kept"),
 }
 # The reason of a setting that someone has chosen.
 ASKED_FOR = "asked for"
@@ -40,6 +42,7 @@ REFERENCE = {
     "compile": "off",
     "cuda_graphs": "off",
     "condition_cache": "off",
+    "freed_memory": "returned",
 }
 
 
@@ -57,6 +60,8 @@ class Acceleration:
         cuda_graphs: ``on`` if a step of sampling is captured and replayed.
         condition_cache: ``on`` if what the steps of a sampling share is computed once, and guidance takes one call of
             the U-Net a step, not two.
+        freed_memory: ``kept`` if main memory that is freed stays with the process, for the next tensors, from the first
+            use of the model on. See :mod:`.host_memory`.
         checkpoint_levels: Levels of the U-Nets, 0 the one of the highest resolution, that in training keep less and
             compute it again.
         reasons: For each setting why it is what it is.
@@ -69,6 +74,7 @@ class Acceleration:
     compile: str
     cuda_graphs: str
     condition_cache: str
+    freed_memory: str
     checkpoint_levels: tuple[int, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -85,6 +91,8 @@ class Acceleration:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Have kernels chosen and blocks run in this way, for a block of code."""
+        # Not taken back afterwards: the backward pass of a training comes outside.
+        host_memory.keep_freed(self.freed_memory == "kept")
         with ExitStack() as stack:
             if self.kernels != "auto":
                 stack.enter_context(dispatch.use_implementation(self.kernels))
@@ -225,6 +233,14 @@ def _compile(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
     return "blocks", "fewer launches for what lies between our kernels and the convolutions"
 
 
+def _freed_memory(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
+    if device.type != "cpu":
+        return "returned", "only for CPUs"
+    if obstacle := host_memory.obstacle():
+        return "returned", obstacle
+    return "kept", "the system would fill the same pages with zeros in every step"
+
+
 def _cuda_graphs(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
     if device.type != "cuda":
         return "off", "only for CUDA"
@@ -239,6 +255,7 @@ _AUTOMATIC = {
     "compile": _compile,
     "cuda_graphs": _cuda_graphs,
     "condition_cache": lambda device, weights: ("on", "text and timesteps are worked on once"),
+    "freed_memory": _freed_memory,
 }
 
 
@@ -252,6 +269,8 @@ def _obstacle(name: str, value: str, device: torch.device, weights: torch.dtype)
         return f"the model is on {device}, not on a CUDA device"
     if name == "compile" and value == "blocks":
         return _no_compiler(device)
+    if name == "freed_memory" and value == "kept":
+        return host_memory.obstacle()
     return None
 
 

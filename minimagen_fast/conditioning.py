@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .kernels.attention import keys_are_worth_keeping
+from .kernels.cross_attention import keys_are_worth_keeping
 from .Unet import BlockCondition, Unet
 
 
@@ -55,8 +55,7 @@ class Conditions:
         self._widths = [projection.out_features for projection in projections]
         self._attends = [block.cross_attn is not None for block in blocks]
         attentions = [block.cross_attn.fn for block in blocks if block.cross_attn is not None]
-        heads, dim_head = attentions[0].heads, attentions[0].null_kv.shape[1]
-        self._keeps_keys = keys_are_worth_keeping(text_tokens, heads, dim_head)
+        self._keeps_keys = keys_are_worth_keeping(text_tokens, dim_head=attentions[0].null_kv.shape[1])
         if self._keeps_keys:
             time_part = torch.stack([attention.project_context(time_tokens) for attention in attentions], dim=1)
             text_part = torch.stack([attention.project_context(text_tokens) for attention in attentions])

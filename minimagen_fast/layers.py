@@ -244,17 +244,17 @@ class CrossAttention(nn.Module):
         Returns:
             Tokens, shape (b, n, dim).
         """
-        q = self.to_q(self.norm(x))
+        x = self.norm(x)
         null_key, null_value = self.null_kv
+        project, norm = self.to_out
         if exists(keys_values):
             k, v = keys_values.chunk(2, dim=-1)
-            out = null_key_attention(q, k, v, null_key, null_value, heads=self.heads, mask=mask)
+            out = project(null_key_attention(self.to_q(x), k, v, null_key, null_value, heads=self.heads, mask=mask))
         else:
+            weights = self.to_q.weight, self.to_kv.weight, project.weight
             context = self.norm_context(context)
-            to_kv = self.to_kv.weight
-            out = null_key_cross_attention(q, context, to_kv, null_key, null_value, heads=self.heads, mask=mask)
-        project, norm = self.to_out
-        return norm(project(out), residual=residual)
+            out = null_key_cross_attention(x, context, *weights, null_key, null_value, heads=self.heads, mask=mask)
+        return norm(out, residual=residual)
 
     def project_context(self, context: torch.Tensor) -> torch.Tensor:
         """The keys and, after them, the values of context tokens (b, m, context_dim): shape (b, m, 2 * heads * d)."""

@@ -10,6 +10,7 @@ import torch
 from fast_path import make_imagen, make_words, sample
 
 from minimagen_fast import acceleration as policy
+from minimagen_fast import host_memory
 from minimagen_fast.acceleration import ASKED_FOR, CHOICES, ENVIRONMENT_VARIABLE, checked_request, resolve
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.kernels import dispatch, implementation, launch
@@ -26,6 +27,7 @@ OFF = {
     "compile": "off",
     "cuda_graphs": "off",
     "condition_cache": "off",
+    "freed_memory": "returned",
 }
 
 
@@ -66,6 +68,7 @@ def test_without_a_card(device, memory_format):
         "compile": "off",
         "cuda_graphs": "off",
         "condition_cache": "on",
+        "freed_memory": "kept" if device == CPU and not host_memory.obstacle() else "returned",
     }
 
 
@@ -78,6 +81,7 @@ def test_on_a_card(card):
         "compile": "blocks",
         "cuda_graphs": "on",
         "condition_cache": "on",
+        "freed_memory": "returned",
     }
 
 

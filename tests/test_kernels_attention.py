@@ -14,7 +14,6 @@ from minimagen_fast.kernels import (
     implementation,
     launch,
     null_key_attention,
-    null_key_cross_attention,
     use_implementation,
 )
 
@@ -137,36 +136,6 @@ def test_on_a_cpu_nothing_but_sdpa_is_chosen():
         q, k, v, null_key, null_value = (x.float() for x in _case(shared, heads=1, d=64))
         candidates = attention._candidates(q, k, v, null_key, null_value, 1, None, None, None)
         assert next(name for name, reasons in candidates.items() if not reasons) == "sdpa"
-
-
-@pytest.mark.parametrize("n", [3, 40])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("c", [4, 100])
-def test_keys_and_values_need_not_be_made(n, masked, c):
-    torch.manual_seed(0)
-    heads, d, m = 3, 8, 20
-    shapes = [(2, n, heads * d), (2, m, c), (2 * heads * d, c), (d,), (d,)]
-    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    mask = torch.rand(2, m) < 0.5 if masked else None
-    weight = torch.randn(2, n, heads * d, dtype=torch.float64)
-    results = []
-    for choice in ("auto", "reference"):
-        out = null_key_cross_attention(*tensors, heads=heads, mask=mask, implementation=choice)
-        results.append((out, *torch.autograd.grad((out * weight).sum(), tensors)))
-    for by_query, by_key in zip(*results, strict=True):
-        torch.testing.assert_close(by_query, by_key, rtol=1e-4, atol=1e-3)  # the softmax is float32
-
-
-def test_the_cheaper_way_is_taken(monkeypatch):
-    taken = []
-    monkeypatch.setattr(attention, "_by_query", lambda *_: taken.append("by query"))
-    monkeypatch.setattr(attention, "null_key_attention", lambda *_, **__: taken.append("by key"))
-    null = torch.zeros(64)
-    for n, c in ((16, 32), (64, 32), (256, 512), (4096, 32)):
-        q, context, to_kv = torch.zeros(1, n, 512), torch.zeros(1, 258, c), torch.zeros(1024, c)
-        null_key_cross_attention(q, context, to_kv, null, null, heads=8)
-        null_key_cross_attention(q, context, to_kv, null, null, heads=8, implementation="sdpa")
-    assert taken == ["by query", "by key"] * 2 + ["by key", "by key"] + ["by query", "by key"]
 
 
 def test_bias():

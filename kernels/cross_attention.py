@@ -1,0 +1,97 @@
+"""Cross attention with a null key, from normalised tokens to what is added to them: its projections are part of it."""
+
+import torch
+import torch.nn.functional as F
+
+from . import dispatch
+from .attention import null_key_attention, visible_keys, weights_of_scores
+
+__all__ = ["keys_are_worth_keeping", "null_key_cross_attention"]
+
+
+def null_key_cross_attention(
+    x: torch.Tensor,
+    context: torch.Tensor,
+    to_q: torch.Tensor,
+    to_kv: torch.Tensor,
+    to_out: torch.Tensor,
+    null_key: torch.Tensor,
+    null_value: torch.Tensor,
+    *,
+    heads: int,
+    mask: torch.Tensor | None = None,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """:func:`.null_key_attention` between projections of tokens and of context tokens, followed by one of its result.
+
+    On a CPU, where it takes fewer multiplications, the projections of queries and keys are multiplied with each other
+    first, and those of values and results: (x Q) (c K)^T = (x (Q K^T)) c^T and (w (c V)) O = (w c) (V O). Then the
+    context tokens themselves are keys and values.
+
+    Args:
+        x: Tokens, shape (b, n, dim).
+        context: Context tokens, shape (b, m, c).
+        to_q: Weight of the projection to queries, shape (heads * d, dim).
+        to_kv: Weight of the projection to keys (first half) and values, shape (2 * heads * d, c).
+        to_out: Weight of the projection of the attended values, shape (dim_out, heads * d).
+        null_key: The key that stands before all others in every head, shape (d,).
+        null_value: Its value, shape (d,).
+        heads: Number of heads.
+        mask: Which context tokens may be attended to, bool, shape (b, m).
+        implementation: Overrides the policy of :mod:`.dispatch` for this call.
+
+    Returns:
+        Tokens, shape (b, n, dim_out).
+    """
+    implementation = dispatch.attention_override(implementation)
+    if (
+        dispatch.implementation(implementation) == "auto"
+        and x.device.type == "cpu"
+        and _fewer_with_products(x, context, to_q, heads)
+    ):
+        return _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask)
+    q = F.linear(x, to_q)
+    k, v = F.linear(context, to_kv).chunk(2, dim=-1)
+    out = null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
+    return F.linear(out, to_out)
+
+
+def keys_are_worth_keeping(context: torch.Tensor, dim_head: int) -> bool:
+    """Whether many calls of :func:`null_key_cross_attention` with one context go faster with its keys and values kept.
+
+    They do but on a CPU with a context narrower than a head: without them the scores take fewer multiplications.
+    """
+    chosen = dispatch.implementation(dispatch.attention_override(None))
+    return context.device.type != "cpu" or chosen != "auto" or context.shape[2] >= dim_head
+
+
+def _fewer_with_products(x: torch.Tensor, context: torch.Tensor, to_q: torch.Tensor, heads: int) -> bool:
+    (b, n, dim), (_, m, c), width = x.shape, context.shape, to_q.shape[0]
+    projected = b * (n * dim * width + m * c * width + n * m * width)
+    with_products = dim * width * c + b * (n * dim * heads * c + n * m * heads * c)
+    return with_products < projected
+
+
+def _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask):
+    (b, n, dim), c = x.shape, context.shape[-1]
+    to_key, to_value = to_kv.reshape(2, heads, -1, c)
+    # One more channel, that of the null entry alone: it carries its score on the way in and its weight on the way out.
+    to_key, to_value = (
+        torch.cat((to, null.to(to.dtype).expand(heads, -1)[..., None]), dim=-1)
+        for to, null in ((to_key, null_key), (to_value, null_value))
+    )
+    to_query = to_q.reshape(heads, -1, dim) * null_key.shape[0] ** -0.5
+    to_result = to_out.reshape(-1, heads, to_value.shape[1]).transpose(0, 1)
+    query_key = (to_key.transpose(1, 2) @ to_query).reshape(heads * (c + 1), dim)
+    value_result = (to_result @ to_value).transpose(0, 1).reshape(-1, heads * (c + 1))
+    # The heads, which share their keys, are just more queries of one head.
+    q = F.linear(x, query_key).reshape(b, n * heads, c + 1)
+    context = F.pad(context.to(q.dtype), (0, 1, 1, 0))
+    context[:, 0, c] = 1.0
+    if q.dtype == torch.float32:
+        one_head = q[:, None], context[:, None], context[:, None]
+        attended = F.scaled_dot_product_attention(*one_head, attn_mask=visible_keys(mask), scale=1.0)
+    else:
+        weights = weights_of_scores((q @ context.transpose(1, 2))[:, None], mask)
+        attended = weights[:, 0] @ context
+    return F.linear(attended.reshape(b, n, heads * (c + 1)), value_result)

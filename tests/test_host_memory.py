@@ -1,0 +1,66 @@
+"""Main memory that is freed: kept by the process or given back, seen in the pages that the system has to hand out."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minimagen_fast import host_memory
+
+PROGRAM = """
+import resource
+import torch
+from minimagen_fast import host_memory
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(20, 2**20)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 2**20
+
+new_pages()
+given_back = new_pages()
+host_memory.keep_freed(True)
+new_pages()
+kept, before = new_pages(), resident()
+host_memory.keep_freed(False)
+print(given_back, kept, before - resident())
+"""
+
+
+def pages(**environment):
+    """New pages for a tensor of 80 MiB where memory is given back and where it is kept; MiB given back in the end."""
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    return [int(count) for count in done.stdout.split()]
+
+
+@pytest.mark.skipif(host_memory.obstacle() is not None, reason=str(host_memory.obstacle()))
+def test_freed_memory_is_kept_and_given_back():
+    given_back, kept, in_the_end = pages()
+    # With huge pages there would be fewer of them, but some.
+    assert given_back > 20 and kept < given_back / 10
+    assert in_the_end > 70
+
+
+@pytest.mark.skipif(host_memory.obstacle() is not None, reason=str(host_memory.obstacle()))
+def test_what_the_environment_says_stays():
+    assert min(pages(MALLOC_TRIM_THRESHOLD_="131072")[:2]) > 20
+
+
+@pytest.mark.parametrize(
+    "library, environment, message",
+    [("", {}, "GNU"), ("glibc", {"GLIBC_TUNABLES": "x"}, "GLIBC_TUNABLES says"), ("glibc", {}, None)],
+)
+def test_obstacles(monkeypatch, library, environment, message):
+    for name in host_memory._ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(host_memory.platform, "libc_ver", lambda: (library, ""))
+    found = host_memory.obstacle.__wrapped__()
+    assert found is None if message is None else message in found

@@ -138,8 +138,9 @@ class Variant:
     @contextmanager
     def active(self, device: torch.device) -> Iterator[None]:
         """Run what is inside as this variant does."""
-        # As our models have it and others do not, whichever ran before.
-        host_memory.keep_freed(device.type == "cpu" and self.implementation != "reference")
+        if self.original:
+            # As where none of our models ran before.
+            host_memory.keep_freed(False)
         with ExitStack() as stack:
             stack.enter_context(use_implementation(self.implementation))
             if self.autocast:

@@ -125,6 +125,8 @@ SWITCHES: dict[str, dict[str, str]] = {
     "channels_last": {"memory_format": "channels_last"},
     # Also one call of the U-Net a step for both predictions.
     "condition_cache": {"condition_cache": "on"},
+    # On a CPU.
+    "freed_memory": {"freed_memory": "kept"},
     "bfloat16": {"precision": "bfloat16"},
     "compile": {"compile": "blocks"},
     "cuda_graphs": {"cuda_graphs": "on"},

@@ -14,9 +14,9 @@ from .results import Identity
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
-SAMPLING = ablation("kernels", "channels_last", "condition_cache", "bfloat16", "compile", "cuda_graphs")
+SAMPLING = ablation("kernels", "channels_last", "condition_cache", "freed_memory", "bfloat16", "compile", "cuda_graphs")
 # A step of training has no conditions to keep, and is not captured.
-TRAINING = ablation("kernels", "channels_last", "bfloat16", "compile")
+TRAINING = ablation("kernels", "channels_last", "freed_memory", "bfloat16", "compile")
 
 Prepare = Callable[[Network, ImagenVariant, int, Context], Prepared]
 
@@ -43,7 +43,8 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
         network = NETWORKS[name]
         for number, variant in enumerate(variants):
             compiles = variant.compiles(device)
-            if (compiles and profile == "smoke") or (variant.name == "+cuda_graphs" and device.type != "cuda"):
+            elsewhere = "+freed_memory" if device.type == "cuda" else "+cuda_graphs"
+            if (compiles and profile == "smoke") or variant.name == elsewhere:
                 continue
             identity = Identity("ablation", f"{what}-{name}", None, network.shape(batch), "float32", variant.name)
             yield Plan(

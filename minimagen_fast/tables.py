@@ -173,7 +173,7 @@ def open_tables(
         ValueError: if a file is damaged, no file has a row, or the columns are not there.
     """
     datasets = import_datasets()
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     local = [file for file in files if "://" not in file]
     may_have_rows = [_check_file(kind, file) for file in local]
@@ -205,7 +205,7 @@ def _check_file(kind: str, file: str) -> bool:
     Raises:
         ValueError: if it is not.
     """
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     try:
         if kind == "parquet":

@@ -78,7 +78,7 @@ def tar_examples(
     Raises:
         ValueError: see :func:`captioned_members`; but what comes before the fault has been given by then.
     """
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     for name in files:
         alone = 0

@@ -10,7 +10,18 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "minimagen_fast" / "__init__.py").read_text(), re.M).group(1)
 
 # setuptools is what the packaging test builds with, without a network; a short benchmark run is one of the tests.
-TEST = ["hypothesis", "matplotlib", "pytest>=8", "pytest-benchmark", "pytest-xdist>=3.6", "setuptools>=77", "wheel"]
+# With the optional packages, so that nothing is skipped for want of one.
+TEST = [
+    "datasets",
+    "hypothesis",
+    "matplotlib",
+    "pytest>=8",
+    "pytest-benchmark",
+    "pytest-xdist>=3.6",
+    "setuptools>=77",
+    "tensorboard",
+    "wheel",
+]
 
 setup(
     name="minimagen_fast",

@@ -2,9 +2,9 @@
 
 Provisional: no timing stands behind the orders here. ``DEFAULT`` puts the kernels of this package first, since they
 read and write every tensor once and in place; then the library's kernel with a merge, which copies no keys; then the
-library's on concatenated keys. A benchmark rewrites ``MEASURED``: it times every implementation that can do the job at
-each key's shape, forward alone or forward and backward, and writes down the order it found. Shapes that nobody timed
-take ``DEFAULT``.
+library's on concatenated keys. ``python -m benchmarks.attention_order --write`` rewrites ``MEASURED``: it times every
+implementation that can do the job at each key's shape, forward alone or forward and backward, and writes down the order
+it found. Shapes that nobody timed take ``DEFAULT``.
 """
 
 from typing import NamedTuple

@@ -102,6 +102,7 @@ def test_the_learning_rate_ends_with_the_steps_or_the_clock(monkeypatch):
         return out
 
     fast, slow = rates(0.1), rates(0.5)
-    assert rates(0.2) == fast, "a machine that keeps up follows the steps alone"
+    assert rates(0.24) == fast, "a machine that keeps up follows the steps alone"
     assert fast[0] == pytest.approx(0.01) and max(fast) > 0.8 and fast[-1] < 1e-4
-    assert slow[199] < 1e-3 and slow[300] == 0.0
+    assert slow[:160] == fast[:160], "the clock has no say until the last part of its time"
+    assert slow[199] < 2e-3 and slow[300] == 0.0

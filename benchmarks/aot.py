@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.aot`` compiles a representative part of the launches that the U-Nets Base, Super, BaseTest and
 SuperTest can make, and prints what became of each configuration as a Markdown table; ``--all`` compiles all of them,
-and with ``--write`` keeps the table in benchmarks/results/aot.md. tests/test_aot.py holds the representative part to
+``--changed`` all of the kernels that changed since the kept table was made, of which the rest is taken; with either
+``--write`` keeps the table in benchmarks/results/aot.md. tests/test_aot.py holds the representative part to
 :func:`complaints`, and to the kept table, and knows by the kernels' :func:`fingerprint` whether all were compiled since
 they were changed last. With ``TRITON_CACHE_DIR`` set to a folder, an interrupted run goes on where it was.
 
@@ -109,6 +110,11 @@ class Build:
                 types.append(str(constants[(position,)]))
         return f"{' '.join(types)}; {' '.join(names)}; {self.num_warps} warps, {self.num_stages} stages"
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """That of its row: kernel, configuration, target."""
+        return f"{self.module.rpartition('.')[2]}.{self.kernel}", self.config, f"sm_{self.capability}"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -190,9 +196,7 @@ def compile_build(build: Build) -> Row:
     copies = [int(size, 0) for size in _COPY.findall(ptx)] + [16] * ("cp.async.bulk" in ptx)
     products = [name for instruction, name in _PRODUCTS.items() if instruction in ptx]
     return Row(
-        f"{build.module.rpartition('.')[2]}.{build.kernel}",
-        build.config,
-        f"sm_{build.capability}",
+        *build.key,
         registers,
         stack + local,
         shared,
@@ -476,27 +480,68 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; 1 if there are complaints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="all configurations: an hour or so on two cores")
+    parser.add_argument(
+        "--changed",
+        action="store_true",
+        help="all configurations of kernels that changed since the kept table was made",
+    )
     parser.add_argument("--write", action="store_true", help=f"keep the tables in benchmarks/results/{TABLE.name}")
     options = parser.parse_args(arguments)
-    if options.write and not options.all:
-        parser.error("the table is of all configurations: --write needs --all")
+    if options.write and not (options.all or options.changed):
+        parser.error("the table is of all configurations: --write needs --all, or --changed")
+    if options.changed and _versions() not in TABLE.read_text():
+        parser.error(f"the kept table is not of {_versions()}, and none of it can be taken: use --all")
     if launch.INTERPRETED:
         parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        return _run(options.all, options.write)
+        return _run_changed(options.write) if options.changed else _run(options.all, options.write)
 
 
 def _run(everything: bool, write: bool) -> int:
     builds = enumerate_builds(*(ALL_SIZES if everything else SOME_SIZES))
     chosen = representatives(enumerate_builds(*SOME_SIZES) if everything else builds)
-    compiled = list(builds) if everything else chosen
-    print(f"{len(compiled)} of {len(builds)} configurations", file=sys.stderr)
     recorded_text = TABLE.read_text() if TABLE.exists() else ""
     # Another compiler makes other code: then there is nothing to compare with.
     recorded = parse(recorded_text) if _versions() in recorded_text and not write else None
+    rows, wrong = _compiled(builds, list(builds) if everything else chosen, chosen, recorded)
+    return _finish(summary(rows.values()), [rows[build] for build in chosen], len(rows), write, wrong)
+
+
+def _run_changed(write: bool) -> int:
+    """The kept table, with new rows for the kernels that are not the ones it was made of."""
+    text, builds = TABLE.read_text(), enumerate_builds(*ALL_SIZES)
+    chosen = representatives(enumerate_builds(*SOME_SIZES))
+    names = {build: build.key[0] for build in builds}
+    recorded, known = parse(text), fingerprints(text)
+    changed = {name for name in names.values() if known.get(name) != fingerprint(name)}
+    # What launches a kernel may have changed without the kernel.
+    changed |= {names[build] for build in chosen if build.key not in recorded}
+    rows, wrong = _compiled(builds, [build for build in builds if names[build] in changed], chosen, None)
+    new = dict(_overview_lines(summary(rows.values())))
+    kept = {at: line for at, line in _overview_lines(text) if at[0] in set(names.values()) - changed}
+    order = dict.fromkeys((names[build], build.key[2]) for build in builds)
+    overview = [*summary([]).splitlines(), *({**kept, **new}[at] for at in order)]
+    details = [rows[build] if build in rows else recorded[build.key] for build in chosen]
+    return _finish("\n".join(overview) + "\n", details, len(builds), write, wrong)
+
+
+def _overview_lines(text: str) -> Iterator[tuple[tuple[str, str], str]]:
+    """Kernel and target, and the line, of the :func:`summary` in a text."""
+    for cells in _cells(text, _OVERVIEW):
+        yield (cells[0], cells[2]), f"| {' | '.join(cells)} |"
+
+
+def _compiled(
+    builds: dict[Build, bool],
+    wanted: list[Build],
+    chosen: list[Build],
+    recorded: dict[tuple[str, str, str], Row] | None,
+) -> tuple[dict[Build, Row], bool]:
+    """The rows of the wanted builds, and whether something is wrong with one, which is said."""
+    print(f"{len(wanted)} of {len(builds)} configurations", file=sys.stderr)
     rows, wrong = {}, False
-    for build, row in zip(compiled, compile_builds(compiled), strict=True):
+    for build, row in zip(wanted, compile_builds(wanted), strict=True):
         rows[build] = row
         found = complaints(row, wide=builds[build])
         if recorded is not None and build in chosen:
@@ -505,13 +550,15 @@ def _run(everything: bool, write: bool) -> int:
             wrong = True
             print(f"{row.kernel} ({row.config}) on {row.target} {complaint}", file=sys.stderr)
     if wrong and recorded is not None:
-        print("To take this into the table on purpose: python -m benchmarks.aot --all --write", file=sys.stderr)
-    overview = summary(rows.values())
-    details = table(rows[build] for build in chosen)
+        print("To take this into the table on purpose: python -m benchmarks.aot --changed --write", file=sys.stderr)
+    return rows, wrong
+
+
+def _finish(overview: str, chosen: list[Row], number: int, write: bool, wrong: bool) -> int:
+    details = table(chosen)
     print(f"{overview}\n{details}")
     if write:
-        text = _HEAD.format(versions=_versions(), number=len(rows), overview=overview, details=details)
-        TABLE.write_text(text)
+        TABLE.write_text(_HEAD.format(versions=_versions(), number=number, overview=overview, details=details))
     return int(wrong)
 
 
@@ -521,7 +568,7 @@ SOME_SIZES = (16, 64, 256), (2, 16)
 
 _HEAD = """# Machine code of the kernels
 
-Written by `python -m benchmarks.aot --all --write` with {versions}, no card needed: what the kernels compile to for an
+Written by `python -m benchmarks.aot --write` with {versions}, no card needed: what the kernels compile to for an
 A100 (sm_80), an H200 (sm_90) and a B200 (sm_100), in bfloat16 and float32, NCHW and channels_last. Registers and spills
 are those of a thread (spills in bytes), shared memory in bytes of a program, occupancy the share of a multiprocessor's
 warps that programs of this kind can fill. The widest global loads and stores are in bytes; narrow ones are those of the

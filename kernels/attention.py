@@ -56,6 +56,13 @@ def null_key_attention(
     for name, x in (("q", q), ("k", k), ("v", v), ("null_key", null_key), ("null_value", null_value)):
         if not x.is_floating_point():
             raise TypeError(f"{name} must be of a floating-point type; got {x.dtype}")
+    tensors = {"q": q, "k": k, "v": v, "null_key": null_key, "null_value": null_value, "mask": mask, "bias": bias}
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device; got {where}")
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
     if q.ndim != 3 or q.shape[-1] % heads:
         raise ValueError(f"q must have shape (b, n, heads * d) with heads = {heads}; got {tuple(q.shape)}")
     dim_head = q.shape[-1] // heads
@@ -86,7 +93,9 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         order = attention_table.order(k.shape[2] != q.shape[2], dim_head, q.shape[1], k.shape[1], training)
     else:
         order = ("matmul", "sdpa", "sdpa_merge", "triton")
-    if dispatch.implementation(implementation) == "xformers":
+    # What the table leaves out is tried last, and an explicit choice of it is heard.
+    order = (*order, *(name for name in attention_table.DEFAULT if name not in order))
+    if dispatch.implementation(implementation) == "xformers" and "xformers" not in order:
         order = (*order, "xformers")
     biased = [] if bias is None else ["it takes no bias"]
     reasons = {

@@ -82,17 +82,22 @@ def _forward_kernel(
     begin = group * group_width
     pixel, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
 
-    # Distances to the mean of a few values: squares of the values themselves would cancel where the mean is large.
-    pivots = load_both(
-        x, skip, sample, 0, begin, tl.arange(0, 1), channel, (channel < group_width)[None, :],
-        channels_x, channels, pixels, HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
+    # Distances to the mean of the first tile: squares of the values themselves would cancel where the mean is large.
+    # What the pivot is off by, the squares of the first tile contain.
+    mask = (pixel < pixels)[:, None] & (channel < group_width)[None, :]
+    values = load_both(
+        x, skip, sample, 0, begin, pixel, channel, mask, channels_x, channels, pixels,
+        HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
     )  # fmt: skip
-    pivot = tl.sum(tl.sum(pivots, axis=0), axis=0) / tl.cast(tl.minimum(group_width, BLOCK_C), tl.float32)
-    total, squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    number = tl.cast(tl.minimum(group_width, BLOCK_C), tl.float32) * tl.cast(tl.minimum(pixels, BLOCK_P), tl.float32)
+    pivot = tl.sum(tl.sum(values, axis=0), axis=0) / number
+    total = tl.where(mask, values - pivot, 0.0)
+    squares = total * total
+    done = tl.full((), BLOCK_P, tl.int32)
     for within in range(0, group_width, BLOCK_C):
         first = begin + within
         inside = within + channel < group_width
-        for start in range(0, pixels, BLOCK_P):
+        for start in range(done, pixels, BLOCK_P):
             mask = (start + pixel < pixels)[:, None] & inside[None, :]
             values = load_both(
                 x, skip, sample, start, first, pixel, channel, mask, channels_x, channels, pixels,
@@ -101,6 +106,7 @@ def _forward_kernel(
             distance = tl.where(mask, values - pivot, 0.0)
             total += distance
             squares += distance * distance
+        done *= 0
     count = tl.cast(group_width, tl.float32) * tl.cast(pixels, tl.float32)
     shifted = tl.sum(tl.sum(total, axis=0), axis=0) / count
     variance = tl.sum(tl.sum(squares, axis=0), axis=0) / count - shifted * shifted

@@ -24,6 +24,8 @@ __all__ = ["null_key_flash", "reasons"]
 
 # Head widths that the kernels are laid out for.
 WIDTHS = (32, 64, 128)
+# Of a block of rows, at most 128, the last must be within reach of a 32-bit offset.
+LARGEST_ROW_STRIDE = 2**23
 LOG2_E = 1.4426950408889634
 # Three TF32 products in place of one float32 product: on tensor cores, and as exact as float32 to about one digit in
 # seven. A single one keeps three digits, where plain torch by default computes in full float32.
@@ -167,6 +169,9 @@ def _backward_queries(
         value_0 = tl.load(null_value + tl.arange(0, D)).to(tl.float32)
         p_0 = tl.exp2(tl.sum(queries.to(tl.float32) * key_0[None, :], 1) * SCALE - highest)
         ds_0 = p_0 * (tl.sum(gradient.to(tl.float32) * value_0[None, :], 1) - products)
+        if NEED_NULL and not WHOLE:
+            # Queries that do not exist are zeros, which times an infinite key are NaN.
+            p_0, ds_0 = tl.where(rows < n, p_0, 0.0), tl.where(rows < n, ds_0, 0.0)
         if NEED_NULL:
             at = partials + program.to(tl.int64) * D + tl.arange(0, D)
             tl.store(at, tl.sum(queries.to(tl.float32) * ds_0[:, None], 0) * ROOT)
@@ -219,9 +224,13 @@ def _backward_keys(
         products = tl.load(delta + statistics + rows, mask=rows < n, other=0.0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         p = tl.exp2(scores * SCALE - highest[None, :])
-        value_gradient = tl.dot(p.to(gradient.dtype), gradient, value_gradient, input_precision=PRECISION)
         dp = tl.dot(values, tl.trans(gradient), input_precision=PRECISION)
         ds = p * (dp - products[None, :])
+        if not WHOLE:
+            # As for the null key: zeros times an infinite key are NaN.
+            exists = (rows < n)[None, :]
+            p, ds = tl.where(exists, p, 0.0), tl.where(exists, ds, 0.0)
+        value_gradient = tl.dot(p.to(gradient.dtype), gradient, value_gradient, input_precision=PRECISION)
         key_gradient = tl.dot(ds.to(queries.dtype), queries, key_gradient, input_precision=PRECISION)
 
     if MASKED:
@@ -243,8 +252,9 @@ def _rows(x: torch.Tensor, heads: int) -> tuple[torch.Tensor, int, int]:
     """
     b, n, width = x.shape
     # A dimension of size 1 may have any stride. A row stride of 1, of overlapping rows, would reach the kernels as a
-    # constant and not as a 32-bit number.
-    if x.stride(2) != 1 or (n > 1 and (x.stride(1) == 1 or (heads > 1 and x.stride(1) != width))):
+    # constant and not as a 32-bit number; one so large that offsets within a block need more is not for them either.
+    unfit = x.stride(1) == 1 or x.stride(1) > LARGEST_ROW_STRIDE or (heads > 1 and x.stride(1) != width)
+    if x.stride(2) != 1 or (n > 1 and unfit):
         x = x.contiguous()
     row = width // heads if heads > 1 else x.stride(1) if n > 1 else 0
     return x, x.stride(0) if b > 1 else 0, row

@@ -144,7 +144,7 @@ def test_all_configurations_were_compiled_since_the_kernels_changed_last():
                 kernels |= {f"{function.__module__.rpartition('.')[2]}.{function.__name__}" for function in functions}
     changed = sorted(kernel for kernel in kernels if recorded.get(kernel) != aot.fingerprint(kernel))
     assert len(kernels) > 20
-    assert not changed, f"{', '.join(changed)} changed: run python -m benchmarks.aot --all --write"
+    assert not changed, f"{', '.join(changed)} changed: run python -m benchmarks.aot --changed --write"
 
 
 def test_occupancy():
@@ -163,6 +163,49 @@ def test_the_kept_table_is_of_sound_kernels():
     modules = {row.kernel.split(".")[0] for row in rows.values()}
     assert {"group_norm_split", "null_key_flash", "diffusion", "sampling_kernels", "layer_norm_rows"} <= modules
     assert not [row for row in rows.values() if aot.complaints(row, wide=False)]
+
+
+def test_no_configuration_at_all_spills():
+    overview = list(aot._overview_lines(aot.TABLE.read_text()))
+    rows = [dict(zip(aot._OVERVIEW, line.strip("| ").split(" | "), strict=True)) for _, line in overview]
+    assert len(rows) == len(aot.fingerprints(aot.TABLE.read_text())) * 3
+    assert {row["spill"] for row in rows} == {"0"}
+
+
+def test_what_did_not_change_is_taken_from_the_kept_table(tmp_path, monkeypatch, capsys):
+    def build(kernel: str) -> aot.Build:
+        constants = (((1,), 64),)
+        return aot.Build(
+            f"kernels.{kernel}", "_forward_kernel", (("x", "*fp32"), ("N", "constexpr")), constants, (), 4, 2, 90
+        )
+
+    compiled = []
+
+    def compile_builds(builds):
+        compiled.extend(builds)
+        return [changed(kernel=build.key[0], config=build.config, registers=50) for build in builds]
+
+    builds = {build(kernel): True for kernel in ("layer_norm_rows", "channel_norm_planes", "group_norm_looped")}
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(aot, "TABLE", tmp_path / "aot.md")
+    monkeypatch.setattr(aot, "enumerate_builds", lambda *sizes: builds)
+    monkeypatch.setattr(aot, "compile_builds", compile_builds)
+    assert aot.main(["--all", "--write"]) == 0
+    first, row = aot.TABLE.read_text(), aot.fingerprint("channel_norm_planes._forward_kernel")
+    assert len(compiled) == 3 and row in first
+    aot.TABLE.write_text(first.replace(row, "00000000").replace(" 50 ", " 70 "))
+    del compiled[:]
+    assert aot.main(["--changed", "--write"]) == 0
+    assert [one.key[0] for one in compiled] == ["channel_norm_planes._forward_kernel"]
+    rows = aot.parse(aot.TABLE.read_text()).values()
+    assert [row.registers for row in rows] == [70, 50, 70]
+    assert [line.split(" | ")[4] for _, line in aot._overview_lines(aot.TABLE.read_text())] == ["70", "50", "70"]
+    # Nothing can be taken from what another compiler made.
+    monkeypatch.setattr(aot, "_versions", lambda: "triton 0.0")
+    with pytest.raises(SystemExit):
+        aot.main(["--changed"])
+    assert "use --all" in capsys.readouterr().err
 
 
 @pytest.mark.slow

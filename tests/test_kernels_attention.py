@@ -131,6 +131,29 @@ def test_what_was_measured_comes_before_the_default(monkeypatch):
     assert attention_table.order(True, 64, 600, 1024, False) == attention_table.DEFAULT
 
 
+def test_what_the_table_leaves_out_is_tried_last_and_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(attention_table, "order", lambda *key: ("xformers", "sdpa"))
+    q, k, v, null_key, null_value = (x.float() for x in _case(True, heads=2, d=64))
+    # Of a card there are no tensors here, but of its kind of device an order.
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(dispatch, "triton_reasons", lambda *tensors: [])
+    for module in (attention.null_key_flash, attention.null_key_merge):
+        monkeypatch.setattr(module, "reasons", lambda *arguments: [])
+    candidates = attention._candidates(q, k, v, null_key, null_value, 2, None, None, "triton")
+    assert list(candidates) == ["xformers", "sdpa", "triton", "sdpa_merge", "reference"]
+
+
+def test_tensors_on_several_devices_are_refused():
+    q, k, v, null_key, null_value = _case(True)
+    with pytest.raises(ValueError, match="must be on one device; got q on cpu, k on cpu, v on cpu, null_key on meta"):
+        null_key_attention(q, k, v, null_key.to("meta"), null_value, heads=3)
+
+
+def test_no_heads_are_refused():
+    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+        null_key_attention(*_case(True), heads=0)
+
+
 def test_on_a_cpu_nothing_but_sdpa_is_chosen():
     for shared in (False, True):
         q, k, v, null_key, null_value = (x.float() for x in _case(shared, heads=1, d=64))

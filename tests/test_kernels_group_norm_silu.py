@@ -329,6 +329,12 @@ def test_first_values_unlike_the_others(tiled_plan):
     check(case(1, 8, 10, 10, x=x), 2, dtype=torch.float32, factor=4)
 
 
+def test_a_first_pixel_unlike_the_others(tiled_plan):
+    x = randn("x", 1, 8, 48, 48)
+    x[:, :, 0, 0] = 1000
+    check(case(1, 8, 48, 48, x=x), 2, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("value", [0.0, 3.14159, 65504.0, -1e-6])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_groups(value, dtype, plan):

@@ -253,6 +253,26 @@ def test_nan_and_infinity_go_where_they_do_in_torch(name, value):
     check(inputs, 2, gradients_of=())
 
 
+@pytest.mark.parametrize(
+    "name, wanted", [("k", ("k", "v", "null_value")), ("null_key", ("null_key", "null_value", "v"))]
+)
+def test_infinite_keys_that_nobody_attends_to_have_no_gradient(name, wanted):
+    # 20 queries do not fill a block; the ones that are missing must not meet the infinite key.
+    inputs = case(1, 1, 20, 40, 32)
+    inputs["q"] = inputs["q"].abs()
+    inputs[name].view(-1, 32)[1 if name == "k" else 0, 3] = -torch.inf
+    check(inputs, 1, gradients_of=wanted)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_rows_too_far_apart_for_32_bits_are_copied(name, monkeypatch):
+    monkeypatch.setattr(null_key_flash, "LARGEST_ROW_STRIDE", 3 * 64)
+    inputs = case(4, 2, 20, 9, 32)
+    inputs[name] = inputs[name].transpose(0, 1).contiguous().transpose(0, 1)
+    assert null_key_flash._rows(inputs[name], 1)[1:] == (inputs[name].shape[1] * 64, 64)
+    check(inputs, 2)
+
+
 def test_masked_keys_may_be_nan():
     inputs, mask = case(2, 2, 20, 40, 32), seen(2, 40)
     inputs["k"].masked_fill_(~mask[..., None], torch.nan)

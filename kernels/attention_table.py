@@ -4,7 +4,7 @@ Provisional: no timing stands behind the orders here. ``DEFAULT`` puts the kerne
 read and write every tensor once and in place; then the library's kernel with a merge, which copies no keys; then the
 library's on concatenated keys. ``python -m benchmarks.attention_order --write`` rewrites ``MEASURED``: it times every
 implementation that can do the job at each key's shape, forward alone or forward and backward, and writes down the order
-it found. Shapes that nobody timed take ``DEFAULT``.
+it found. Shapes that nobody timed take ``DEFAULT``, and so does training under ``torch.use_deterministic_algorithms``.
 """
 
 from typing import NamedTuple

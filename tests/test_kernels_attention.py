@@ -143,6 +143,20 @@ def test_what_the_table_leaves_out_is_tried_last_and_can_be_asked_for(monkeypatc
     assert list(candidates) == ["xformers", "sdpa", "triton", "sdpa_merge", "reference"]
 
 
+@pytest.mark.parametrize("wants_gradient, first", [(True, "triton"), (False, "sdpa")])
+def test_what_is_to_be_deterministic_is_trained_by_our_kernels(wants_gradient, first, monkeypatch):
+    tensors = [x.float().detach().requires_grad_(wants_gradient) for x in _case(True, heads=2, d=64)]
+    monkeypatch.setattr(attention_table, "order", lambda *key: ("sdpa", "triton"))
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(dispatch, "triton_reasons", lambda *tensors: [])
+    for module in (attention.null_key_flash, attention.null_key_merge):
+        monkeypatch.setattr(module, "reasons", lambda *arguments: [])
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert next(iter(attention._candidates(*tensors, 2, None, None, None))) == first
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    assert next(iter(attention._candidates(*tensors, 2, None, None, None))) == "sdpa"
+
+
 def test_tensors_on_several_devices_are_refused():
     q, k, v, null_key, null_value = _case(True)
     with pytest.raises(ValueError, match="must be on one device; got q on cpu, k on cpu, v on cpu, null_key on meta"):

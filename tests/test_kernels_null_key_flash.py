@@ -1,5 +1,7 @@
 """The Triton kernels of attention with a null key against the formula in float64."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ pytestmark = [
 ]
 
 NAMES = ("q", "k", "v", "null_key", "null_value")
+SUBSETS = [subset for size in range(6) for subset in itertools.combinations(NAMES, size)]
 
 
 def ours(heads, mask=None):
@@ -58,6 +61,7 @@ def check(inputs, heads, mask=None, **options):
         (1, 1, 66, 2, 32),
         (2, 2, 1, 1, 64),
         (1, 1, 130, 7, 64),
+        (1, 8, 20, 320, 64),
     ],
 )
 def test_parity(b, heads, n, m, d, shared, dtype):
@@ -65,9 +69,10 @@ def test_parity(b, heads, n, m, d, shared, dtype):
     assert out.dtype == dtype and out.is_contiguous()
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_wide_heads(dtype):
-    check(case(1, 2, 40, 37, 128, dtype=dtype), 2)
+def test_wide_heads(dtype, shared):
+    check(case(1, 2, 40, 37, 128, shared=shared, dtype=dtype), 2)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
@@ -170,20 +175,7 @@ def test_the_gradient_of_a_sum():
         assert_near(x.grad, expected[name].grad, dtype=torch.float32, what=name)
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        (),
-        ("q",),
-        ("k",),
-        ("v",),
-        ("null_key",),
-        ("null_value",),
-        ("q", "v"),
-        ("k", "v", "null_value"),
-        ("q", "null_key"),
-    ],
-)
+@pytest.mark.parametrize("wanted", SUBSETS)
 def test_gradients_only_of_what_wants_one(wanted):
     check(case(2, 2, 17, 9, 32), 2, gradients_of=wanted)
 

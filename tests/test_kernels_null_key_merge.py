@@ -1,7 +1,11 @@
 """A library's attention with the null key merged in, against the formula in float64."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_parity import DEVICE, assert_near, check_parity, randn
 
 from minimagen_fast.kernels import launch, null_key_attention, null_key_merge
@@ -70,9 +74,33 @@ def test_any_strides(shared, merged_by):
     check(inputs, 2, cotangent=lambda out: randn("gradient", 2, 64, 17).transpose(1, 2).to(out.dtype))
 
 
-@pytest.mark.parametrize("wanted", [(), ("q",), ("k", "v"), ("null_key",), ("null_value",), NAMES])
+@pytest.mark.parametrize("wanted", [subset for size in range(6) for subset in itertools.combinations(NAMES, size)])
 def test_gradients_only_of_what_wants_one(wanted):
     check(case(2, 2, 17, 9, 32), 2, gradients_of=wanted)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the library takes no float32 there")
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_differences(name, merged_by):
+    run, inputs = implementation("sdpa_merge", 2), case(1, 2, 6, 9, 32)
+    weight = randn("weight", *inputs["q"].shape).double()
+    inputs[name].requires_grad_()
+    (gradient,) = torch.autograd.grad((run(**inputs).double() * weight).sum(), inputs[name])
+    flat, step = inputs[name].detach().view(-1), 2e-2
+    for at in (0, flat.numel() // 2, flat.numel() - 1):
+        before, values = flat[at].item(), []
+        for sign in (1, -1):
+            flat[at] = before + sign * step
+            values.append((run(**inputs).detach().double() * weight).sum().item())
+        flat[at] = before
+        slope = (values[0] - values[1]) / (2 * step)
+        assert slope == pytest.approx(gradient.view(-1)[at].item(), rel=2e-2, abs=2e-3)
+
+
+@settings(derandomize=True, deadline=None, max_examples=8)
+@given(b=st.integers(1, 2), heads=st.integers(1, 3), n=st.integers(1, 70), m=st.integers(1, 40), shared=st.booleans())
+def test_any_shape(b, heads, n, m, shared):
+    check(case(b, heads, n, m, 32, shared=shared), heads, factor=3)
 
 
 def test_parameters_of_another_dtype(merged_by):

@@ -91,6 +91,7 @@ SHAPES = [
     (2, 8, 0, 5, 7, 8),
     (1, 24, 0, 9, 3, 8),
     (2, 12, 12, 3, 4, 8),
+    (2, 16, 8, 4, 6, 8),
     (1, 31, 9, 3, 3, 4),
     (2, 60, 0, 1, 1, 2),
     (1, 64, 64, 4, 4, 2),
@@ -98,20 +99,14 @@ SHAPES = [
 ]
 
 
-@FORMATS
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(shape, memory_format, plan):
-    b, c, skip, h, w, groups = shape
-    inputs = case(b, c, h, w, skip=skip, memory_format=memory_format, scale=b == 2)
-    out = check(inputs, groups, dtype=torch.float32)
-    assert out.is_contiguous(memory_format=memory_format)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @FORMATS
-def test_dtypes(memory_format, dtype, plan):
-    out = check(case(2, 16, 4, 6, skip=8, memory_format=memory_format, dtype=dtype), 8, dtype=dtype)
-    assert out.dtype == dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape, memory_format, dtype, plan):
+    b, c, skip, h, w, groups = shape
+    inputs = case(b, c, h, w, skip=skip, memory_format=memory_format, dtype=dtype, scale=b == 2)
+    out = check(inputs, groups, dtype=dtype)
+    assert out.dtype == dtype and out.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, check_parity, randn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.kernels import diffusion, launch
@@ -114,6 +115,21 @@ def test_reference_is_the_formula_of_the_model():
         **inputs_of(diffusion.predict_start_from_noise, x, y, t), implementation="reference"
     )
     assert torch.equal(out, a * x - b * y)
+
+
+@OPERATIONS
+def test_one_graph_for_all_timesteps(operation):
+    compiled_graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(operation, fullgraph=True, backend=compiled_graphs, dynamic=False)
+    x, y = randn("x", 2, 3, 4, 4).requires_grad_(), randn("y", 2, 3, 4, 4)
+    for t in (0, 41, 99):
+        inputs = inputs_of(operation, x, y, torch.full((2,), t, device=DEVICE))
+        results = []
+        for function in (compiled, operation):
+            out = function(**inputs, implementation="triton")
+            results.append((out, *torch.autograd.grad(out, x, randn("g", *out.shape))))
+        assert all(torch.equal(*each) for each in zip(*results, strict=True))
+    assert compiled_graphs.frame_count == 1
 
 
 @OPERATIONS

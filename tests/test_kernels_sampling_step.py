@@ -7,6 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, randn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.kernels import launch, sampling_kernels, sampling_step, threshold
@@ -323,6 +324,21 @@ def test_opcheck(way, step):
         patch.setattr(sampling_kernels, "step", lambda *args: recorded.append(args) or original(*args))
         take(step, x_t, t, pred, third, implementation="triton")
     torch.library.opcheck(original, recorded[0])
+
+
+@STEPS
+def test_one_graph_for_all_timesteps(step):
+    compiled_graphs = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=compiled_graphs, dynamic=False)
+    def compiled(*inputs):
+        return take(step, *inputs, implementation="triton")
+
+    x_t, t, pred, third = images((2, 3, 4, 4))
+    for times in (t, t + 1, t * 0):
+        outs = zip(compiled(x_t, times, pred, third), check(step, x_t, times, pred, third), strict=True)
+        assert all(torch.equal(*each) for each in outs)
+    assert compiled_graphs.frame_count == 1
 
 
 def test_wrong_arguments():

@@ -29,7 +29,7 @@ def conv1x1_concat(
         in that of the inputs.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not fit together, or the tensors are on several devices.
     """
     _check(x, skip, weight, bias)
     b, c1, h, w = x.shape
@@ -66,3 +66,6 @@ def _check(x, skip, weight, bias) -> None:
         raise ValueError(
             f"bias must have shape ({weight.shape[0]},), a value per row of weight; got {tuple(bias.shape)}"
         )
+    for name, tensor in (("skip", skip), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}: move it there")

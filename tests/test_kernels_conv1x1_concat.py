@@ -123,3 +123,10 @@ def test_clear_errors(changes, words):
     inputs = case(2, 8, 4, 6, 3, 3) | changes
     with pytest.raises(ValueError, match=words):
         ours(**{name: value.to(DEVICE) for name, value in inputs.items()})
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_tensors_on_several_devices_are_refused(name):
+    inputs = case(2, 8, 4, 6, 3, 3)
+    with pytest.raises(ValueError, match=f"{name} must be on the device of x, {DEVICE}.*; got meta"):
+        ours(**inputs | {name: inputs[name].to("meta")})

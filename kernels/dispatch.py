@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from . import launch
+from .setting import Setting
 
 CHOICES = ("auto", "triton", "reference", "sdpa", "sdpa_merge", "xformers")
 ENVIRONMENT_VARIABLE = "MINIMAGEN_FAST_KERNELS"
@@ -31,8 +32,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_current = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
-_attention: str | None = None
+_implementation = Setting(
+    _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+)
+_attention: Setting[str | None] = Setting(None)
 _warned: set[str] = set()
 
 
@@ -42,61 +45,41 @@ def implementation(override: str | None = None) -> str:
     Raises:
         ValueError: if ``override`` is no known choice.
     """
-    return _current if override is None else _checked(override, "implementation")
+    return _implementation.value if override is None else _checked(override, "implementation")
 
 
-@contextmanager
-def use_implementation(name: str) -> Iterator[None]:
+def use_implementation(name: str) -> AbstractContextManager[None]:
     """Set the choice for a block of code, for all threads of the process.
 
     Raises:
         ValueError: if ``name`` is no known choice.
     """
-    global _current
-    before = _current
-    _current = _checked(name, "implementation")
-    try:
-        yield
-    finally:
-        _current = before
+    return _implementation.use(_checked(name, "implementation"))
 
 
-@contextmanager
-def use_attention(name: str) -> Iterator[None]:
+def use_attention(name: str) -> AbstractContextManager[None]:
     """Set the choice for attention alone, over that of :func:`use_implementation`, for a block of code.
 
     Raises:
         ValueError: if ``name`` is no known choice.
     """
-    global _attention
-    before = _attention
-    _attention = _checked(name, "attention")
-    try:
-        yield
-    finally:
-        _attention = before
+    return _attention.use(_checked(name, "attention"))
 
 
 @contextmanager
 def _use(name: str, attention: str | None) -> Iterator[None]:
-    global _attention
-    before = _attention
-    with use_implementation(name):
-        _attention = attention
-        try:
-            yield
-        finally:
-            _attention = before
+    with _implementation.use(name), _attention.use(attention):
+        yield
 
 
 def as_now() -> AbstractContextManager[None]:
     """A block of code that, whenever it runs, has the choices that are in force now."""
-    return _use(_current, _attention)
+    return _use(_implementation.value, _attention.value)
 
 
 def attention_override(override: str | None) -> str | None:
     """A call's ``implementation`` of attention: what is given, else what :func:`use_attention` says."""
-    return _attention if override is None else override
+    return _attention.value if override is None else override
 
 
 def select(operation: str, candidates: Mapping[str, Reasons], device: torch.device, override: str | None = None) -> str:

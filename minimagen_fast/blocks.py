@@ -1,8 +1,8 @@
 """How the blocks of a U-Net are run: as they are, compiled, or so that the backward pass computes them again."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels import dispatch
+from .kernels.setting import Setting
 
 # Shapes of blocks that a process may compile; Dynamo's own limit of 8 is less than one U-Net has.
 _MOST_SHAPES = 512
@@ -22,11 +23,10 @@ class _Way:
     checkpoint_levels: Collection[int] = ()
 
 
-_way = _Way()
+_way = Setting(_Way())
 
 
-@contextmanager
-def use_blocks(*, compiled: bool, checkpoint_levels: Collection[int] = ()) -> Iterator[None]:
+def use_blocks(*, compiled: bool, checkpoint_levels: Collection[int] = ()) -> AbstractContextManager[None]:
     """Set for a block of code, for all threads of the process, how :func:`run_block` runs.
 
     Args:
@@ -34,13 +34,7 @@ def use_blocks(*, compiled: bool, checkpoint_levels: Collection[int] = ()) -> It
         checkpoint_levels: Levels of the U-Net, 0 the one of the highest resolution, whose blocks keep nothing but their
             inputs for the backward pass; Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
     """
-    global _way
-    before = _way
-    _way = _Way(compiled, tuple(checkpoint_levels))
-    try:
-        yield
-    finally:
-        _way = before
+    return _way.use(_Way(compiled, tuple(checkpoint_levels)))
 
 
 def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -49,9 +43,10 @@ def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.
     if not block._modules:
         return block(*args, **kwargs)
     call: Callable[..., torch.Tensor] = block
-    if _way.compiled and not torch.compiler.is_compiling():
+    way = _way.value
+    if way.compiled and not torch.compiler.is_compiling():
         call = functools.partial(_run_compiled, block)
-    if level in _way.checkpoint_levels and torch.is_grad_enabled():
+    if level in way.checkpoint_levels and torch.is_grad_enabled():
         # Nothing in a block is random, and to save the state of the random numbers would wait for the device.
         return checkpoint(
             call, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_then_and_again, **kwargs
@@ -65,7 +60,8 @@ def _then_and_again() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def _run_compiled(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-    with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+    limits = {"recompile_limit": _MOST_SHAPES, "accumulated_recompile_limit": _MOST_SHAPES}
+    with torch._dynamo.config.patch(limits):
         return _compiled_call()(block, *args, **kwargs)
 
 

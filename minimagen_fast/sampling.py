@@ -172,6 +172,11 @@ class _ReplayedSteps(_Steps):
         self.number.zero_()
         self._conditions.load(predict)
 
+    def drop_graph(self) -> bool:
+        """Free what was captured, and say whether there was anything; the next steps run as before a capture."""
+        had, self._graph, self._has_run = self._graph is not None, None, False
+        return had
+
     def advance(self, first: bool) -> None:
         differs = first and self._update.multistep
         # Before it is captured a step must run once, for what libraries and compilers do at first.
@@ -278,6 +283,8 @@ def _replayed(
     else:
         steps.begin(predict, x)
     graphs[key] = steps
+    # All of them, this one's too: after a division it would read what is no longer there.
+    steps._conditions.make_room = lambda: any([kept.drop_graph() for kept in graphs.values()])
     if len(graphs) > _MOST_GRAPHS:
         graphs.popitem(last=False)
     return steps
@@ -297,6 +304,8 @@ class _CachedPrediction:
     def __init__(self, task: Task, unet: Unet, layout: torch.memory_format, dtype: torch.dtype):
         self._task, self._unet, self._layout, self._dtype = task, unet, layout, dtype
         self._batch = len(task.text_embeds)
+        # Called when the memory does not suffice: frees what others hold of it, and says whether that was anything.
+        self.make_room: Callable[[], bool] = lambda: False
         # Its own: `load` writes to it.
         self._lowres = None if task.lowres_cond_img is None else task.lowres_cond_img.clone()
         self._divide(task.batch_size)
@@ -331,6 +340,8 @@ class _CachedPrediction:
         """Take over another's conditions, in place."""
         if self._lowres is not None and other._lowres is not None:
             self._lowres.copy_(other._lowres)
+        # From which the conditions are worked out anew, should the memory not suffice for so many images any more.
+        self._task = other._task
         # This one may have found out that the memory does not suffice for all at a time.
         if self._size != other._size:
             other._divide(self._size)
@@ -343,18 +354,23 @@ class _CachedPrediction:
                 return self._predict(x, number), None
             except torch.OutOfMemoryError:
                 # What is computed while a graph is captured belongs to the graph: not the time to divide.
-                if self._size <= 1 or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                     raise
-                half = -(-self._size // 2)
-                warnings.warn(
-                    f"the memory of {x.device} does not suffice for {self._size} images at a time; going on with"
-                    f" {half}. To begin with fewer, give sample the argument batch_size",
-                    stacklevel=2,
-                )
+                size = self._size
+                if not self.make_room():
+                    if size <= 1:
+                        raise
+                    size = -(-size // 2)
             # Out of the handler, which holds on to all that the failed attempt has allocated.
             if x.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._divide(half)
+            if size < self._size:
+                warnings.warn(
+                    f"the memory of {x.device} does not suffice for {self._size} images at a time; going on with"
+                    f" {size}. To begin with fewer, give sample the argument batch_size",
+                    stacklevel=2,
+                )
+                self._divide(size)
 
     def _predict(self, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         x = x.contiguous(memory_format=self._layout)

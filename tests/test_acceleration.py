@@ -291,13 +291,13 @@ def test_a_copy_is_run_as_its_original(again):
 def test_what_is_active_is_taken_back_after_errors(monkeypatch):
     from minimagen_fast import blocks
 
-    before = implementation(), dispatch.attention_override(None), blocks._way
+    before = implementation(), dispatch.attention_override(None), blocks._way.value
     request = {"kernels": "reference", "attention": "sdpa", "checkpoint_levels": (0,)}
     with pytest.raises(KeyError), resolve(request, CPU, FLOAT).active():
         assert implementation() == "reference" and dispatch.attention_override(None) == "sdpa"
-        assert blocks._way.checkpoint_levels == (0,)
+        assert blocks._way.value.checkpoint_levels == (0,)
         raise KeyError
-    assert (implementation(), dispatch.attention_override(None), blocks._way) == before
+    assert (implementation(), dispatch.attention_override(None), blocks._way.value) == before
 
 
 def test_automatic_kernels_leave_the_choice_of_the_process():

@@ -102,3 +102,14 @@ def test_launches_on_meta_tensors_are_recorded_for_the_card_that_is_asked_about(
         grids.append(only.grid[0])
     assert grids[0] < grids[1]
     assert layer_norm(x, gain, implementation="triton").shape == x.shape and len(recorded) == 1
+
+
+def test_choices_of_threads_that_end_in_any_order():
+    before = implementation()
+    one, other = use_implementation("reference"), use_implementation("sdpa")
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert implementation() == "sdpa"
+    other.__exit__(None, None, None)
+    assert implementation() == before, "a choice was left behind"

@@ -173,6 +173,26 @@ def test_too_little_memory_halves_the_batch(monkeypatch, most, sizes, graphs):
 
 
 @pytest.mark.filterwarnings("ignore:the memory of cpu")
+@pytest.mark.parametrize("arguments", [FEW, {"sampler": "ddim", "steps": 4, "cond_scale": 3.0}], ids=str)
+@pytest.mark.parametrize("captures", [True, False])
+def test_less_memory_than_in_the_last_call_and_other_words(monkeypatch, arguments, captures):
+    imagen, words, other = make_imagen(), make_words(4), make_words(4, seed=2)
+    expected = run(imagen, words=other, arguments=arguments)
+    graphs = fake_cuda_graphs(monkeypatch)
+    if not captures:
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        monkeypatch.setattr(sampling.warnings, "warn", lambda *_, **__: None)
+    run(imagen, words=words, arguments=arguments)
+    # A graph that was captured takes no memory when it is replayed: only an eager step can find that there is less.
+    if captures and arguments is not FEW:
+        kept_graphs(imagen)[0].drop_graph()
+    scarce(monkeypatch, 2)
+    for _ in range(2):
+        assert distance(run(imagen, words=other, arguments=arguments), expected) < FLOAT32
+    assert len(graphs) > 1 or not captures, "the graph of undivided images was replayed"
+
+
+@pytest.mark.filterwarnings("ignore:the memory of cpu")
 def test_too_little_memory_for_one_image(imagen, monkeypatch):
     scarce(monkeypatch, 0)
     with pytest.raises(torch.OutOfMemoryError, match="no more"):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .acceleration import ASKED_FOR, Acceleration, autocast_dtype
 from .conditioning import Conditions
+from .cuda_capture import capturing
 from .kept import kept_with
 from .kernels import dispatch
 from .samplers import Update
@@ -191,7 +192,7 @@ class _ReplayedSteps(_Steps):
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self.x.device), torch.cuda.graph(graph):
+            with capturing(graph, self.x.device):
                 super().advance(first=False)
         except RuntimeError as error:
             if self._required:

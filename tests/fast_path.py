@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minimagen_fast import acceleration, sampling
+from minimagen_fast import acceleration, cuda_capture, sampling
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.Unet import BaseTest, SuperTest
 
@@ -91,6 +91,7 @@ class FakeGraph:
 
     made: list["FakeGraph"] = []
     capturing: "FakeGraph | None" = None
+    streams: list[str] = []
 
     def __init__(self):
         self.calls, self.replays = [], 0
@@ -125,7 +126,8 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
         return dataclasses.replace(resolved, cuda_graphs="on", reasons=reasons)
 
     @contextmanager
-    def capture(graph):
+    def capture(graph, *, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local", "other threads may disturb the capture"
         FakeGraph.capturing = graph
         try:
             yield
@@ -141,10 +143,13 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
         else:
             graph.calls.append((steps, lambda: advance(steps, first), read_by(steps)))
 
-    FakeGraph.made = []
+    FakeGraph.made, FakeGraph.streams = [], []
     monkeypatch.setattr("minimagen_fast.Imagen.resolve", with_graphs)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(cuda_capture, "_stream", lambda device: f"capture on {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"before on {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: FakeGraph.streams.append(stream))
     monkeypatch.setattr(sampling._Steps, "advance", run_or_capture)
     return FakeGraph.made

@@ -450,7 +450,7 @@ class Refused(RuntimeError):
 
 
 @contextlib.contextmanager
-def refuse(graph):
+def refuse(graph, **_):
     raise Refused("operation not permitted when stream is capturing")
     yield
 
@@ -462,6 +462,7 @@ def test_a_capture_that_fails_is_said_once(graphs, monkeypatch):
         images = run(imagen)
         again = run(imagen)
     assert len(said) == 1 and torch.equal(images, again) and torch.equal(images, expected)
+    assert FakeGraph.streams == ["before on cpu"] * 2, "the stream of the capture stays the current one"
 
 
 def test_a_capture_that_fails_is_an_error_where_it_was_asked_for(monkeypatch):

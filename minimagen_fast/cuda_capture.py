@@ -1,0 +1,40 @@
+"""Capturing what is launched on a CUDA device in a graph, beside other threads and whatever device is current."""
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# A process may capture one graph at a time.
+_capturing = threading.Lock()
+# The allocator may still ask a graph whose capture failed which stream was its own.
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    # torch's own stream for captures is one for the process, and on the device that was current at the first of them.
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Capture what a block of code launches on a device.
+
+    Raises:
+        RuntimeError: if it cannot be captured. The current stream is then what it was before.
+    """
+    with _capturing, torch.cuda.device(device):
+        before = torch.cuda.current_stream(device)
+        try:
+            # Other threads may do meanwhile what must not be captured: one that loads pictures pins memory.
+            with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            _failed.append(graph)
+            raise
+        finally:
+            # torch leaves its own in force if the capture cannot be ended.
+            torch.cuda.set_stream(before)

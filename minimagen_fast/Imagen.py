@@ -640,4 +640,6 @@ class Imagen(nn.Module):
         if module_device(unet) != device:
             # Or it would go on filling the memory that it is to leave.
             forget(unet)
-            unet.to(device)
+            # Or its weights could never be trained again, if someone samples in inference mode.
+            with torch.inference_mode(False):
+                unet.to(device)

@@ -388,3 +388,10 @@ def test_pil_images_round_to_the_nearest():
     assert isinstance(image, PIL.Image.Image) and list(image.tobytes()) == [0, 128, 255, 255]
     with pytest.raises(ValueError, match="1 to 4 channels"):
         to_pil_images(torch.zeros(1, 5, 2, 2))
+
+
+def test_a_u_net_that_was_moved_in_inference_mode_can_be_trained():
+    unet = BaseTest()
+    with torch.inference_mode():
+        Imagen._move(unet, torch.device("meta"))
+    assert all(value.is_meta and not value.is_inference() for value in (*unet.parameters(), *unet.buffers()))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .Unet import Unet
-from .working_copy import WorkingCopy
+from .working_copy import WorkingCopy, signature
 
 
 class Kept:
@@ -23,7 +23,7 @@ class Kept:
 
     def __init__(self) -> None:
         self._copy: WorkingCopy | None = None
-        self._addresses: tuple[int, ...] = ()
+        self._signature: list[tuple] = []
         self.graphs: OrderedDict[tuple, Any] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -38,11 +38,11 @@ class Kept:
         return self._copy.unet
 
     def forget_graphs_of_other_tensors(self, unet: Unet) -> None:
-        """Drop what was captured, if the tensors of the U-Net (or of its working copy) have moved since."""
-        addresses = tuple(value.data_ptr() for value in (*unet.parameters(), *unet.buffers()))
-        if addresses != self._addresses:
+        """Drop what was captured, if tensors or parts of the U-Net (or of its working copy) are others since."""
+        now = signature(unet)
+        if now != self._signature:
             self.graphs.clear()
-        self._addresses = addresses
+        self._signature = now
 
 
 def kept_with(unet: Unet) -> Kept:

@@ -25,7 +25,7 @@ class WorkingCopy:
     """
 
     def __init__(self, unet: Unet, dtype: torch.dtype, memory_format: torch.memory_format):
-        self._signature = _signature(unet)
+        self._signature = signature(unet)
         self._wanted = dtype, memory_format
         exact = {id(value) for module in unet.modules() if isinstance(module, _EXACT) for value in _tensors(module)}
         # Handed to deepcopy as already copied, so that no second set of the weights is ever made in between.
@@ -47,8 +47,8 @@ class WorkingCopy:
         self.unet: Unet = copy.deepcopy(unet, memo)
 
     def fits(self, unet: Unet, dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
-        """Whether a U-Net still has the tensors of which this is the copy, and this is the copy that is wanted."""
-        return self._wanted == (dtype, memory_format) and self._signature == _signature(unet)
+        """Whether a U-Net still has the tensors and parts of which this is a copy, and it is the one that is wanted."""
+        return self._wanted == (dtype, memory_format) and self._signature == signature(unet)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -62,6 +62,21 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _signature(module: nn.Module) -> list[tuple]:
-    """Changes when a tensor is replaced, converted or moved, but not when its values change."""
-    return [(id(value), value.data_ptr(), value.dtype, value.device, value.stride()) for value in _tensors(module)]
+def signature(module: nn.Module) -> list[tuple]:
+    """Changes when a tensor is replaced, converted or moved, but not when its values change; and when a part does.
+
+    Parts are compared by their public attributes, such as the ``eps`` of a norm, but not by ``training``.
+    """
+    tensors = [(id(value), value.data_ptr(), value.dtype, value.device, value.stride()) for value in _tensors(module)]
+    return tensors + [
+        (id(part), *((name, _comparable(value)) for name, value in vars(part).items() if _is_setting(name)))
+        for part in module.modules()
+    ]
+
+
+def _is_setting(name: str) -> bool:
+    return name != "training" and not name.startswith("_")
+
+
+def _comparable(value: object) -> object:
+    return value if isinstance(value, bool | int | float | str | None) else id(value)

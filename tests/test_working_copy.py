@@ -171,6 +171,29 @@ def test_all_stages(way):
 # Changes of the model that leave its weights alone
 
 
+def skip_scale(unet):
+    unet.skip_connect_scale = 0.1
+
+
+def epsilon(unet):
+    unet.mid_block1.block1.groupnorm.eps = 1.0
+
+
+def new_part(unet):
+    unet.ups[0][3][0] = nn.Upsample(scale_factor=2, mode="bilinear")
+
+
+@pytest.mark.parametrize("change", [skip_scale, epsilon, new_part], ids=lambda change: change.__name__)
+def test_changed_parts(way, change):
+    imagen = made(way)
+    before = sample(imagen, **RUN)
+    change(imagen.unets[0])
+    other = fresh(imagen, way)
+    change(other.unets[0])
+    after = sample(imagen, **RUN)
+    assert torch.equal(after, sample(other, **RUN)) and distance(after, before) > 1e-4
+
+
 def test_another_dtype(way):
     imagen = made(way).to(HALF)
     assert_followed(imagen, way)

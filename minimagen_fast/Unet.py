@@ -276,7 +276,8 @@ class Unet(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.final_conv.weight.dtype
+        # Of one that is the U-Net's own: parts may be replaced.
+        return self.null_text_embed.dtype
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raise a ValueError unless images of this size can pass through all levels."""

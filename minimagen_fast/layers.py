@@ -16,6 +16,18 @@ from .kernels import (
     null_key_attention,
     null_key_cross_attention,
 )
+from .plain import is_plain, is_plain_sequence
+
+
+def _plus_residual(
+    module: nn.Module, *args: torch.Tensor | None, residual: torch.Tensor | None, **kwargs
+) -> torch.Tensor:
+    """A module's result plus ``residual``, if there is one: added by the module's own kernel where it has one."""
+    if not exists(residual):
+        return module(*args, **kwargs)
+    if is_plain(module, LayerNorm, Attention, CrossAttention, _OverPixels):
+        return module(*args, residual=residual, **kwargs)
+    return module(*args, **kwargs) + residual
 
 
 class _OverPixels(nn.Module):
@@ -26,9 +38,8 @@ class _OverPixels(nn.Module):
         self.fn = fn
 
     def forward(self, x: torch.Tensor, *, residual: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        if exists(residual):
-            kwargs["residual"] = rearrange(residual, "b c h w -> b (h w) c")
-        tokens = self.fn(rearrange(x, "b c h w -> b (h w) c"), **kwargs)
+        residual = maybe(lambda images: rearrange(images, "b c h w -> b (h w) c"))(residual)
+        tokens = _plus_residual(self.fn, rearrange(x, "b c h w -> b (h w) c"), residual=residual, **kwargs)
         return rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -90,8 +101,15 @@ class Attention(nn.Module):
             k, v = torch.cat((ck, k), dim=1), torch.cat((cv, v), dim=1)
         null_key, null_value = self.null_kv
         out = null_key_attention(q, k, v, null_key, null_value, heads=self.heads, mask=mask, bias=attn_bias)
-        project, norm = self.to_out
-        return norm(project(out), residual=residual)
+        return _projected(self.to_out, out, residual)
+
+
+def _projected(to_out: nn.Module, tokens: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """What the last part of an attention makes of the heads' results, plus ``residual`` if there is one."""
+    if not is_plain(to_out, nn.Sequential) or len(to_out) != 2:
+        return _plus_residual(to_out, tokens, residual=residual)
+    project, norm = to_out
+    return _plus_residual(norm, project(tokens), residual=residual)
 
 
 class Block(nn.Module):
@@ -127,7 +145,7 @@ class Block(nn.Module):
             skip_scale: Factor of ``skip``.
         """
         scale, shift = scale_shift if exists(scale_shift) else (None, None)
-        if isinstance(self.groupnorm, nn.GroupNorm):
+        if is_plain(self.groupnorm, nn.GroupNorm) and is_plain(self.activation, nn.SiLU):
             norm = self.groupnorm
             scale, shift = (maybe(lambda v: v.flatten(1))(v) for v in (scale, shift))
             x = group_norm_silu(
@@ -144,6 +162,7 @@ class Block(nn.Module):
             return self.project(x)
         if exists(skip):
             x = torch.cat((x, skip * skip_scale), dim=1)
+        x = self.groupnorm(x)
         if exists(scale):
             x = x * (scale + 1) + shift
         return self.project(self.activation(x))
@@ -153,7 +172,11 @@ class _FeedForward(nn.Sequential):
     """Norm, 1x1 convolution, GELU, norm, 1x1 convolution; the GELU is a part of the norm after it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm, widen, _, hidden_norm, narrow = self
+        if len(self) != 5 or not is_plain(self[2], nn.GELU) or not is_plain(self[3], ChanLayerNorm):
+            return super().forward(x)
+        norm, widen, gelu, hidden_norm, narrow = self
+        if gelu.approximate != "none":
+            return super().forward(x)
         return narrow(hidden_norm(widen(norm(x)), gelu=True))
 
 
@@ -246,15 +269,18 @@ class CrossAttention(nn.Module):
         """
         x = self.norm(x)
         null_key, null_value = self.null_kv
-        project, norm = self.to_out
-        if exists(keys_values):
-            k, v = keys_values.chunk(2, dim=-1)
-            out = project(null_key_attention(self.to_q(x), k, v, null_key, null_value, heads=self.heads, mask=mask))
-        else:
-            weights = self.to_q.weight, self.to_kv.weight, project.weight
-            context = self.norm_context(context)
-            out = null_key_cross_attention(x, context, *weights, null_key, null_value, heads=self.heads, mask=mask)
-        return norm(out, residual=residual)
+        if not exists(keys_values) and is_plain_sequence(self.to_out, nn.Linear, LayerNorm):
+            project, norm = self.to_out
+            products = self.to_q, self.to_kv, project
+            if all(is_plain(product, nn.Linear) and product.bias is None for product in products):
+                weights = [product.weight for product in products]
+                context = self.norm_context(context)
+                out = null_key_cross_attention(x, context, *weights, null_key, null_value, heads=self.heads, mask=mask)
+                return norm(out, residual=residual)
+        keys_values = default(keys_values, lambda: self.project_context(context))
+        k, v = keys_values.chunk(2, dim=-1)
+        out = null_key_attention(self.to_q(x), k, v, null_key, null_value, heads=self.heads, mask=mask)
+        return _projected(self.to_out, out, residual)
 
     def project_context(self, context: torch.Tensor) -> torch.Tensor:
         """The keys and, after them, the values of context tokens (b, m, context_dim): shape (b, m, 2 * heads * d)."""
@@ -359,9 +385,7 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(self, x: torch.Tensor, **kwargs) -> torch.Tensor:
-        if isinstance(self.fn, Attention | CrossAttention):
-            return self.fn(x, residual=x, **kwargs)
-        return self.fn(x, **kwargs) + x
+        return _plus_residual(self.fn, x, residual=x, **kwargs)
 
 
 class ResnetBlock(nn.Module):
@@ -430,14 +454,15 @@ class ResnetBlock(nn.Module):
         if exists(self.cross_attn):
             if not exists(cond) and not exists(keys_values):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")
-            h = self.cross_attn(h, context=cond, keys_values=keys_values, residual=h)
+            given = {"keys_values": keys_values} if exists(keys_values) else {}
+            h = _plus_residual(self.cross_attn, h, residual=h, context=cond, **given)
         by_channel = rearrange(scale_shift, "b c -> b c 1 1").chunk(2, dim=1) if exists(scale_shift) else None
         h = self.block2(h, scale_shift=by_channel)
         if not exists(skip):
             return h + self.res_conv(x)
-        if isinstance(self.res_conv, Identity):
-            return h + torch.cat((x, skip * skip_scale), dim=1)
-        return h + conv1x1_concat(x, skip, self.res_conv.weight, self.res_conv.bias, skip_scale=skip_scale)
+        if is_plain(self.res_conv, nn.Conv2d) and self.res_conv.kernel_size == (1, 1):
+            return h + conv1x1_concat(x, skip, self.res_conv.weight, self.res_conv.bias, skip_scale=skip_scale)
+        return h + self.res_conv(torch.cat((x, skip * skip_scale), dim=1))
 
 
 class SinusoidalPosEmb(nn.Module):
@@ -489,7 +514,7 @@ class TransformerBlock(nn.Module):
             x: Images.
             context: Context tokens, shape (b, m, context_dim).
         """
-        x = self.attn(x, context=context, residual=x)
+        x = _plus_residual(self.attn, x, residual=x, context=context)
         return self.ff(x) + x
 
 

@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from .acceleration import ASKED_FOR, Acceleration, autocast_dtype
-from .conditioning import Conditions
+from .conditioning import Conditions, can_be_conditioned_ahead
 from .cuda_capture import capturing
 from .kept import kept_with
 from .kernels import dispatch
+from .plain import is_untouched
 from .samplers import Update
 from .Unet import Unet
 
@@ -209,13 +210,9 @@ class _ReplayedSteps(_Steps):
 
 def _is_customised(unet: Unet) -> bool:
     """Whether someone has taken a hand in how it or a part of it is called: then it must be called, whole, itself."""
-    return type(unet).forward is not Unet.forward or any(
-        "forward" in vars(module)
-        or module._compiled_call_impl is not None
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        for module in unet.modules()
-    )
+    if type(unet).forward is not Unet.forward or not all(map(is_untouched, unet.modules())):
+        return True
+    return not all(can_be_conditioned_ahead(block) for block in unet.resnet_blocks)
 
 
 def _autocast_if_needed(unet: Unet, device: torch.device, acceleration: Acceleration) -> AbstractContextManager:

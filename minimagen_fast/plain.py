@@ -1,0 +1,32 @@
+"""Whether a module may be stood in for by code that reads its parameters.
+
+What is faster than one module after another (kernels that do the work of several, products for all blocks in one) does
+not call those modules. That is right only while they are what they were made as: not for one that was replaced (by an
+adapter such as LoRA, by a quantised layer), parametrised, compiled, or that has hooks. Such a module is called.
+"""
+
+from torch import nn
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of a module is one of its class's ``forward`` and nothing else."""
+    return (
+        "forward" not in vars(module)
+        and module._compiled_call_impl is None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of these classes itself, not of one derived from it, and untouched."""
+    return type(module) in kinds and is_untouched(module)
+
+
+def is_plain_sequence(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is a plain ``nn.Sequential`` of plain parts of these classes, in this order."""
+    if not is_plain(module, nn.Sequential):
+        return False
+    return len(module) == len(kinds) and all(map(is_plain, module, kinds))

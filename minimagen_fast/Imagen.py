@@ -638,8 +638,6 @@ class Imagen(nn.Module):
     @staticmethod
     def _move(unet: Unet, device: torch.device) -> None:
         if module_device(unet) != device:
-            # Or it would go on filling the memory that it is to leave.
-            forget(unet)
             # Or its weights could never be trained again, if someone samples in inference mode.
             with torch.inference_mode(False):
                 unet.to(device)

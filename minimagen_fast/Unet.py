@@ -10,6 +10,7 @@ from torch import nn
 
 from .blocks import run_block
 from .helpers import cast_tuple, default, exists, prob_mask_like
+from .kept import forget
 from .layers import (
     Attention,
     CrossEmbedLayer,
@@ -272,6 +273,15 @@ class Unet(nn.Module):
         state = super().__getstate__()
         state.pop("_kept", None)
         return state
+
+    def _apply(self, *args, **kwargs):
+        # All that moves or converts a module comes through here. What is kept would go on filling the memory that it is
+        # to leave.
+        before = self.null_text_embed.device, self.dtype
+        result = super()._apply(*args, **kwargs)
+        if (self.null_text_embed.device, self.dtype) != before:
+            forget(self)
+        return result
 
     @property
     def dtype(self) -> torch.dtype:

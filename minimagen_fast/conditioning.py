@@ -20,7 +20,7 @@ from .plain import is_plain, is_plain_sequence
 from .Unet import BlockCondition, Unet
 
 
-def can_be_conditioned_ahead(block: nn.Module) -> bool:
+def can_be_conditioned_ahead(block: Any) -> bool:
     """Whether :class:`Conditions` can stand in for what a block does with time and text: not if that was replaced."""
     if not is_plain(block, ResnetBlock) or not is_plain_sequence(block.time_mlp, nn.SiLU, nn.Linear):
         return False

@@ -20,8 +20,16 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+def capturing(
+    graph: torch.cuda.CUDAGraph, device: torch.device, beside: torch.cuda.CUDAGraph | None = None
+) -> Iterator[None]:
     """Capture what a block of code launches on a device.
+
+    Args:
+        graph: To capture it in.
+        device: The device.
+        beside: A graph whose memory this one may use too. Then neither may run while the other does, nor leave
+            anything in that memory for later.
 
     Raises:
         RuntimeError: if it cannot be captured. The current stream is then what it was before.
@@ -29,8 +37,9 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[Non
     with _capturing, torch.cuda.device(device):
         before = torch.cuda.current_stream(device)
         try:
+            pool = None if beside is None else beside.pool()
             # Other threads may do meanwhile what must not be captured: one that loads pictures pins memory.
-            with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
                 yield
         except BaseException:
             _failed.append(graph)

@@ -5,12 +5,16 @@ It lives and dies with the U-Net. A copy of the U-Net, and what is read from a f
 
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .Unet import Unet
 from .working_copy import WorkingCopy, signature
+
+if TYPE_CHECKING:
+    from .Unet import Unet
 
 
 class Kept:
@@ -23,33 +27,66 @@ class Kept:
 
     def __init__(self) -> None:
         self._copy: WorkingCopy | None = None
-        self._signature: list[tuple] = []
+        self._graphs_of: tuple = ()
+        self._last_use: torch.cuda.Event | None = None
         self.graphs: OrderedDict[tuple, Any] = OrderedDict()
         self.lock = threading.Lock()
 
-    def working_copy(self, unet: Unet, dtype: torch.dtype, memory_format: torch.memory_format) -> Unet:
+    def working_copy(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format) -> "Unet":
         """The U-Net with the values that its weights have now, in this dtype and layout: a copy, if it is in others."""
         if unet.dtype == dtype and memory_format == torch.contiguous_format:
+            self._copy = None
             return unet
         if self._copy is not None and self._copy.fits(unet, dtype, memory_format):
             self._copy.refresh()
         else:
+            # First the old one goes: memory may not suffice for two.
+            self._copy = None
             self._copy = WorkingCopy(unet, dtype, memory_format)
         return self._copy.unet
 
-    def forget_graphs_of_other_tensors(self, unet: Unet) -> None:
-        """Drop what was captured, if tensors or parts of the U-Net (or of its working copy) are others since."""
-        now = signature(unet)
-        if now != self._signature:
+    def forget_graphs_of_others(self, unet: "Unet") -> None:
+        """Drop what was captured, unless of this U-Net or working copy, with the tensors and parts that it has now.
+
+        To be called by whom holds the lock.
+        """
+        # Of a copy, which is remade when the U-Net changes, it is enough to know which it is: no graph outlives it.
+        is_copy = self._copy is not None and self._copy.unet is unet
+        now = (id(unet),) if is_copy else (id(unet), signature(unet))
+        if now != self._graphs_of:
             self.graphs.clear()
-        self._signature = now
+        self._graphs_of = now
+
+    def forget_graphs(self) -> None:
+        """Drop what was captured, unless it is in use: it holds memory that a sampling which does without may need."""
+        if self.lock.acquire(blocking=False):
+            try:
+                self.graphs.clear()
+            finally:
+                self.lock.release()
+
+    @contextmanager
+    def used_in_order(self, device: torch.device) -> Iterator[None]:
+        """Have what a block of code launches wait for what an earlier one launched in another stream of the device.
+
+        Both write to the same tensors: the copy's weights, the captured steps' images and conditions.
+        """
+        if device.type != "cuda":
+            yield
+            return
+        if self._last_use is not None:
+            torch.cuda.current_stream(device).wait_event(self._last_use)
+        try:
+            yield
+        finally:
+            self._last_use = torch.cuda.current_stream(device).record_event()
 
 
-def kept_with(unet: Unet) -> Kept:
+def kept_with(unet: "Unet") -> Kept:
     """What is kept with a U-Net."""
     return vars(unet).setdefault("_kept", Kept())
 
 
-def forget(unet: Unet) -> None:
+def forget(unet: "Unet") -> None:
     """Free what is kept with a U-Net."""
     vars(unet).pop("_kept", None)

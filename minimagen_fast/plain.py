@@ -25,8 +25,8 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return type(module) in kinds and is_untouched(module)
 
 
-def is_plain_sequence(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_plain_sequence(module: object, *kinds: type[nn.Module]) -> bool:
     """Whether a module is a plain ``nn.Sequential`` of plain parts of these classes, in this order."""
-    if not is_plain(module, nn.Sequential):
+    if not isinstance(module, nn.Sequential) or not is_plain(module, nn.Sequential) or len(module) != len(kinds):
         return False
-    return len(module) == len(kinds) and all(map(is_plain, module, kinds))
+    return all(is_plain(part, kind) for part, kind in zip(module, kinds, strict=True))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .acceleration import ASKED_FOR, Acceleration, autocast_dtype
 from .conditioning import Conditions, can_be_conditioned_ahead
 from .cuda_capture import capturing
-from .kept import kept_with
+from .kept import Kept, kept_with
 from .kernels import dispatch
 from .plain import is_untouched
 from .samplers import Update
@@ -165,6 +165,8 @@ class _ReplayedSteps(_Steps):
         super().__init__(predict, update, x)
         self._conditions, self._required = predict, required
         self._graph: torch.cuda.CUDAGraph | None = None
+        # Finds a graph that never runs at the same time, to share its memory.
+        self.find_other: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
         self._may_capture = True
         self._has_run = False
 
@@ -178,6 +180,11 @@ class _ReplayedSteps(_Steps):
         """Free what was captured, and say whether there was anything; the next steps run as before a capture."""
         had, self._graph, self._has_run = self._graph is not None, None, False
         return had
+
+    @property
+    def graph(self) -> torch.cuda.CUDAGraph | None:
+        """What was captured, if anything."""
+        return self._graph
 
     def advance(self, first: bool) -> None:
         differs = first and self._update.multistep
@@ -193,7 +200,7 @@ class _ReplayedSteps(_Steps):
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with capturing(graph, self.x.device):
+            with capturing(graph, self.x.device, self.find_other()):
                 super().advance(first=False)
         except RuntimeError as error:
             if self._required:
@@ -245,20 +252,37 @@ def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator
             "autocast is in force, and the weights that it converts go when it ends. Say"
             " imagen.accelerate(precision='bfloat16') instead",
         )
-    kept, unet = kept_with(task.unet), task.unet
+    kept = kept_with(task.unet)
+    with kept.used_in_order(x.device), _steps_of(kept, task, x, acceleration, autocast, customised) as steps:
+        yield steps
+
+
+@contextmanager
+def _steps_of(
+    kept: Kept,
+    task: Task,
+    x: torch.Tensor,
+    acceleration: Acceleration,
+    autocast: torch.dtype | None,
+    customised: bool,
+) -> "Iterator[_Steps]":
+    unet = task.unet
     if autocast is None and not customised:
         unet = kept.working_copy(unet, acceleration.dtype, acceleration.layout)
+    # Autocast keeps converted weights while it is active: a graph must not hold on to those.
+    replays = acceleration.cuda_graphs == "on" and autocast is None and not customised
+    if not replays:
+        kept.forget_graphs()
     if acceleration.condition_cache == "off" or customised:
         yield _Steps(_PlainPrediction(task, unet, acceleration.layout), task.update, x)
         return
     predict = _CachedPrediction(task, unet, acceleration.layout, unet.dtype if autocast is None else autocast)
-    # Autocast keeps converted weights while it is active: a graph must not hold on to those. And a callback, or another
-    # thread, may sample with this U-Net while it is being sampled.
-    if acceleration.cuda_graphs == "off" or autocast is not None or not kept.lock.acquire(blocking=False):
+    # A callback, or another thread, may sample with this U-Net while it is being sampled.
+    if not replays or not kept.lock.acquire(blocking=False):
         yield _Steps(predict, task.update, x)
         return
     try:
-        kept.forget_graphs_of_other_tensors(unet)
+        kept.forget_graphs_of_others(unet)
         yield _replayed(kept.graphs, predict, task, x, acceleration)
     finally:
         kept.lock.release()
@@ -273,7 +297,7 @@ def _replayed(
 ) -> _ReplayedSteps:
     """The captured step for this task, or one to be captured."""
     in_force = dispatch.implementation(), dispatch.attention_override(None)
-    key = (acceleration, in_force, x.shape, predict.signature, task.update.signature)
+    key = (acceleration, in_force, _library_settings(), x.shape, predict.signature, task.update.signature)
     steps = graphs.pop(key, None)
     if steps is None:
         required = acceleration.reasons.get("cuda_graphs") == ASKED_FOR
@@ -281,11 +305,23 @@ def _replayed(
     else:
         steps.begin(predict, x)
     graphs[key] = steps
-    # All of them, this one's too: after a division it would read what is no longer there.
-    steps._conditions.make_room = lambda: any([kept.drop_graph() for kept in graphs.values()])
     if len(graphs) > _MOST_GRAPHS:
         graphs.popitem(last=False)
+    steps.find_other = lambda: next((other.graph for other in graphs.values() if other.graph is not None), None)
+    # All of them, this one's too: after a division it would read what is no longer there.
+    steps._conditions.make_room = lambda: any([other.drop_graph() for other in graphs.values()])
     return steps
+
+
+def _library_settings() -> tuple:
+    """What torch's own operations heed when they choose how to compute."""
+    return (
+        torch.backends.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _pieces(batch: int, size: int | None) -> list[slice]:

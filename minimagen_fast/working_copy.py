@@ -6,12 +6,15 @@ every sampling: the same tensors at the same addresses, to which compiled code a
 """
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .layers import ChanLayerNorm, LayerNorm
-from .Unet import Unet
+
+if TYPE_CHECKING:
+    from .Unet import Unet
 
 # Their parameters are small, and the kernels compute with them in float32.
 _EXACT = (nn.GroupNorm, LayerNorm, ChanLayerNorm)
@@ -24,7 +27,7 @@ class WorkingCopy:
         unet: The copy.
     """
 
-    def __init__(self, unet: Unet, dtype: torch.dtype, memory_format: torch.memory_format):
+    def __init__(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format):
         self._signature = signature(unet)
         self._wanted = dtype, memory_format
         exact = {id(value) for module in unet.modules() if isinstance(module, _EXACT) for value in _tensors(module)}
@@ -46,7 +49,7 @@ class WorkingCopy:
                 memo[id(source)] = nn.Parameter(converted, requires_grad=False) if is_parameter else converted
         self.unet: Unet = copy.deepcopy(unet, memo)
 
-    def fits(self, unet: Unet, dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
+    def fits(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
         """Whether a U-Net still has the tensors and parts of which this is a copy, and it is the one that is wanted."""
         return self._wanted == (dtype, memory_format) and self._signature == signature(unet)
 
@@ -67,11 +70,13 @@ def signature(module: nn.Module) -> list[tuple]:
 
     Parts are compared by their public attributes, such as the ``eps`` of a norm, but not by ``training``.
     """
-    tensors = [(id(value), value.data_ptr(), value.dtype, value.device, value.stride()) for value in _tensors(module)]
-    return tensors + [
-        (id(part), *((name, _comparable(value)) for name, value in vars(part).items() if _is_setting(name)))
-        for part in module.modules()
-    ]
+    now = []
+    for part in module.modules():
+        now.append((id(part), *((name, _comparable(value)) for name, value in vars(part).items() if _is_setting(name))))
+        for value in (*part._parameters.values(), *part._buffers.values()):
+            if value is not None:
+                now.append((id(value), value.data_ptr(), value.dtype, value.device, value.stride()))
+    return now
 
 
 def _is_setting(name: str) -> bool:

@@ -94,8 +94,12 @@ class FakeGraph:
     streams: list[str] = []
 
     def __init__(self):
-        self.calls, self.replays = [], 0
+        self.calls, self.replays, self.memory = [], 0, self
         FakeGraph.made.append(self)
+
+    def pool(self):
+        assert self.calls, "nothing was captured"
+        return self.memory
 
     def replay(self):
         assert self.calls, "nothing was captured"
@@ -126,8 +130,9 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
         return dataclasses.replace(resolved, cuda_graphs="on", reasons=reasons)
 
     @contextmanager
-    def capture(graph, *, stream, capture_error_mode):
+    def capture(graph, *, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local", "other threads may disturb the capture"
+        graph.memory = pool or graph
         FakeGraph.capturing = graph
         try:
             yield

@@ -10,7 +10,7 @@ from fast_path import FakeGraph, T, distance, fake_cuda_graphs, make_imagen, mak
 
 from minimagen_fast import sampling
 from minimagen_fast.acceleration import ASKED_FOR
-from minimagen_fast.kept import kept_with
+from minimagen_fast.kept import Kept, kept_with
 from minimagen_fast.kernels import use_implementation
 from minimagen_fast.Unet import BaseTest, Unet
 
@@ -443,6 +443,90 @@ def test_moved_weights_are_captured_anew(graphs):
     assert len(graphs) == 2 and len(kept_graphs(imagen)) == 1, "graphs of weights that are gone"
     run(imagen)
     assert len(graphs) == 2
+
+
+def test_graphs_of_a_u_net_share_their_memory_while_one_of_them_lives(graphs):
+    imagen = make_imagen()
+    for steps in (3, 4, 5):
+        run(imagen, arguments={**FEW, "steps": steps})
+    assert len(graphs) == 3 and {graph.memory for graph in graphs} == {graphs[0]}
+    # The memory of graphs that are gone is gone.
+    kept_with(imagen.unets[0]).forget_graphs()
+    run(imagen)
+    assert graphs[3].memory is graphs[3]
+
+
+def forget_by_customising(imagen):
+    imagen.unets[0].register_forward_hook(lambda *_: None)
+    run(imagen)
+
+
+def forget_by_autocast(imagen):
+    with torch.autocast("cpu", torch.bfloat16):
+        run(imagen)
+
+
+FORGETTING = {
+    "reference": lambda imagen: run(imagen, "reference"),
+    "customised": forget_by_customising,
+    "autocast": forget_by_autocast,
+    "double": lambda imagen: imagen.double(),
+    "meta": lambda imagen: imagen.to("meta"),
+}
+
+
+@pytest.mark.parametrize("way", FORGETTING)
+def test_graphs_hold_no_memory_once_they_are_not_used(graphs, way):
+    imagen = make_imagen()
+    run(imagen)
+    assert kept_graphs(imagen)
+    FORGETTING[way](imagen)
+    assert not kept_graphs(imagen)
+
+
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cudnn, "deterministic"),
+    ],
+    ids=["matmul", "convolutions", "deterministic"],
+)
+def test_settings_of_torch_are_followed(graphs, owner, name):
+    imagen, before = make_imagen(), getattr(owner, name)
+    setattr(owner, name, before)  # said aloud it is not the default any more
+    run(imagen)
+    try:
+        setattr(owner, name, not before)
+        run(imagen)
+    finally:
+        setattr(owner, name, before)
+    assert len(graphs) == 2
+    run(imagen)
+    assert len(graphs) == 2
+
+
+def test_uses_of_what_is_kept_wait_for_one_another(monkeypatch):
+    seen = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            seen.append((self.name, "waits for", event))
+
+        def record_event(self):
+            return f"the end of {self.name}"
+
+    kept, device = Kept(), torch.device("cuda", 0)
+    for name in ("first", "second"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
+        with contextlib.suppress(KeyboardInterrupt), kept.used_in_order(device):
+            seen.append((name, "runs"))
+            raise KeyboardInterrupt
+    assert seen == [("first", "runs"), ("second", "waits for", "the end of first"), ("second", "runs")]
 
 
 class Refused(RuntimeError):

@@ -106,7 +106,7 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         "sdpa_merge": lambda: null_key_merge.reasons(q, k, v, heads, mask),
         "sdpa": lambda: [],
         "matmul": lambda: _matmul_reasons(q, k, v, heads),
-        "xformers": lambda: _xformers_reasons(q, mask),
+        "xformers": lambda: xformers_reasons(q, mask),
     }
     return {**{name: biased + reasons[name]() for name in order}, "reference": []}
 
@@ -219,7 +219,8 @@ def _xformers_attention():
     return fmha.memory_efficient_attention if usable else None
 
 
-def _xformers_reasons(q: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
+def xformers_reasons(q: torch.Tensor, mask: torch.Tensor | None = None) -> list[str]:
+    """Why xFormers cannot attend from such queries, under such a mask."""
     if q.device.type != "cuda":
         return [f"the tensors are on {q.device}, not on a CUDA device"]
     if not XFORMERS_INSTALLED:

@@ -125,8 +125,8 @@ def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
     given = [tensor for tensor in tensors if tensor is not None]
     device = given[0].device
     reasons = []
-    if not launch.AVAILABLE:
-        reasons.append("triton is not installed")
+    if missing := launch.missing(device):
+        reasons.append(missing)
     if any(tensor.device != device for tensor in given):
         reasons.append(f"the tensors are on several devices, {', '.join(sorted({str(t.device) for t in given}))}")
     elif device.type == "cuda":

@@ -1,9 +1,13 @@
 """How Triton kernels are started and registered: everything that is the same for all of them."""
 
 import functools
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +39,7 @@ __all__ = [
     "capability",
     "ceil_div",
     "define",
+    "missing",
     "next_power_of_2",
     "record",
     "run",
@@ -84,6 +89,28 @@ def target(device: torch.device) -> Target:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; torch.compile asks once and does not trace the question."""
     return target(device).capability
+
+
+@torch.compiler.assume_constant_result
+def missing(device: torch.device | None = None) -> str | None:
+    """What Triton lacks to run kernels on a device, if anything; a CUDA device is meant if none is given."""
+    if not AVAILABLE:
+        return "triton is not installed"
+    return _missing_to_build() if device is None or device.type == "cuda" else None
+
+
+@functools.cache
+def _missing_to_build() -> str | None:
+    # For every kernel Triton compiles a little C, by which Python starts it.
+    if triton.knobs.build.impl is not None:
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton found no C compiler: install gcc, or name one in the environment variable CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    if not header.exists():
+        return f"triton needs Python's C headers, and there is no {header}: install them (python3-dev)"
+    return None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .acceleration import Acceleration, checked_request, resolve
+from .arguments import finite_number, whole_number
 from .diffusion_model import GaussianDiffusion
 from .helpers import (
     cast_tuple,
@@ -204,6 +205,10 @@ class Imagen(nn.Module):
             TypeError, ValueError: for an unknown setting or value, or one that this model's device cannot have.
         """
         request = checked_request(preset, **settings)
+        # Besides those of the U-Net's way down there is the level of its middle.
+        deepest = max(len(unet.downs) for unet in self.unets)
+        if wrong := [level for level in request.get("checkpoint_levels", ()) if level > deepest]:
+            raise ValueError(f"checkpoint_levels must lie in 0 to {deepest}, the U-Nets' middle; got {wrong}")
         for unet in self.unets:
             resolve(request, self.device, unet.dtype)
         self._acceleration = request
@@ -493,16 +498,18 @@ class Imagen(nn.Module):
             TypeError, ValueError: if an argument is missing, out of range or of the wrong shape or type.
         """
         number = len(self.unets)
-        cond_scales = _one_for_each("cond_scale", cond_scale, number)
+        cond_scales = [finite_number("cond_scale", scale) for scale in _one_for_each("cond_scale", cond_scale, number)]
         if not self.can_classifier_guidance and any(scale != 1 for scale in cond_scales):
             raise ValueError(
                 f"cond_scale must be 1, got {cond_scale}: this Imagen was made with cond_drop_prob=0, so its U-Nets do"
                 " not know images without text"
             )
         samplers = self._checked_samplers(sampler, steps, eta)
-        if exists(batch_size) and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size must be a whole number, at least 1; got {batch_size!r}")
-        level = default(lowres_sample_noise_level, self.lowres_sample_noise_level)
+        if exists(batch_size):
+            batch_size = whole_number("batch_size", batch_size, least=1, else_=" or None")
+        level = finite_number(
+            "lowres_sample_noise_level", default(lowres_sample_noise_level, self.lowres_sample_noise_level)
+        )
         self._check_noise_level(level)
         last = default(stop_at_unet_number, number)
         if last not in range(1, number + 1):

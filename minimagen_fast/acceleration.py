@@ -1,9 +1,9 @@
 """How a model is run: one small configuration, taken from its device, that changes speed and never a saved file.
 
 Every setting is ``auto`` until someone says otherwise: in a call of :meth:`.Imagen.accelerate`, or for all models in
-the environment variable ``MINIMAGEN_FAST_ACCELERATION`` (``reference``, or settings like ``precision=float32``, with
-commas between them). What ``auto`` comes to, and why, is settled anew for every use, since a model can be moved. What
-was asked for by name and cannot be had is an error.
+the environment variable ``MINIMAGEN_FAST_ACCELERATION`` (``reference``, or settings like ``precision=float32`` and
+``checkpoint_levels=0+1``, with commas between them), which counts less. What ``auto`` comes to, and why, is settled
+anew for every use, since a model can be moved. What was asked for by name and cannot be had is an error.
 """
 
 import functools
@@ -19,6 +19,7 @@ import torch
 from . import host_memory
 from .blocks import use_blocks
 from .kernels import dispatch, launch
+from .kernels.attention import xformers_reasons
 
 ENVIRONMENT_VARIABLE = "MINIMAGEN_FAST_ACCELERATION"
 
@@ -125,11 +126,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def checked_request(preset: str = "auto", **settings: Any) -> dict[str, Any]:
-    """What is asked for: every setting that is not ``auto``.
+    """What is asked for.
 
     Args:
         preset: ``auto``, or ``reference`` for plain torch throughout, which ``settings`` then change.
-        settings: See :class:`Acceleration`; ``auto`` takes a setting back.
+        settings: See :class:`Acceleration`; ``auto`` for one that the device shall decide, whatever the preset or the
+            environment variable says.
 
     Raises:
         TypeError, ValueError: for an unknown preset, setting or value.
@@ -142,9 +144,7 @@ def checked_request(preset: str = "auto", **settings: Any) -> dict[str, Any]:
             request[name] = _checked_levels(value)
         elif name not in CHOICES:
             raise TypeError(f"there is no setting {name!r}; there are {', '.join(CHOICES)}, checkpoint_levels")
-        elif value == "auto":
-            request.pop(name, None)
-        elif value not in CHOICES[name]:
+        elif value not in ("auto", *CHOICES[name]):
             raise ValueError(f"{name} must be auto or one of {', '.join(CHOICES[name])}; got {value!r}")
         else:
             request[name] = value
@@ -164,10 +164,12 @@ def environment_request() -> dict[str, Any]:
         ValueError: if it cannot be read.
     """
     text = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    preset, settings = "auto", {}
+    preset, settings = "auto", dict[str, Any]()
     for word in text.replace(",", " ").split():
         name, equals, value = word.partition("=")
-        if equals:
+        if equals and name == "checkpoint_levels":
+            settings[name] = [int(level) if level.isdecimal() else level for level in value.split("+")]
+        elif equals:
             settings[name] = value
         else:
             preset = name
@@ -183,13 +185,17 @@ def resolve(request: Mapping[str, Any], device: torch.device, weights: torch.dty
     Raises:
         ValueError: if what is asked for by name cannot be had there.
     """
-    asked = {**environment_request(), **request}
+    environment = environment_request()
+    asked = {name: value for name, value in {**environment, **request}.items() if value != "auto"}
     values, reasons = {}, {}
     for name in CHOICES:
         chosen, reason = _AUTOMATIC[name](device, weights)
         if name in asked:
             if obstacle := _obstacle(name, asked[name], device, weights):
-                raise ValueError(f"{name}={asked[name]!r} cannot be had: {obstacle}; choose 'auto', or another value")
+                source = "" if name in request else f"the environment variable {ENVIRONMENT_VARIABLE}: "
+                raise ValueError(
+                    f"{source}{name}={asked[name]!r} cannot be had: {obstacle}; choose 'auto', or another value"
+                )
             chosen, reason = asked[name], ASKED_FOR
         values[name], reasons[name] = chosen, reason
     if values["precision"] == "weights":
@@ -265,6 +271,8 @@ def _obstacle(name: str, value: str, device: torch.device, weights: torch.dtype)
         return f"the weights are {weights}; convert the model with .float() for other precisions"
     if name in ("kernels", "attention") and value == "triton":
         return "; ".join(dispatch.triton_reasons(torch.empty(0, device=device)))
+    if name == "attention" and value == "xformers":
+        return "; ".join(xformers_reasons(torch.empty(0, device=device, dtype=weights)))
     if name == "cuda_graphs" and value == "on" and device.type != "cuda":
         return f"the model is on {device}, not on a CUDA device"
     if name == "compile" and value == "blocks":
@@ -278,7 +286,8 @@ def _obstacle(name: str, value: str, device: torch.device, weights: torch.dtype)
 def _no_compiler(device: torch.device) -> str | None:
     """Why torch.compile cannot be used on a device."""
     if device.type == "cuda":
-        return None if launch.AVAILABLE else "torch.compile needs triton there, which is not installed"
+        missing = launch.missing()
+        return None if missing is None else f"torch.compile needs triton there, and {missing}"
     if device.type == "cpu":
         compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
         return None if compiler else "torch.compile needs a C++ compiler there, and none was found"

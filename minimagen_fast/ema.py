@@ -44,8 +44,13 @@ class EMA:
         """Takes the module's present parameters into the average: once after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         # Of sharded parameters every rank averages its own part.
-        current = [local(parameter).float() for parameter in self._parameters.values()]
-        torch._foreach_lerp_([local(average) for average in self.averages.values()], current, 1 - decay)
+        current = [local(parameter) for parameter in self._parameters.values()]
+        averages = [local(average) for average in self.averages.values()]
+        if any(parameter.dtype != torch.float32 for parameter in current):
+            wide = [torch.empty_like(average) for average in averages]
+            torch._foreach_copy_(wide, current)
+            current = wide
+        torch._foreach_lerp_(averages, current, 1 - decay)
         self.updates += 1
 
     @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from .arguments import finite_number, whole_number
 from .diffusion_model import GaussianDiffusion
 from .kernels import ancestral_step, ddim_step, dpm_solver_pp_2m_step
 
@@ -38,10 +39,9 @@ class Sampler:
     def __post_init__(self):
         if self.name not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {self.name!r}")
-        if self.steps is not None and (isinstance(self.steps, bool) or not isinstance(self.steps, int)):
-            raise TypeError(f"steps must be an int or None, got {self.steps!r}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.steps is not None:
+            object.__setattr__(self, "steps", whole_number("steps", self.steps, least=1, else_=" or None"))
+        object.__setattr__(self, "eta", finite_number("eta", self.eta))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
         if self.eta and self.name != "ddim":

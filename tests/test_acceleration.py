@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,9 +45,10 @@ def no_request(monkeypatch):
 def card(monkeypatch):
     """A CUDA device of some compute capability, for all that is asked of it here."""
 
-    def have(capability=(9, 0), triton=True):
+    def have(capability=(9, 0), triton=True, build=None):
         monkeypatch.setattr(launch, "capability", lambda device: capability)
         monkeypatch.setattr(launch, "AVAILABLE", triton)
+        monkeypatch.setattr(launch, "_missing_to_build", build or functools.cache(lambda: None))
         return CUDA
 
     return have
@@ -146,8 +149,9 @@ def test_reference_switches_everything_off(card, device, weights):
 
 def test_settings_change_a_preset():
     request = checked_request("reference", condition_cache="on", kernels="auto")
-    assert request["condition_cache"] == "on" and "kernels" not in request and request["attention"] == "reference"
-    assert checked_request(precision="auto") == {}
+    assert request["condition_cache"] == "on" and request["attention"] == "reference"
+    resolved = resolve(request, CPU, FLOAT)
+    assert resolved.kernels == "auto" and resolved.reasons["kernels"] != ASKED_FOR
     assert checked_request(checkpoint_levels=[0, 1]) == {"checkpoint_levels": (0, 1)}
 
 
@@ -227,6 +231,8 @@ def test_what_is_asked_for_is_had(card):
         ("precision=bfloat16,compile=off", {"precision": "bfloat16", "compile": "off"}),
         (" precision=bfloat16 , compile=off ", {"precision": "bfloat16", "compile": "off"}),
         ("reference,condition_cache=on", {**checked_request("reference"), "condition_cache": "on"}),
+        ("checkpoint_levels=0", {"checkpoint_levels": (0,)}),
+        ("compile=off,checkpoint_levels=0+2", {"compile": "off", "checkpoint_levels": (0, 2)}),
     ],
 )
 def test_the_environment_asks(monkeypatch, text, expected):
@@ -237,11 +243,60 @@ def test_the_environment_asks(monkeypatch, text, expected):
         assert getattr(resolved, name) == ("float32" if value == "weights" else value)
 
 
-@pytest.mark.parametrize("text", ["fast", "precision=half", "speed=high", "precision", "checkpoint_levels=0"])
+@pytest.mark.parametrize(
+    "text", ["fast", "precision=half", "speed=high", "precision", "checkpoint_levels=x", "checkpoint_levels="]
+)
 def test_mistakes_in_the_environment(monkeypatch, text):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, text)
     with pytest.raises(ValueError, match=f"environment variable {ENVIRONMENT_VARIABLE} is '{text}': "):
         resolve({}, CPU, FLOAT)
+
+
+def test_what_the_environment_asks_for_and_cannot_be_had_is_said_to_be_its(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda_graphs=on")
+    with pytest.raises(ValueError, match=f"^the environment variable {ENVIRONMENT_VARIABLE}: cuda_graphs='on' cannot"):
+        resolve({}, CPU, FLOAT)
+    with pytest.raises(ValueError, match="^cuda_graphs='on' cannot"):
+        resolve({"cuda_graphs": "on"}, CPU, FLOAT)
+
+
+def test_auto_in_a_call_outdoes_the_environment(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "condition_cache=off,compile=blocks")
+    acceleration = make_imagen().accelerate(condition_cache="auto", compile="auto").acceleration
+    assert (acceleration.condition_cache, acceleration.compile) == ("on", "off")
+
+
+def test_levels_that_no_u_net_has():
+    imagen = make_imagen(stages=2)
+    with pytest.raises(ValueError, match=r"checkpoint_levels must lie in 0 to 2, .*middle; got \[3, 99\]"):
+        imagen.accelerate(checkpoint_levels=[0, 3, 99])
+    assert imagen.accelerate(checkpoint_levels=[0, 2]).acceleration.checkpoint_levels == (0, 2)
+
+
+def test_xformers_where_it_cannot_run():
+    with pytest.raises(ValueError, match="attention='xformers' cannot be had: the tensors are on cpu, not on a CUDA"):
+        make_imagen().accelerate(attention="xformers")
+
+
+def test_a_card_without_what_triton_builds_with(card, monkeypatch):
+    card(build=launch._missing_to_build)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    launch._missing_to_build.cache_clear()
+    try:
+        resolved = resolve({}, CUDA, FLOAT)
+        assert resolved.compile == "off" and "no C compiler: install gcc" in resolved.reasons["compile"]
+        assert "no C compiler" in launch.missing(CUDA) and launch.missing(META) is None
+        tensor = SimpleNamespace(device=CUDA, dtype=FLOAT, is_floating_point=lambda: True)
+        assert dispatch.triton_reasons(tensor) == [launch.missing(CUDA)], "other implementations are chosen"
+        monkeypatch.setenv("CC", "my-compiler")
+        launch._missing_to_build.cache_clear()
+        assert launch.missing(CUDA) is None
+        monkeypatch.setattr(launch.sysconfig, "get_paths", lambda scheme: {"include": "nowhere"})
+        launch._missing_to_build.cache_clear()
+        assert "Python's C headers" in launch.missing(CUDA)
+    finally:
+        launch._missing_to_build.cache_clear()
 
 
 def test_a_call_outdoes_the_environment(monkeypatch):

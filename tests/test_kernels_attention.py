@@ -85,7 +85,7 @@ def test_xformers_gets_the_null_key_in_front(shared, monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     monkeypatch.setattr(attention, "_xformers_attention", lambda: as_xformers)
-    monkeypatch.setattr(attention, "_xformers_reasons", lambda q, mask: [])
+    monkeypatch.setattr(attention, "xformers_reasons", lambda q, mask: [])
     tensors = _case(shared)
     out = null_key_attention(*tensors, heads=3, implementation="xformers")
     torch.testing.assert_close(out, _by_hand(*tensors, heads=3))

@@ -1,0 +1,47 @@
+"""Numbers that users give: what is one, whichever library it comes from, and what is none."""
+
+import math
+import operator
+from typing import Any
+
+
+def finite_number(name: str, value: Any) -> float:
+    """A number as a float.
+
+    Raises:
+        TypeError: if it is none: True and text are none, a numpy number or a tensor of one element is.
+        ValueError: if it is infinite or NaN.
+    """
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return number
+
+
+def whole_number(name: str, value: Any, *, least: int, else_: str = "") -> int:
+    """A whole number as an int.
+
+    Args:
+        name: What the caller calls it.
+        value: What came.
+        least: The smallest that is allowed.
+        else_: What else is allowed, for the message, such as " or None".
+
+    Raises:
+        TypeError: if it is none: True and 3.0 are none, a numpy integer is.
+        ValueError: if it is too small.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int{else_}, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number

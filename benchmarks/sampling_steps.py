@@ -9,8 +9,9 @@ from statistics import median
 import torch
 
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.predictions import Task
 from minimagen_fast.samplers import Sampler, Update
-from minimagen_fast.sampling import Task, repeated_step
+from minimagen_fast.sampling import repeated_step
 
 from .denoiser_calls import demands
 from .denoisers import Network

@@ -33,9 +33,10 @@ from .helpers import (
 from .image_random import ImageRandom
 from .kept import forget
 from .pictures import PIL_MODES, to_pil_images
+from .predictions import Task
 from .resize import noise_for
 from .samplers import Sampler, Update
-from .sampling import Task, sample_images
+from .sampling import sample_images
 from .t5 import get_encoded_dim, t5_encode_text
 from .Unet import Unet
 

@@ -133,7 +133,6 @@ class Update:
         x: torch.Tensor,
         step: torch.Tensor,
         pred: torch.Tensor,
-        null_pred: torch.Tensor | None,
         noise: torch.Tensor,
         last_x_start: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -143,11 +142,10 @@ class Update:
             x: Images at the timestep of this step, float32, shape (b, c, h, w).
             step: Number of the step, int64, shape (1,), on the device: nothing waits for its value.
             pred: Predicted noise, shape (b, c, h, w); or (2 b, c, h, w), the half with text first.
-            null_pred: Predicted noise without text, if it is not in ``pred``.
             noise: Fresh noise; what is in it does not matter unless :attr:`draws`.
             last_x_start: The x_0 of the step before, if :attr:`multistep` and this is not the first step.
         """
-        scheduler, common = self._scheduler, {**self._common, "null_pred": null_pred}
+        scheduler, common = self._scheduler, self._common
         t = self.times.index_select(0, step).expand(len(x))
         if self._kind == "ancestral":
             out = ancestral_step(

@@ -9,52 +9,22 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from .acceleration import ASKED_FOR, Acceleration, autocast_dtype
-from .conditioning import Conditions, can_be_conditioned_ahead
+from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing
 from .kept import Kept, kept_with
 from .kernels import dispatch
 from .plain import is_untouched
+from .predictions import CachedPrediction, PlainPrediction, Prediction, Task
 from .samplers import Update
 from .Unet import Unet
 
 # Captured steps that are kept for each U-Net: every one holds the memory of a step.
 _MOST_GRAPHS = 4
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one U-Net is to sample.
-
-    Attributes:
-        unet: The U-Net.
-        update: The way from one image to the next.
-        cond_scale: Guidance weight; 0 and 1 need one prediction a step, others two.
-        text_embeds: Text embeddings, shape (b, n, text_embed_dim).
-        text_mask: Which tokens are text, bool, shape (b, n).
-        lowres_cond_img: Low-resolution images, noised, shape (b, c, h, w), for a U-Net that wants them.
-        lowres_noise_times: Timestep to which they were noised, the same for all, int64, shape (b,).
-        batch_size: Most images that go through the U-Net at a time; all if not given.
-    """
-
-    unet: Unet
-    update: Update
-    cond_scale: float
-    text_embeds: torch.Tensor
-    text_mask: torch.Tensor | None
-    lowres_cond_img: torch.Tensor | None
-    lowres_noise_times: torch.Tensor | None
-    batch_size: int | None
-
-    @property
-    def with_text(self) -> tuple[bool, ...]:
-        """The predictions that a step needs, each with text or without."""
-        return (True, False) if self.cond_scale not in (0, 1) else (self.cond_scale == 1,)
 
 
 def sample_images(
@@ -140,7 +110,7 @@ def _running(task: Task, x: torch.Tensor, acceleration: Acceleration) -> Iterato
 class _Steps:
     """Images on their way, in tensors that stay where they are."""
 
-    def __init__(self, predict: "_CachedPrediction | _PlainPrediction", update: Update, x: torch.Tensor):
+    def __init__(self, predict: Prediction, update: Update, x: torch.Tensor):
         self.x = x.clone()
         self.noise = torch.empty_like(self.x)
         self._predict, self._update = predict, update
@@ -149,9 +119,9 @@ class _Steps:
 
     def advance(self, first: bool) -> None:
         """One step; the first, which has no step before it, may differ."""
-        pred, null_pred = self._predict(self.x, self.number)
+        pred = self._predict(self.x, self.number)
         last = None if first else self._x_start
-        out, x_start = self._update(self.x, self.number, pred, null_pred, self.noise, last)
+        out, x_start = self._update(self.x, self.number, pred, self.noise, last)
         self.x.copy_(out)
         if x_start is not None and self._x_start is not None:
             self._x_start.copy_(x_start)
@@ -161,7 +131,7 @@ class _Steps:
 class _ReplayedSteps(_Steps):
     """The same, by replaying a CUDA graph."""
 
-    def __init__(self, predict: "_CachedPrediction", update: Update, x: torch.Tensor, required: bool):
+    def __init__(self, predict: CachedPrediction, update: Update, x: torch.Tensor, required: bool):
         super().__init__(predict, update, x)
         self._conditions, self._required = predict, required
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -170,7 +140,7 @@ class _ReplayedSteps(_Steps):
         self._may_capture = True
         self._has_run = False
 
-    def begin(self, predict: "_CachedPrediction", x: torch.Tensor) -> None:
+    def begin(self, predict: CachedPrediction, x: torch.Tensor) -> None:
         """Start again with other images and conditions, of the same shapes."""
         self.x.copy_(x)
         self.number.zero_()
@@ -274,9 +244,9 @@ def _steps_of(
     if not replays:
         kept.forget_graphs()
     if acceleration.condition_cache == "off" or customised:
-        yield _Steps(_PlainPrediction(task, unet, acceleration.layout), task.update, x)
+        yield _Steps(PlainPrediction(task, unet, acceleration.layout), task.update, x)
         return
-    predict = _CachedPrediction(task, unet, acceleration.layout, unet.dtype if autocast is None else autocast)
+    predict = CachedPrediction(task, unet, acceleration.layout, unet.dtype if autocast is None else autocast)
     # A callback, or another thread, may sample with this U-Net while it is being sampled.
     if not replays or not kept.lock.acquire(blocking=False):
         yield _Steps(predict, task.update, x)
@@ -290,7 +260,7 @@ def _steps_of(
 
 def _replayed(
     graphs: "OrderedDict[tuple, _ReplayedSteps]",
-    predict: "_CachedPrediction",
+    predict: CachedPrediction,
     task: Task,
     x: torch.Tensor,
     acceleration: Acceleration,
@@ -322,126 +292,3 @@ def _library_settings() -> tuple:
         torch.backends.cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
     )
-
-
-def _pieces(batch: int, size: int | None) -> list[slice]:
-    size = batch if size is None else size
-    return [slice(start, min(start + size, batch)) for start in range(0, batch, max(size, 1))]
-
-
-class _CachedPrediction:
-    """Predicts noise under conditions that are worked out once.
-
-    If the device's memory does not suffice for all images at a time, it takes fewer.
-    """
-
-    def __init__(self, task: Task, unet: Unet, layout: torch.memory_format, dtype: torch.dtype):
-        self._task, self._unet, self._layout, self._dtype = task, unet, layout, dtype
-        self._batch = len(task.text_embeds)
-        # Called when the memory does not suffice: frees what others hold of it, and says whether that was anything.
-        self.make_room: Callable[[], bool] = lambda: False
-        # Its own: `load` writes to it.
-        self._lowres = None if task.lowres_cond_img is None else task.lowres_cond_img.clone()
-        self._divide(task.batch_size)
-
-    def _divide(self, size: int | None) -> None:
-        self._size = self._batch if size is None else min(size, self._batch)
-        self._pieces = _pieces(self._batch, self._size)
-        self._conditions = [self._conditions_of(piece) for piece in self._pieces]
-
-    def _conditions_of(self, piece: slice) -> Conditions:
-        task = self._task
-        text_embeds = task.text_embeds[piece]
-        return Conditions(
-            task.unet,
-            task.update.times,
-            lowres_noise_time=None if task.lowres_noise_times is None else task.lowres_noise_times[:1],
-            text_embeds=text_embeds,
-            text_mask=None if task.text_mask is None else task.text_mask[piece],
-            batch=len(text_embeds),
-            with_text=task.with_text,
-            dtype=self._dtype,
-        )
-
-    @property
-    def signature(self) -> tuple:
-        """What must be the same for :meth:`load`."""
-        task = self._task
-        lowres = None if self._lowres is None else self._lowres.shape
-        return self._dtype, lowres, task.batch_size, task.with_text
-
-    def load(self, other: "_CachedPrediction") -> None:
-        """Take over another's conditions, in place."""
-        if self._lowres is not None and other._lowres is not None:
-            self._lowres.copy_(other._lowres)
-        # From which the conditions are worked out anew, should the memory not suffice for so many images any more.
-        self._task = other._task
-        # This one may have found out that the memory does not suffice for all at a time.
-        if self._size != other._size:
-            other._divide(self._size)
-        for own, new in zip(self._conditions, other._conditions, strict=True):
-            own.load(new)
-
-    def __call__(self, x: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, None]:
-        while True:
-            try:
-                return self._predict(x, number), None
-            except torch.OutOfMemoryError:
-                # What is computed while a graph is captured belongs to the graph: not the time to divide.
-                if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                    raise
-                size = self._size
-                if not self.make_room():
-                    if size <= 1:
-                        raise
-                    size = -(-size // 2)
-            # Out of the handler, which holds on to all that the failed attempt has allocated.
-            if x.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if size < self._size:
-                warnings.warn(
-                    f"the memory of {x.device} does not suffice for {self._size} images at a time; going on with"
-                    f" {size}. To begin with fewer, give sample the argument batch_size",
-                    stacklevel=2,
-                )
-                self._divide(size)
-
-    def _predict(self, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous(memory_format=self._layout)
-        preds = [
-            self._unet.denoise(x[piece], None if self._lowres is None else self._lowres[piece], conditions.at(number))
-            for piece, conditions in zip(self._pieces, self._conditions, strict=True)
-        ]
-        if len(preds) == 1:
-            return preds[0]
-        # Of each piece the images with text come first; so they do of all.
-        groups = [pred.chunk(len(self._task.with_text)) for pred in preds]
-        return torch.cat([group[place] for place in range(len(self._task.with_text)) for group in groups])
-
-
-class _PlainPrediction:
-    """Predicts noise by whole calls of the U-Net, first without text where guidance needs it, then with."""
-
-    def __init__(self, task: Task, unet: Unet, layout: torch.memory_format):
-        self._task, self._unet, self._layout = task, unet, layout
-
-    def __call__(self, x: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        task = self._task
-        times = task.update.times.index_select(0, number).expand(len(x))
-        preds = [self._forward(x, times, has_text) for has_text in reversed(task.with_text)]
-        return preds[-1], preds[0] if len(preds) > 1 else None
-
-    def _forward(self, x: torch.Tensor, times: torch.Tensor, has_text: bool) -> torch.Tensor:
-        task = self._task
-        by_image = {
-            "lowres_cond_img": task.lowres_cond_img,
-            "lowres_noise_times": task.lowres_noise_times,
-            "text_embeds": task.text_embeds,
-            "text_mask": task.text_mask,
-        }
-        x = x.contiguous(memory_format=self._layout)
-        preds = []
-        for piece in _pieces(len(x), task.batch_size):
-            given = {name: None if value is None else value[piece] for name, value in by_image.items()}
-            preds.append(self._unet(x[piece], times[piece], **given, cond_drop_prob=0.0 if has_text else 1.0))
-        return torch.cat(preds)

@@ -26,8 +26,9 @@ from benchmarks.profiles import PROFILES
 from benchmarks.results import SECTIONS, Identity
 from minimagen_fast.acceleration import CHOICES
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.predictions import Task
 from minimagen_fast.samplers import Sampler, Update
-from minimagen_fast.sampling import Task, repeated_step, sample_images
+from minimagen_fast.sampling import repeated_step, sample_images
 from minimagen_fast.Unet import Unet
 
 CPU = torch.device("cpu")

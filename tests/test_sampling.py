@@ -192,6 +192,48 @@ def test_less_memory_than_in_the_last_call_and_other_words(monkeypatch, argument
     assert len(graphs) > 1 or not captures, "the graph of undivided images was replayed"
 
 
+def scarce_for_conditions(monkeypatch, most):
+    """Memory for predictions under this many conditions at a time."""
+    denoise, tried = Unet.denoise, []
+
+    def out_of_memory(self, x, lowres_cond_img, conditions):
+        tried.append(len(conditions[0]["scale_shift"]))
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("no more")
+        return denoise(self, x, lowres_cond_img, conditions)
+
+    monkeypatch.setattr(Unet, "denoise", out_of_memory)
+    return tried
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_too_little_memory_for_one_image_with_and_without_text_at_once(monkeypatch, graphs):
+    imagen, words = make_imagen(), make_words(3)
+    expected = run(imagen, words=words)
+    if graphs:
+        fake_cuda_graphs(monkeypatch)
+    tried = scarce_for_conditions(monkeypatch, 1)
+    with pytest.warns(UserWarning, match="going on with its predictions with and without text apart") as said:
+        images = run(imagen, words=words)
+    assert distance(images, expected) < FLOAT32 and len(said) == 3
+    tried.clear()
+    if graphs:
+        assert torch.equal(run(imagen, words=words), images) and set(tried) == {1}
+
+
+@pytest.mark.parametrize("way", ["uncached", "customised"])
+def test_too_little_memory_where_the_u_net_is_called_whole(monkeypatch, way):
+    imagen, words = make_imagen(), make_words(5)
+    settings = {"condition_cache": "off"} if way == "uncached" else {}
+    if way == "customised":
+        hooked(imagen.unets[0])
+    expected = run(imagen, words=words, **settings)
+    tried = scarce(monkeypatch, 2)
+    with pytest.warns(UserWarning, match="does not suffice for 5 images at a time; going on with 3"):
+        assert distance(run(imagen, words=words, **settings), expected) < FLOAT32
+    assert set(tried) == {5, 3, 2, 1}
+
+
 @pytest.mark.filterwarnings("ignore:the memory of cpu")
 def test_too_little_memory_for_one_image(imagen, monkeypatch):
     scarce(monkeypatch, 0)

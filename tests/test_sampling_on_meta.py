@@ -9,8 +9,8 @@ from fast_path import Counts, make_imagen, make_super, make_unet, make_words
 from minimagen_fast import sampling
 from minimagen_fast.kernels import launch, use_implementation
 from minimagen_fast.layers import Attention, ChanLayerNorm, CrossAttention
+from minimagen_fast.predictions import CachedPrediction, Task
 from minimagen_fast.samplers import Sampler, Update
-from minimagen_fast.sampling import Task
 
 META = torch.device("meta")
 SAMPLERS = [Sampler(), Sampler("ddpm", 6), Sampler("ddim", 6), Sampler("ddim", 6, 0.5), Sampler("dpmpp_2m", 6)]
@@ -39,7 +39,7 @@ def steps_of(sampler=SAMPLERS[0], cond_scale=3.0, stage=1, batch=2, batch_size=N
         batch_size=batch_size,
         **(lowres if unet.lowres_cond else dict.fromkeys(lowres)),
     )
-    predict = sampling._CachedPrediction(task, unet, torch.channels_last, torch.bfloat16)
+    predict = CachedPrediction(task, unet, torch.channels_last, torch.bfloat16)
     return unet, sampling._Steps(predict, task.update, x)
 
 

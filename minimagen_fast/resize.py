@@ -8,6 +8,7 @@ Kernel: Keys, "Cubic convolution interpolation for digital image processing" (19
 coincide, as in Shocher et al., "From Discrete to Continuous Convolutions" (2020), section 3.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -66,8 +67,9 @@ def resize_matrix(old: int, new: int, pad_mode: str, device: torch.device) -> to
 
 def resize(image: torch.Tensor, height: int, width: int, pad_mode: str) -> torch.Tensor:
     """Resize (b, c, h, w) to (b, c, height, width); computed in float32, returned in the image's dtype."""
-    # Under autocast a matrix product would round the picture to bfloat16.
-    with torch.autocast(image.device.type, enabled=False):
+    # Under autocast, which not every device has, a matrix product would round the picture to bfloat16.
+    has_autocast = torch.amp.is_autocast_available(image.device.type)
+    with torch.autocast(image.device.type, enabled=False) if has_autocast else nullcontext():
         out = image.float()
         if image.shape[-2] != height:
             out = resize_matrix(image.shape[-2], height, pad_mode, image.device) @ out

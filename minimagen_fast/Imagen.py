@@ -625,15 +625,11 @@ class Imagen(nn.Module):
         """Have everything on ``device`` (or the U-Nets in main memory); put it back, also after an error."""
         home, unet_homes = self.device, [module_device(unet) for unet in self.unets]
         try:
-            for scheduler in (*self.noise_schedulers, self.lowres_noise_schedule):
-                scheduler.to(device)
-            self._temp = self._temp.to(device)
+            self._move_schedules(device)
             self._reset_unets_all_one_device(torch.device("cpu") if offload_idle_unets else device)
             yield
         finally:
-            for scheduler in (*self.noise_schedulers, self.lowres_noise_schedule):
-                scheduler.to(home)
-            self._temp = self._temp.to(home)
+            self._move_schedules(home)
             for unet, unet_home in zip(self.unets, unet_homes, strict=True):
                 self._move(unet, unet_home)
 
@@ -642,6 +638,13 @@ class Imagen(nn.Module):
             if other is not unet:
                 self._move(other, torch.device("cpu"))
         self._move(unet, device)
+
+    def _move_schedules(self, device: torch.device) -> None:
+        # As with the U-Nets, below: training saves their values for its backward pass.
+        with torch.inference_mode(False):
+            for scheduler in (*self.noise_schedulers, self.lowres_noise_schedule):
+                scheduler.to(device)
+            self._temp = self._temp.to(device)
 
     @staticmethod
     def _move(unet: Unet, device: torch.device) -> None:

@@ -395,3 +395,11 @@ def test_a_u_net_that_was_moved_in_inference_mode_can_be_trained():
     with torch.inference_mode():
         Imagen._move(unet, torch.device("meta"))
     assert all(value.is_meta and not value.is_inference() for value in (*unet.parameters(), *unet.buffers()))
+
+
+def test_schedules_that_were_moved_in_inference_mode_can_be_trained_with():
+    imagen = make_imagen(stages=2)
+    with torch.inference_mode():
+        imagen._move_schedules(torch.device("meta"))
+    schedules = [*imagen.noise_schedulers.buffers(), *imagen.lowres_noise_schedule.buffers(), imagen._temp]
+    assert len(schedules) > 20 and all(value.is_meta and not value.is_inference() for value in schedules)

@@ -1,11 +1,12 @@
 """The ahead-of-time table: every kernel as machine code for three generations of cards, without a card.
 
 ``python -m benchmarks.aot`` compiles a representative part of the launches that the U-Nets Base, Super, BaseTest and
-SuperTest can make, and prints what became of each configuration as a Markdown table; ``--all`` compiles all of them,
-``--changed`` all of the kernels that changed since the kept table was made, of which the rest is taken; with either
-``--write`` keeps the table in benchmarks/results/aot.md. tests/test_aot.py holds the representative part to
-:func:`complaints`, and to the kept table, and knows by the kernels' :func:`fingerprint` whether all were compiled since
-they were changed last. With ``TRITON_CACHE_DIR`` set to a folder, an interrupted run goes on where it was.
+SuperTest can make, and of attention with other head widths, and prints what became of each configuration as a Markdown
+table; ``--all`` compiles all of them, ``--changed`` all of the kernels that changed, or are launched in other ways,
+since the kept table was made, of which the rest is taken; with either ``--write`` keeps the table in
+benchmarks/results/aot.md. tests/test_aot.py holds the representative part to :func:`complaints`, and to the kept table,
+and knows by the kernels' :func:`fingerprint` and by the :func:`digests` of what is launched whether all were compiled
+since they were changed last. With ``TRITON_CACHE_DIR`` set to a folder, an interrupted run goes on where it was.
 
 Launches are enumerated by running the operations forward and backward on meta tensors, see ``kernels.launch.record``:
 what they would launch on an A100, an H200 and a B200. Those of one kernel that Triton compiles alike are one
@@ -45,7 +46,8 @@ from triton.runtime.jit import create_function_from_signature
 from minimagen_fast.kernels import launch
 from minimagen_fast.Unet import Base, BaseTest, Super, SuperTest
 
-from .kernel_cases import Case, unet_cases
+from . import traffic
+from .kernel_cases import Case, attention_cases, unet_cases
 
 TABLE = Path(__file__).parent / "results" / "aot.md"
 TARGETS = {80: launch.A100, 90: launch.H200, 100: launch.B200}
@@ -109,6 +111,12 @@ class Build:
             else:
                 types.append(str(constants[(position,)]))
         return f"{' '.join(types)}; {' '.join(names)}; {self.num_warps} warps, {self.num_stages} stages"
+
+    @property
+    def head_width(self) -> int | None:
+        """In kernels of attention, where it is a constant."""
+        names = [name for name, _ in self.signature]
+        return dict(self.constexprs)[(names.index("D"),)] if "D" in names else None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -238,37 +246,56 @@ def occupancy(capability: int, registers: int, shared: int, num_warps: int) -> f
 
 def launches(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, card: launch.Target):
     """What a case launches on a card, backward included."""
+    inputs = _meta_inputs(case, dtype, memory_format)
+    wanted = [inputs[name] for name in case.gradients]
     with launch.record(card) as recorded:
         for implementation in ("triton", *(case.libraries if dtype != torch.float32 else ())):
-            inputs = case.inputs("meta", dtype, memory_format, gradients=True)
             out = case.run(inputs, implementation)
-            if case.gradients:
-                out.backward(torch.empty_like(out))
+            if wanted:
+                torch.autograd.grad(out, wanted, torch.empty_like(out))
     return recorded
 
 
+# The same for all cards.
+@functools.lru_cache(maxsize=1)
+def _meta_inputs(case: Case, dtype: torch.dtype, memory_format: torch.memory_format):
+    return case.inputs("meta", dtype, memory_format, gradients=True)
+
+
+def _cases(sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[Case, bool]]:
+    """Every case once, with whether 16-byte accesses are due."""
+    cases: dict[str, tuple[Case, bool]] = {}
+    for side, batch in sizes:
+        found = [(case, unet in (Base, Super)) for unet in UNETS for case in unet_cases(unet, side, batch)]
+        for case, wide in [*found, *((case, True) for case in attention_cases(side, batch))]:
+            cases[case.name] = case, wide or cases.get(case.name, (case, False))[1]
+    yield from cases.values()
+
+
 def enumerate_builds(
-    sides: Iterable[int],
-    batches: Iterable[int],
+    sizes: Iterable[tuple[int, int]],
     *,
     dtypes: Iterable[torch.dtype] = DTYPES,
     targets: Iterable[int] = TARGETS,
 ) -> dict[Build, bool]:
-    """All builds for square images of these sizes, in batches of these sizes, each once, in a fixed order.
+    """All builds for square images of these sides, in batches of these sizes, each once, in a fixed order.
 
     Each with whether 16-byte accesses are due: not if only the Test U-Nets need it, whose images have 8 channels, nor
-    for images of less than 8x8 pixels.
+    for images of less than 8x8 pixels, nor in NCHW memory for a number of pixels that is no multiple of 16.
     """
     builds: dict[Build, bool] = {}
-    for side, batch, unet in itertools.product(sides, batches, UNETS):
-        for case in {case.name: case for case in unet_cases(unet, side, batch)}.values():
-            first, *_ = case.inputs("meta", torch.float32).values()
-            formats = FORMATS if case.images else FORMATS[:1]
-            for dtype, memory_format, capability in itertools.product(dtypes, formats, targets):
-                wide = unet in (Base, Super) and (not case.images or first.shape[2:].numel() >= 64)
-                for recorded in launches(case, dtype, memory_format, TARGETS[capability]):
-                    build = specialise(recorded, capability)
-                    builds[build] = builds.get(build, False) or wide
+    for case, wide in _cases(sizes):
+        first, *_ = case.inputs("meta", torch.float32).values()
+        pixels = first.shape[2:].numel() if case.images else None
+        formats = FORMATS if case.images else FORMATS[:1]
+        for dtype, memory_format, capability in itertools.product(dtypes, formats, targets):
+            if case.half_only and dtype == torch.float32:
+                continue
+            aligned = memory_format == torch.channels_last or pixels % 16 == 0
+            due = wide and (not case.images or (pixels >= 64 and aligned))
+            for recorded in launches(case, dtype, memory_format, TARGETS[capability]):
+                build = specialise(recorded, capability)
+                builds[build] = builds.get(build, False) or due
     return builds
 
 
@@ -281,13 +308,13 @@ def compile_builds(builds: Iterable[Build], processes: int = PROCESSES) -> Itera
 
 
 def representatives(builds: dict[Build, bool], each: int = 2) -> list[Build]:
-    """Of every kernel, dtype and target, those of the smallest tiles and of the largest, ``each`` in all.
+    """Of every kernel, dtype, target and head width, those of the smallest tiles and of the largest, ``each`` in all.
 
     Once among the builds where 16-byte accesses are due, and once among the others.
     """
     kinds: dict[tuple, list[Build]] = {}
     for build, wide in builds.items():
-        kind = (build.module, build.kernel, build.capability, build.signature[0][1], wide)
+        kind = (build.module, build.kernel, build.capability, build.signature[0][1], build.head_width, wide)
         kinds.setdefault(kind, []).append(build)
     chosen = []
     for kind in kinds.values():
@@ -349,7 +376,23 @@ def regressions(row: Row, recorded: dict[tuple[str, str, str], Row]) -> list[str
     for what in ("spill", "shared"):
         if getattr(row, what) > getattr(before, what):
             wrong.append(f"{what} {getattr(row, what)} bytes, {getattr(before, what)} in the table")
+    for what in ("load", "store"):
+        if getattr(row, what) < getattr(before, what):
+            wrong.append(f"its widest {what} is of {getattr(row, what)} bytes, {getattr(before, what)} in the table")
+    if _percent(row.occupancy) < _percent(before.occupancy):
+        wrong.append(f"occupancy {row.occupancy}, {before.occupancy} in the table")
+    if _speed(row.products) < _speed(before.products):
+        wrong.append(f"multiplies with {row.products}, {before.products} in the table")
     return wrong
+
+
+def _percent(share: str) -> int:
+    return int(share.rstrip("%"))
+
+
+def _speed(products: str) -> int:
+    """Greater for the faster instructions: on every card HMMA is the slower of two, or the only one."""
+    return 0 if products == "-" else 1 if products == "HMMA" else 2
 
 
 _COLUMNS = {
@@ -396,37 +439,82 @@ _OVERVIEW = (
     "kernel",
     "fingerprint",
     "target",
+    "launches",
     "configurations",
     "registers",
     "spill",
     "shared memory",
     "occupancy",
+    "moved / floor",
     "widest load",
     "widest store",
     "products",
 )
+# What a kernel is known by on a target: its name and the target's.
+Kind = tuple[str, str]
 
 
-def summary(rows: Iterable[Row]) -> str:
-    """Markdown: the worst of every kernel and target."""
-    kinds: dict[tuple[str, str], list[Row]] = {}
+def worst(rows: Iterable[Row]) -> dict[Kind, dict[str, str]]:
+    """The worst of every kernel and target, by :func:`overview`'s columns."""
+    kinds: dict[Kind, list[Row]] = {}
     for row in rows:
         kinds.setdefault((row.kernel, row.target), []).append(row)
-    lines = [f"| {' | '.join(_OVERVIEW)} |", "|---|---|---|" + "--:|" * 7 + "---|"]
-    for (kernel, target), group in kinds.items():
-        most = {name: max(getattr(row, name) for row in group) for name in ("registers", "spill", "shared")}
-        least = {name: min(getattr(row, name) for row in group) for name in ("load", "store")}
-        products = sorted({row.products for row in group})
-        lowest = min((row.occupancy for row in group), key=lambda share: int(share.rstrip("%")))
-        numbers = len(group), *most.values(), lowest, *least.values()
-        cells = kernel, fingerprint(kernel), target, *numbers, ", ".join(products)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    found = {}
+    for kind, group in kinds.items():
+        most = {_COLUMNS[name]: max(getattr(row, name) for row in group) for name in ("registers", "spill", "shared")}
+        least = {_COLUMNS[name]: min(getattr(row, name) for row in group) for name in ("load", "store")}
+        cells = {
+            "configurations": len(group),
+            **most,
+            "occupancy": min((row.occupancy for row in group), key=_percent),
+            **least,
+            "products": ", ".join(sorted({row.products for row in group})),
+        }
+        found[kind] = {column: str(cell) for column, cell in cells.items()}
+    return found
+
+
+def overview(kinds: dict[Kind, dict[str, str]], launched: dict[Kind, str]) -> str:
+    """Markdown of :func:`worst`, beside what kernels are now and what they move; :func:`parse_overview` reads it.
+
+    Args:
+        kinds: By kernel and target, in the order of the lines.
+        launched: Their :func:`digests`.
+    """
+    moved = traffic.moved(traffic.TABLE.read_text())
+    lines = [f"| {' | '.join(_OVERVIEW)} |", "|---|---|---|---|" + "--:|" * 8 + "---|"]
+    for (kernel, target), measured in kinds.items():
+        cells = measured | {
+            "kernel": kernel,
+            "fingerprint": fingerprint(kernel),
+            "target": target,
+            "launches": launched[kernel, target],
+            "moved / floor": moved.get(kernel, "-"),
+        }
+        lines.append(f"| {' | '.join(cells[column] for column in _OVERVIEW)} |")
     return "\n".join(lines) + "\n"
 
 
-def fingerprints(text: str) -> dict[str, str]:
-    """Those that the kernels had in a text with a :func:`summary`, by the kernels' names there."""
-    return {kernel: value for kernel, value, *_ in _cells(text, _OVERVIEW)}
+def parse_overview(text: str) -> dict[Kind, dict[str, str]]:
+    """The lines of the :func:`overview` in a text, by kernel and target."""
+    lines = (dict(zip(_OVERVIEW, cells, strict=True)) for cells in _cells(text, _OVERVIEW))
+    return {(line["kernel"], line["target"]): line for line in lines}
+
+
+def digests(builds: Iterable[Build]) -> dict[Kind, str]:
+    """For every kernel and target eight digits that change with the set of its configurations.
+
+    They stand for all that decides on the host's side how a kernel is launched: block sizes, warps, alignment.
+    """
+    configs: dict[Kind, list[str]] = {}
+    for build in builds:
+        kernel, config, target = build.key
+        configs.setdefault((kernel, target), []).append(config)
+    return {kind: _digest(sorted(of_kind)) for kind, of_kind in configs.items()}
+
+
+def _digest(content: list) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
 def fingerprint(name: str) -> str:
@@ -454,7 +542,7 @@ def fingerprint(name: str) -> str:
             # Triton's own functions belong to its version.
             if str(getattr(getattr(called, "fn", None), "__module__", "")).startswith(PACKAGE):
                 pending.append(called)
-    return hashlib.sha256(repr(sorted(codes.items())).encode()).hexdigest()[:8]
+    return _digest(sorted(codes.items()))
 
 
 def _code(source: str) -> list[str]:
@@ -483,7 +571,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--changed",
         action="store_true",
-        help="all configurations of kernels that changed since the kept table was made",
+        help="all configurations of kernels that changed, or are launched otherwise, since the kept table was made",
     )
     parser.add_argument("--write", action="store_true", help=f"keep the tables in benchmarks/results/{TABLE.name}")
     options = parser.parse_args(arguments)
@@ -499,72 +587,81 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(everything: bool, write: bool) -> int:
-    builds = enumerate_builds(*(ALL_SIZES if everything else SOME_SIZES))
-    chosen = representatives(enumerate_builds(*SOME_SIZES) if everything else builds)
+    builds = enumerate_builds(ALL_SIZES)
+    chosen = representatives(enumerate_builds(SOME_SIZES))
     recorded_text = TABLE.read_text() if TABLE.exists() else ""
     # Another compiler makes other code: then there is nothing to compare with.
-    recorded = parse(recorded_text) if _versions() in recorded_text and not write else None
+    recorded = recorded_text if _versions() in recorded_text and not write else None
     rows, wrong = _compiled(builds, list(builds) if everything else chosen, chosen, recorded)
-    return _finish(summary(rows.values()), [rows[build] for build in chosen], len(rows), write, wrong)
+    launched = digests(builds)
+    text = overview(worst(rows.values()), launched)
+    if recorded is not None:
+        for kernel, target in sorted(_stale(launched, recorded)):
+            wrong = True
+            print(f"{kernel} on {target}: code or launches are not those of the table: {_REMEDY}", file=sys.stderr)
+    return _finish(text, [rows[build] for build in chosen], len(rows), write, wrong)
+
+
+def _stale(launched: dict[Kind, str], text: str) -> set[Kind]:
+    """The kernels and targets of which a table has other code or other configurations, or that only one of both has."""
+    codes = {kernel: fingerprint(kernel) for kernel in {kernel for kernel, _ in launched}}
+    now = {kind: (codes[kind[0]], digest) for kind, digest in launched.items()}
+    then = {kind: (line["fingerprint"], line["launches"]) for kind, line in parse_overview(text).items()}
+    return {kind for kind in now.keys() | then.keys() if now.get(kind) != then.get(kind)}
 
 
 def _run_changed(write: bool) -> int:
-    """The kept table, with new rows for the kernels that are not the ones it was made of."""
-    text, builds = TABLE.read_text(), enumerate_builds(*ALL_SIZES)
-    chosen = representatives(enumerate_builds(*SOME_SIZES))
-    names = {build: build.key[0] for build in builds}
-    recorded, known = parse(text), fingerprints(text)
-    changed = {name for name in names.values() if known.get(name) != fingerprint(name)}
-    # What launches a kernel may have changed without the kernel.
-    changed |= {names[build] for build in chosen if build.key not in recorded}
-    rows, wrong = _compiled(builds, [build for build in builds if names[build] in changed], chosen, None)
-    new = dict(_overview_lines(summary(rows.values())))
-    kept = {at: line for at, line in _overview_lines(text) if at[0] in set(names.values()) - changed}
-    order = dict.fromkeys((names[build], build.key[2]) for build in builds)
-    overview = [*summary([]).splitlines(), *({**kept, **new}[at] for at in order)]
+    """The kept table, with new rows for the kernels that are not the ones it was made of, or launched in other ways."""
+    text, builds = TABLE.read_text(), enumerate_builds(ALL_SIZES)
+    chosen = representatives(enumerate_builds(SOME_SIZES))
+    kinds = {build: (build.key[0], build.key[2]) for build in builds}
+    recorded, launched = parse(text), digests(builds)
+    # Other sizes than those of the table may be chosen.
+    stale = _stale(launched, text) | {kinds[build] for build in chosen if build.key not in recorded}
+    rows, wrong = _compiled(builds, [build for build in builds if kinds[build] in stale], chosen, None)
+    lines = parse_overview(text) | worst(rows.values())
     details = [rows[build] if build in rows else recorded[build.key] for build in chosen]
-    return _finish("\n".join(overview) + "\n", details, len(builds), write, wrong)
-
-
-def _overview_lines(text: str) -> Iterator[tuple[tuple[str, str], str]]:
-    """Kernel and target, and the line, of the :func:`summary` in a text."""
-    for cells in _cells(text, _OVERVIEW):
-        yield (cells[0], cells[2]), f"| {' | '.join(cells)} |"
+    return _finish(overview({kind: lines[kind] for kind in launched}, launched), details, len(builds), write, wrong)
 
 
 def _compiled(
     builds: dict[Build, bool],
     wanted: list[Build],
     chosen: list[Build],
-    recorded: dict[tuple[str, str, str], Row] | None,
+    recorded: str | None,
 ) -> tuple[dict[Build, Row], bool]:
-    """The rows of the wanted builds, and whether something is wrong with one, which is said."""
+    """The rows of the wanted builds, and whether something is wrong with one, which is said.
+
+    It is also wrong if one of the chosen is worse than in a recorded table.
+    """
     print(f"{len(wanted)} of {len(builds)} configurations", file=sys.stderr)
-    rows, wrong = {}, False
+    rows, wrong, before = {}, False, None if recorded is None else parse(recorded)
     for build, row in zip(wanted, compile_builds(wanted), strict=True):
         rows[build] = row
         found = complaints(row, wide=builds[build])
-        if recorded is not None and build in chosen:
-            found += regressions(row, recorded)
+        if before is not None and build in chosen:
+            found += regressions(row, before)
         for complaint in found:
             wrong = True
             print(f"{row.kernel} ({row.config}) on {row.target} {complaint}", file=sys.stderr)
-    if wrong and recorded is not None:
-        print("To take this into the table on purpose: python -m benchmarks.aot --changed --write", file=sys.stderr)
+    if wrong and before is not None:
+        print(f"To take this into the table on purpose: {_REMEDY}", file=sys.stderr)
     return rows, wrong
 
 
-def _finish(overview: str, chosen: list[Row], number: int, write: bool, wrong: bool) -> int:
+def _finish(lines: str, chosen: list[Row], number: int, write: bool, wrong: bool) -> int:
     details = table(chosen)
-    print(f"{overview}\n{details}")
+    print(f"{lines}\n{details}")
     if write:
-        TABLE.write_text(_HEAD.format(versions=_versions(), number=number, overview=overview, details=details))
+        TABLE.write_text(_HEAD.format(versions=_versions(), number=number, overview=lines, details=details))
     return int(wrong)
 
 
-# Sides of images in pixels, and batch sizes.
-ALL_SIZES = tuple(2**i for i in range(3, 11)), tuple(2**i for i in range(9))
-SOME_SIZES = (16, 64, 256), (2, 16)
+_REMEDY = "python -m benchmarks.aot --changed --write"
+
+# Sides of square images in pixels, and batch sizes.
+ALL_SIZES = tuple(itertools.product([2**i for i in range(3, 11)], [2**i for i in range(9)]))
+SOME_SIZES = tuple(itertools.product((16, 64, 256), (2, 16)))
 
 _HEAD = """# Machine code of the kernels
 
@@ -577,8 +674,11 @@ UTCMMA and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
 
 ## The worst of every kernel
 
-All {number} configurations for images of 8 to 1024 pixels, in batches of 1 to 256. The fingerprint is that of a
-kernel's code and of the functions it calls; a test fails when a kernel has changed since.
+All {number} configurations: square images of 8 to 1024 pixels a side in batches of 1 to 256, all powers of two, and
+attention with all head widths. The fingerprint is that of a kernel's code and of the functions it
+calls, launches that of its configurations; a test fails when one of the two has changed since. What is moved, over the
+floor, is the operation's that the kernel belongs to, at worst, from [traffic.md](traffic.md): counted at small shapes,
+launched as on an H200; a dash where none of these shapes needs the kernel, or its operation is partly a library's.
 
 {overview}
 ## Representative configurations

@@ -142,6 +142,7 @@ class Case:
         small: Whether the interpreter and a CPU do it in a few seconds.
         images: Whether the memory format matters.
         libraries: Further implementations that have kernels of ours besides a library's, in half precision.
+        half_only: Whether kernels take it in half precision only.
     """
 
     operation: str
@@ -156,6 +157,7 @@ class Case:
     small: bool = False
     images: bool = True
     libraries: tuple[str, ...] = ()
+    half_only: bool = False
 
     @property
     def name(self) -> str:
@@ -256,6 +258,7 @@ def attention(b: int, n: int, m: int, *, shared: bool, heads: int = HEADS, d: in
         gradients=names,
         images=False,
         libraries=("sdpa_merge",),
+        half_only=d > 64,
     )
 
 
@@ -413,13 +416,13 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
 def unet_cases(unet: type[Unet], side: int, batch: int, *, text: bool = True) -> Iterator[Case]:
     """What one of the built-in U-Nets, with its default settings, does with square images of ``side`` pixels.
 
-    Operations of the sampler and of the loss on its images included. Some come more than once. None for images that are
-    too small for it.
+    Operations of the sampler and of the loss on its images included. Some come more than once. None for images that it
+    cannot halve as often as it has to.
     """
     settings = {"attend_at_middle": False, **unet.defaults}
     dim, mults, early = settings["dim"], settings["dim_mults"], settings["memory_efficient"]
     levels = len(mults)
-    if side < 2 ** (levels - 1 + early):
+    if side % 2 ** (levels - 1 + early):
         return
     per_level = {
         name: value if isinstance(value, tuple) else (value,) * levels
@@ -463,6 +466,14 @@ def unet_cases(unet: type[Unet], side: int, batch: int, *, text: bool = True) ->
     for kind in ("ancestral", "ddim", "dpm_solver_pp_2m"):
         for guided in (True, False):
             yield sampling_step(kind, batch, 3, side, side, guided=guided)
+
+
+def attention_cases(side: int, batch: int) -> Iterator[Case]:
+    """Attention to text and to the image itself with the head widths that kernels take and no built-in U-Net has."""
+    for d in (32, 128):
+        for early in (False, True):
+            yield attention(batch, side * side, NUM_TIME_TOKENS * (1 + early) + MAX_LENGTH, shared=False, d=d)
+        yield attention(batch, side * side, side * side, shared=True, d=d)
 
 
 def _named(cases: list[Case], *, small: bool) -> dict[str, Case]:

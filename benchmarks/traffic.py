@@ -1,6 +1,6 @@
 """The traffic table: what the kernels load and store, counted access by access, without a card.
 
-``python -m benchmarks.traffic`` runs the small cases of :mod:`.kernel_cases`, forward and backward, in Triton's
+``python -m benchmarks.traffic`` runs small cases of :mod:`.kernel_cases`, forward and backward, in Triton's
 interpreter, which executes every load and store of every program, and prints a Markdown table; ``--write`` keeps it in
 benchmarks/results/traffic.md. tests/test_traffic.py holds every row to its floor's limit.
 
@@ -33,7 +33,7 @@ from triton.runtime import interpreter
 
 from minimagen_fast.kernels import launch
 
-from .kernel_cases import CASES, LIMIT, Case, Floor
+from .kernel_cases import CASES, LIMIT, Case, Floor, channel_norm, group_norm, row_norm
 
 TABLE = Path(__file__).parent / "results" / "traffic.md"
 # Elements of a page of addresses.
@@ -41,6 +41,18 @@ PAGE = 2**18
 # Images in half precision and parameters in float32, so that parameters weigh most.
 DTYPE = torch.float16
 FORMATS = {torch.channels_last: "NHWC", torch.contiguous_format: "NCHW"}
+# Beside the small cases of the registry, those where parameters and sums weigh most: few pixels or tokens, odd numbers
+# of samples, groups that a program reads twice.
+SMALL = [
+    *(case for case in CASES.values() if case.small),
+    group_norm(5, 512, 8, 8, scale=True, resident=True),
+    group_norm(2, 256, 16, 16, resident=True),
+    group_norm(1, 2048, 8, 8, skip=1536),
+    row_norm(1, 64, 2048),
+    row_norm(1, 4096, 128, residual=True),
+    channel_norm(1, 2048, 8, 8, gelu=True),
+    channel_norm(1, 256, 16, 16),
+]
 
 
 @dataclass
@@ -48,7 +60,7 @@ class Traffic:
     """What one launch of a kernel loads and stores.
 
     Attributes:
-        kernel: Its name.
+        kernel: Its module and name, as in ``"layer_norm_rows._forward_kernel"``.
         loaded: Bytes loaded, re-reads included.
         stored: Bytes stored.
     """
@@ -99,7 +111,7 @@ def count() -> Iterator[list[Traffic]]:
         return store(self, pointers, value, mask, *rest)
 
     def counting_start(self, *args, **kwargs):
-        counted.append(Traffic(self.fn.__name__))
+        counted.append(Traffic(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__qualname__}"))
         return start(self, *args, **kwargs)
 
     def counting_change(self, operation, pointers, value, mask, *rest):
@@ -133,6 +145,7 @@ class Row:
     moved: int
     distinct: int
     rule: Floor
+    kernels: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -184,6 +197,7 @@ def _row(
         sum(launch.bytes for launch in counted),
         sum(launch.distinct for launch in counted),
         floor,
+        tuple(dict.fromkeys(launch.kernel for launch in counted)),
     )
 
 
@@ -199,18 +213,45 @@ def format_name(case: Case, memory_format: torch.memory_format) -> str:
     return FORMATS[memory_format] if case.images else "-"
 
 
+_COLUMNS = (
+    "operation",
+    "",
+    "shape",
+    "format",
+    "launches",
+    "floor, bytes",
+    "moved / floor",
+    "distinct / floor",
+    "limits",
+    "rule",
+    "kernels",
+)
+
+
 def table(rows: list[Row]) -> str:
-    """Markdown."""
-    lines = [
-        "| operation | | shape | format | launches | floor, bytes | moved / floor | distinct / floor | limits | rule |",
-        "|---|---|---|---|--:|--:|--:|--:|--:|---|",
-    ]
+    """Markdown, which :func:`parse` reads."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---|---|---|---|--:|--:|--:|--:|--:|---|---|"]
     for row in rows:
         moved, distinct = row.moved / row.floor, row.distinct / row.floor
         words = row.operation, row.direction, row.shape, row.memory_format, row.launches, f"{row.floor:,}"
         ratios = f"{moved:.3f}", f"{distinct:.3f}", f"{row.rule.limit or '-'}, {row.rule.distinct}"
-        lines.append(f"| {' | '.join(map(str, (*words, *ratios, row.rule)))} |")
+        lines.append(f"| {' | '.join(map(str, (*words, *ratios, row.rule, ', '.join(row.kernels))))} |")
     return "\n".join(lines) + "\n"
+
+
+def parse(text: str) -> list[dict[str, str]]:
+    """The rows of the :func:`table` in a text, as its cells by their columns."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [dict(zip(_COLUMNS, line, strict=True)) for line in lines[1:]]
+
+
+def moved(text: str) -> dict[str, str]:
+    """For every kernel in a :func:`table`, the most that an operation it belongs to moves in multiples of its floor."""
+    most: dict[str, str] = {}
+    for row in parse(text):
+        for kernel in row["kernels"].split(", "):
+            most[kernel] = max(most.get(kernel, ""), row["moved / floor"], key=lambda ratio: float(ratio or 0))
+    return most
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--write keeps the whole table: name no cases")
     names = tuple(options.cases) or ("",)
     rows = []
-    for run in runs(case for case in CASES.values() if case.small and case.name.startswith(names)):
+    for run in runs(case for case in SMALL if case.name.startswith(names)):
         for row in measure(*run):
             rows.append(row)
             print(f"{row.name}: {row.moved / row.floor:.3f} x floor", *row.complaints, file=sys.stderr)

@@ -78,7 +78,7 @@ def of_unet(name: str, side: int, arguments: dict) -> dict:
             out = model.to(memory_format=memory_format)(images, times, **condition)
             out.backward(torch.empty_like(out))
         needed |= {aot.specialise(one, 90) for one in recorded}
-    known = aot.enumerate_builds([side], [2], dtypes=[torch.float32], targets=[90])
+    known = aot.enumerate_builds([(side, 2)], dtypes=[torch.float32], targets=[90])
     return {"needed": len(needed), "missing": sorted(f"{b.kernel} {b.config}" for b in needed - known.keys())}
 
 

@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 
 import torch
 
-from benchmarks import aot
-from benchmarks.kernel_cases import unet_cases
-from minimagen_fast.kernels import launch
+from benchmarks import aot, traffic
+from benchmarks.kernel_cases import attention_cases, unet_cases
+from minimagen_fast.kernels import launch, null_key_flash
+from minimagen_fast.Unet import ATTN_DIM_HEAD
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,6 +88,9 @@ def test_the_a100_has_less_shared_memory():
         (changed(registers=111), "needs 111 registers, 100 in the table"),
         (changed(spill=4), "spill 4 bytes, 0 in the table"),
         (changed(shared=2049), "shared 2049 bytes, 2048 in the table"),
+        (changed(occupancy="19%"), "occupancy 19%, 25% in the table"),
+        (changed(load=8), "widest load is of 8 bytes, 16 in the table"),
+        (changed(store=4), "widest store is of 4 bytes, 16 in the table"),
         (changed(config="fp32 fp32"), "not in the table"),
     ],
 )
@@ -96,11 +100,45 @@ def test_a_step_back_is_said(row, regression):
     assert aot.regressions(changed(registers=110), {ROW.key: ROW}) == []
 
 
+def test_slower_tensor_core_instructions_are_a_step_back():
+    def said(before: str, after: str) -> list[str]:
+        return aot.regressions(changed(products=after), {ROW.key: changed(products=before)})
+
+    assert said("UTCMMA", "HMMA") == ["multiplies with HMMA, UTCMMA in the table"]
+    assert said("HMMA", "-") == ["multiplies with -, HMMA in the table"]
+    assert not any(said(*same) for same in (("HMMA", "HGMMA"), ("HGMMA", "HGMMA HMMA"), ("-", "-")))
+
+
+def test_a_better_row_is_no_step_back():
+    better = changed(registers=64, shared=1024, occupancy="100%")
+    assert aot.regressions(better, {ROW.key: ROW}) == []
+
+
 def test_the_table_is_read_back():
     rows = [ROW, changed(target="sm_80", products="HMMA")]
-    text = f"{aot.summary(rows)}\n{aot.table(rows)}"
+    launched = {(row.kernel, row.target): f"digest of {row.target}" for row in rows}
+    text = f"{aot.overview(aot.worst(rows), launched)}\n{aot.table(rows)}"
     assert list(aot.parse(text).values()) == rows
-    assert aot.fingerprints(text) == {ROW.kernel: aot.fingerprint(ROW.kernel)}
+    lines = aot.parse_overview(text)
+    assert {kind: line["launches"] for kind, line in lines.items()} == launched
+    assert {line["fingerprint"] for line in lines.values()} == {aot.fingerprint(ROW.kernel)}
+    assert {kind: aot.worst(rows)[kind] | line for kind, line in lines.items()} == lines
+
+
+def test_the_worst_of_a_kernel_is_kept():
+    rows = [ROW, changed(registers=90, spill=4, shared=4096, occupancy="12%", load=8, products="HMMA")]
+    assert aot.worst(rows) == {
+        (ROW.kernel, ROW.target): {
+            "configurations": "2",
+            "registers": "100",
+            "spill": "4",
+            "shared memory": "4096",
+            "occupancy": "12%",
+            "widest load": "8",
+            "widest store": "16",
+            "products": "-, HMMA",
+        }
+    }
 
 
 def test_the_fingerprint_of_a_kernel_changes_with_its_code_alone(tmp_path, monkeypatch):
@@ -134,7 +172,7 @@ def test_the_table_is_written_of_all_configurations_only(capsys):
 
 
 def test_all_configurations_were_compiled_since_the_kernels_changed_last():
-    recorded = aot.fingerprints(aot.TABLE.read_text())
+    recorded = {name: line["fingerprint"] for (name, _), line in aot.parse_overview(aot.TABLE.read_text()).items()}
     kernels = set(recorded)
     for unet, side in ((aot.Base, 64), (aot.Super, 256)):
         for case in {case.name: case for case in unet_cases(unet, side, 2)}.values():
@@ -166,46 +204,95 @@ def test_the_kept_table_is_of_sound_kernels():
 
 
 def test_no_configuration_at_all_spills():
-    overview = list(aot._overview_lines(aot.TABLE.read_text()))
-    rows = [dict(zip(aot._OVERVIEW, line.strip("| ").split(" | "), strict=True)) for _, line in overview]
-    assert len(rows) == len(aot.fingerprints(aot.TABLE.read_text())) * 3
-    assert {row["spill"] for row in rows} == {"0"}
+    lines = aot.parse_overview(aot.TABLE.read_text())
+    assert lines.keys() == {(kernel, f"sm_{target}") for kernel, _ in lines for target in aot.TARGETS}
+    assert {line["spill"] for line in lines.values()} == {"0"}
 
 
-def test_what_did_not_change_is_taken_from_the_kept_table(tmp_path, monkeypatch, capsys):
-    def build(kernel: str) -> aot.Build:
-        constants = (((1,), 64),)
-        return aot.Build(
-            f"kernels.{kernel}", "_forward_kernel", (("x", "*fp32"), ("N", "constexpr")), constants, (), 4, 2, 90
-        )
+def test_what_kernels_move_is_that_of_the_traffic_table():
+    lines = aot.parse_overview(aot.TABLE.read_text())
+    moved = traffic.moved(traffic.TABLE.read_text())
+    assert {kernel: line["moved / floor"] for (kernel, _), line in lines.items()} == {
+        kernel: moved.get(kernel, "-") for kernel, _ in lines
+    }
+    assert moved.keys() <= {kernel for kernel, _ in lines}
 
+
+def build(kernel: str, num_warps: int = 4) -> aot.Build:
+    signature = (("x", "*fp32"), ("N", "constexpr"))
+    return aot.Build(f"kernels.{kernel}", "_forward_kernel", signature, (((1,), 64),), (), num_warps, 2, 90)
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """A kept table of made-up builds: the builds, for a test to change, and what was compiled since."""
+    builds = {build(kernel): True for kernel in ("layer_norm_rows", "channel_norm_planes", "group_norm_looped")}
     compiled = []
 
-    def compile_builds(builds):
-        compiled.extend(builds)
-        return [changed(kernel=build.key[0], config=build.config, registers=50) for build in builds]
+    def compile_builds(wanted):
+        compiled.extend(wanted)
+        return [changed(kernel=one.key[0], config=one.config, registers=50) for one in wanted]
 
-    builds = {build(kernel): True for kernel in ("layer_norm_rows", "channel_norm_planes", "group_norm_looped")}
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(aot, "TABLE", tmp_path / "aot.md")
-    monkeypatch.setattr(aot, "enumerate_builds", lambda *sizes: builds)
+    monkeypatch.setattr(aot, "enumerate_builds", lambda sizes: builds)
     monkeypatch.setattr(aot, "compile_builds", compile_builds)
     assert aot.main(["--all", "--write"]) == 0
-    first, row = aot.TABLE.read_text(), aot.fingerprint("channel_norm_planes._forward_kernel")
-    assert len(compiled) == 3 and row in first
-    aot.TABLE.write_text(first.replace(row, "00000000").replace(" 50 ", " 70 "))
+    assert len(compiled) == 3
     del compiled[:]
+    return builds, compiled
+
+
+def test_what_did_not_change_is_taken_from_the_kept_table(made_up, monkeypatch, capsys):
+    _, compiled = made_up
+    first, code = aot.TABLE.read_text(), aot.fingerprint("channel_norm_planes._forward_kernel")
+    assert code in first
+    aot.TABLE.write_text(first.replace(code, "00000000").replace(" 50 ", " 70 "))
     assert aot.main(["--changed", "--write"]) == 0
     assert [one.key[0] for one in compiled] == ["channel_norm_planes._forward_kernel"]
-    rows = aot.parse(aot.TABLE.read_text()).values()
-    assert [row.registers for row in rows] == [70, 50, 70]
-    assert [line.split(" | ")[4] for _, line in aot._overview_lines(aot.TABLE.read_text())] == ["70", "50", "70"]
+    text = aot.TABLE.read_text()
+    assert [row.registers for row in aot.parse(text).values()] == [70, 50, 70]
+    assert [line["registers"] for line in aot.parse_overview(text).values()] == ["70", "50", "70"]
     # Nothing can be taken from what another compiler made.
     monkeypatch.setattr(aot, "_versions", lambda: "triton 0.0")
     with pytest.raises(SystemExit):
         aot.main(["--changed"])
     assert "use --all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["other warps", "one more", "one less"])
+def test_launches_that_are_not_those_of_the_table_are_found_out(made_up, capsys, change):
+    builds, compiled = made_up
+    assert aot.main([]) == 0
+    if change != "one more":
+        del builds[build("layer_norm_rows")]
+    if change != "one less":
+        builds[build("layer_norm_rows", num_warps=8)] = True
+    capsys.readouterr()
+    assert aot.main([]) == 1
+    said = capsys.readouterr().err
+    assert "layer_norm_rows._forward_kernel on sm_90: code or launches are not those of the table" in said
+    assert "channel_norm_planes" not in said
+    del compiled[:]
+    assert aot.main(["--changed", "--write"]) == 0
+    assert {one.key[0] for one in compiled} <= {"layer_norm_rows._forward_kernel"}
+    assert aot.main([]) == 0
+
+
+def test_the_digest_of_launches_is_of_the_set_of_configurations():
+    one, other = build("layer_norm_rows"), build("layer_norm_rows", num_warps=8)
+    kind = one.key[0], one.key[2]
+    assert aot.digests([one, other]) == aot.digests([other, one])
+    assert len({aot.digests(builds)[kind] for builds in ([one], [other], [one, other])}) == 3
+
+
+def test_cases_are_those_that_networks_can_be_given():
+    assert list(unet_cases(aot.Base, 200, 3))
+    # It halves images three times.
+    assert not list(unet_cases(aot.Base, 100, 3))
+    widths = {case.inputs("meta", torch.bfloat16)["null_key"].numel() for case in attention_cases(8, 3)}
+    assert widths | {ATTN_DIM_HEAD} == set(null_key_flash.WIDTHS)
 
 
 @pytest.mark.slow
@@ -244,6 +331,6 @@ def test_what_a_whole_unet_launches_is_enumerated(name, side, arguments):
 
 
 @pytest.mark.slow
-def test_representative_configurations_compile_and_are_no_worse_than_recorded():
+def test_launches_are_those_of_the_table_and_representatives_compile_and_are_no_worse():
     done = run("-m", "benchmarks.aot", timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.kernel_cases import CASES, Case, Floor, channel_norm, group_norm, row_norm
+from benchmarks.kernel_cases import Case, Floor
 from minimagen_fast.kernels import launch
 from minimagen_fast.kernels.launch import tl, triton
 
@@ -13,18 +13,6 @@ if not launch.INTERPRETED:
     pytest.skip("loads and stores are counted in Triton's interpreter", allow_module_level=True)
 
 from benchmarks import traffic
-
-SMALL = [case for case in CASES.values() if case.small]
-# Where parameters and sums weigh most: few pixels or tokens, odd numbers of samples, groups that a program reads twice.
-MORE = [
-    group_norm(5, 512, 8, 8, scale=True, resident=True),
-    group_norm(2, 256, 16, 16, resident=True),
-    group_norm(1, 2048, 8, 8, skip=1536),
-    row_norm(1, 64, 2048),
-    row_norm(1, 4096, 128, residual=True),
-    channel_norm(1, 2048, 8, 8, gelu=True),
-    channel_norm(1, 256, 16, 16),
-]
 
 
 @triton.jit
@@ -110,7 +98,7 @@ def test_counting_ends_with_its_block():
 
 @pytest.mark.parametrize(
     "case, memory_format",
-    [pytest.param(case, f, id=f"{case.name}-{traffic.FORMATS[f]}") for case, f in traffic.runs(SMALL + MORE)],
+    [pytest.param(case, f, id=f"{case.name}-{traffic.FORMATS[f]}") for case, f in traffic.runs(traffic.SMALL)],
 )
 def test_no_operation_moves_more_than_its_limit(case, memory_format):
     rows = traffic.measure(case, memory_format)
@@ -118,14 +106,16 @@ def test_no_operation_moves_more_than_its_limit(case, memory_format):
 
 
 def test_the_kept_table_is_of_the_cases_that_are_measured():
-    kept = {
-        tuple(cell.strip() for cell in line.split("|")[1:5])
-        for line in traffic.TABLE.read_text().splitlines()
-        if "|" in line
-    }
+    columns = "operation", "", "shape", "format"
+    kept = {tuple(row[column] for column in columns) for row in traffic.parse(traffic.TABLE.read_text())}
     expected = {
         (case.operation, direction, case.shape, traffic.format_name(case, f))
-        for case, f in traffic.runs(SMALL)
+        for case, f in traffic.runs(traffic.SMALL)
         for direction in ("forward", "backward")[: 1 if case.backward is None else 2]
     }
-    assert expected <= kept
+    assert expected == kept
+
+
+def test_what_a_kernel_moves_is_the_most_that_its_operations_move():
+    rows = [*traffic.measure(make_case()), *traffic.measure(make_case(gain_each=True))]
+    assert traffic.moved(traffic.table(rows)) == {"test_traffic._scale": "1.500"}

@@ -49,8 +49,13 @@ def null_key_attention(
     Returns:
         Attended values, shape (b, n, heads * d), dtype of ``q``.
 
+    In float16 the gradients of the scores, softmax times (grad v - grad out), are float16 as well, here as in the
+    libraries. Where one is beyond 65504, gradients of q and k are infinite or NaN, which loss scaling notices.
+    bfloat16 and float32 have no such limit.
+
     Raises:
-        TypeError: if a tensor is not of a floating-point type.
+        TypeError: if a tensor is not of a floating-point type, or q, k and v are of several and autocast is off. Under
+            autocast they are then cast to its dtype.
         ValueError: if the shapes do not fit together, or an implementation was asked for that cannot do the job.
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("null_key", null_key), ("null_value", null_value)):
@@ -78,10 +83,37 @@ def null_key_attention(
         if mask.ndim != 2 or mask.shape[0] not in (1, k.shape[0]) or mask.shape[1] != k.shape[1]:
             raise ValueError(f"mask must have shape {tuple(k.shape[:2])}, (b, m); got {tuple(mask.shape)}")
         mask = mask.bool().expand(k.shape[:2])
+    if bias is not None:
+        _check_bias(bias, (q.shape[0], heads, q.shape[1], 1 + k.shape[1]))
+    q, k, v = _of_one_dtype(q, k, v)
     implementation = dispatch.attention_override(implementation)
     candidates = _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation)
     choice = dispatch.select("null_key_attention", candidates, q.device, implementation)
     return _RUN[choice](q, k, v, null_key, null_value, heads, mask, bias)
+
+
+def _of_one_dtype(q, k, v):
+    if q.dtype == k.dtype == v.dtype:
+        return q, k, v
+    # Autocast casts the operators of torch, and leaves float64 alone.
+    if torch.float64 in (q.dtype, k.dtype, v.dtype) or not _is_autocast(q.device.type):
+        name, other = ("k", k) if k.dtype != q.dtype else ("v", v)
+        raise TypeError(
+            f"{name} must have the dtype of q, {q.dtype}; got {other.dtype}: convert one of the two, or use autocast"
+        )
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _check_bias(bias: torch.Tensor, scores: tuple[int, ...]) -> None:
+    if not bias.is_floating_point():
+        raise TypeError(f"bias must be of a floating-point type; got {bias.dtype}")
+    if bias.ndim > 4 or any(size not in (1, of) for size, of in zip(bias.shape[::-1], scores[::-1], strict=False)):
+        raise ValueError(f"bias must be broadcastable to (b, heads, n, 1 + m), {scores}; got {tuple(bias.shape)}")
 
 
 def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation) -> dict[str, list[str]]:
@@ -102,8 +134,8 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         order = (*order, "xformers")
     biased = [] if bias is None else ["it takes no bias"]
     reasons = {
-        "triton": lambda: dispatch.triton_reasons(*tensors, mask) + null_key_flash.reasons(q, k, v, heads),
-        "sdpa_merge": lambda: null_key_merge.reasons(q, k, v, heads, mask),
+        "triton": lambda: dispatch.triton_reasons(*tensors, mask) + null_key_flash.reasons(q, heads),
+        "sdpa_merge": lambda: null_key_merge.reasons(q, heads, mask),
         "sdpa": lambda: [],
         "matmul": lambda: _matmul_reasons(q, k, v, heads),
         "xformers": lambda: xformers_reasons(q, mask),
@@ -132,7 +164,8 @@ def _reference(q, k, v, null_key, null_value, heads, mask, bias):
     scores = torch.einsum("b n h d, b h m d -> b h n m", q, k)
     if bias is not None:
         scores = scores + bias
-    return torch.einsum("b h n m, b h m d -> b n h d", weights_of_scores(scores, mask), v).reshape(b, n, width)
+    weights = weights_of_scores(scores, mask).to(v.dtype)
+    return torch.einsum("b h n m, b h m d -> b n h d", weights, v).reshape(b, n, width)
 
 
 # Scores of a piece: they stay in the second cache.
@@ -162,10 +195,11 @@ def _matmul(q, k, v, null_key, null_value, heads, mask, bias):
     assert bias is None
     b, n, width = q.shape
     k, v = _with_null(null_key, k), _with_null(null_value, v)
-    q = q.reshape(b, n, heads, -1) * (width // heads) ** -0.5
+    d = width // heads
+    q = q.reshape(b, n, heads, d) * d**-0.5
     # Heads that share keys are just more queries of one head: as in _sdpa.
-    q = q.reshape(b, 1, n * heads, -1) if k.shape[1] == 1 else q.transpose(1, 2)
-    pieces = q.split(max(_PIECE // (b * k.shape[1] * k.shape[2]), 1), dim=2)
+    q = q.reshape(b, 1, n * heads, d) if k.shape[1] == 1 else q.transpose(1, 2)
+    pieces = q.split(max(_PIECE // max(b * k.shape[1] * k.shape[2], 1), 1), dim=2)
     out = torch.cat([weights_of_scores(piece @ k.transpose(-1, -2), mask) @ v for piece in pieces], dim=2)
     return (out if k.shape[1] == 1 else out.transpose(1, 2)).reshape(b, n, width)
 

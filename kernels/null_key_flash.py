@@ -5,7 +5,9 @@ of keys, as in Dao, "FlashAttention-2" (2023), algorithm 1. The null key is its 
 accumulator v0), so that nothing is concatenated and the number of keys stays what it is.
 Backward: algorithm 2 of the same paper in two kernels, one over blocks of queries and one over blocks of keys. With
 p = exp(s - lse) and delta = sum(grad * out): ds = p (grad v - delta); dq, dk, dv follow. The null key's
-share is one more column of p, whose sums over queries go through one row of partial sums per program.
+share is one more column of p, whose sums over queries go through one row of partial sums per program. For the products
+p and ds are rounded to the dtype of the inputs, but for the null key's column, which stays in float32. A ds that
+float16 cannot hold, beyond 65504, makes dq and dk infinite or NaN.
 
 Queries and output stay in (b, n, heads * d), keys and values in (b, m, heads * d) or, one head for all, (b, m, d). With
 one head for all keys the heads of a query are nothing but more queries: row n * heads + head of one head.
@@ -388,7 +390,7 @@ def null_key_flash_backward(grad, q, k, v, null_key, null_value, mask, out, lse,
     return dq, dk, dv, d_null_key, d_null_value
 
 
-def reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> list[str]:
+def reasons(q: torch.Tensor, heads: int) -> list[str]:
     """Why the kernels cannot do this attention, besides what :func:`.dispatch.triton_reasons` says."""
     found = []
     d = q.shape[2] // heads
@@ -396,6 +398,4 @@ def reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> li
         found.append(f"it takes head widths {', '.join(map(str, WIDTHS))}, not {d}")
     if d == 128 and q.dtype == torch.float32:
         found.append("it does not take float32 with a head width of 128, which exceeds the registers")
-    if not q.dtype == k.dtype == v.dtype:
-        found.append(f"q, k and v have several dtypes, {q.dtype}, {k.dtype} and {v.dtype}")
     return found

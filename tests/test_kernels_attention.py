@@ -100,8 +100,9 @@ def test_xformers_is_refused_where_it_cannot_be_used():
 @pytest.mark.parametrize("choice", ["auto", "reference", "sdpa"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("b, n, m", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)])
-def test_empty(choice, shared, b, n, m):
-    tensors = _case(shared, b=b, n=n, m=m)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_empty(choice, shared, b, n, m, dtype):
+    tensors = [x.detach().to(dtype).requires_grad_() for x in _case(shared, b=b, n=n, m=m)]
     out = null_key_attention(*tensors, heads=3, implementation=choice)
     assert out.shape == (b, n, 24)
     torch.autograd.grad(out.sum(), tensors)
@@ -180,6 +181,9 @@ def test_bias():
     bias = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     out = null_key_attention(*tensors, heads=3, bias=bias)
     torch.testing.assert_close(out, _by_hand(*tensors, heads=3, bias=bias), rtol=1e-5, atol=1e-5)
+    # As under autocast, which leaves a bias as it is.
+    lower = [x.detach().bfloat16() for x in tensors]
+    assert null_key_attention(*lower, heads=3, bias=bias.float()).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="'sdpa' of null_key_attention cannot be used here: it takes no bias"):
         null_key_attention(*tensors, heads=3, bias=bias, implementation="sdpa")
 
@@ -203,6 +207,8 @@ def test_with_every_key_masked_the_null_key_is_left():
         (dict(null_value=torch.zeros(1, 8)), "null_value must have shape"),
         (dict(mask=torch.ones(2, 8).bool()), r"mask must have shape \(2, 7\)"),
         (dict(mask=torch.ones(3, 7).bool()), r"mask must have shape \(2, 7\)"),
+        (dict(bias=torch.ones(3, 5, 7)), r"bias must be broadcastable to .* \(2, 3, 5, 8\); got \(3, 5, 7\)"),
+        (dict(bias=torch.ones(1, 2, 3, 5, 8)), "bias must be broadcastable"),
         (dict(implementation="fastest"), "implementation must be one of auto, triton, reference, sdpa"),
     ],
 )
@@ -217,6 +223,47 @@ def test_numbers_must_be_floating_point():
     q, k, v, null_key, null_value = _case(shared=False)
     with pytest.raises(TypeError, match="k must be of a floating-point type; got torch.int64"):
         null_key_attention(q, k.long(), v, null_key, null_value, heads=3)
+    with pytest.raises(TypeError, match="bias must be of a floating-point type; got torch.bool"):
+        null_key_attention(q, k, v, null_key, null_value, heads=3, bias=torch.ones(5, 8).bool())
+
+
+EVERY = ["auto", "reference", "sdpa", "sdpa_merge", "triton"]
+
+
+@pytest.mark.parametrize("choice", EVERY)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_queries_keys_and_values_of_several_dtypes_are_refused(choice, name, dtype):
+    tensors = dict(zip(("q", "k", "v"), (x.detach().float() for x in _case(False, d=32)), strict=False))
+    tensors[name] = tensors[name].to(dtype)
+    one, other = (torch.float32, dtype) if name != "q" else (dtype, torch.float32)
+    message = f"{'k' if name == 'q' else name} must have the dtype of q, {one}; got {other}: convert one of the two"
+    null = torch.zeros(32)
+    with pytest.raises(TypeError, match=message):
+        null_key_attention(**tensors, null_key=null, null_value=null, heads=3, implementation=choice)
+
+
+@pytest.mark.parametrize("choice", EVERY)
+@pytest.mark.parametrize("lower", ["q", "k", "v"])
+def test_autocast_makes_them_one(choice, lower):
+    if choice == "triton" and not launch.INTERPRETED:
+        pytest.skip("on a card: see the kernels' own tests")
+    names = ("q", "k", "v", "null_key", "null_value")
+    exact = dict(zip(names, (x.detach().float() for x in _case(False, d=32)), strict=True))
+    tensors = {name: x.to(torch.float16 if name == lower else torch.float32) for name, x in exact.items()}
+    tensors = {name: x.requires_grad_() for name, x in tensors.items()}
+    with torch.autocast("cpu", torch.float16):
+        out = null_key_attention(**tensors, heads=3, implementation=choice)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), null_key_attention(**exact, heads=3), rtol=2e-2, atol=2e-2)
+    out.sum().backward()
+    assert all(x.grad.dtype == x.dtype for x in tensors.values())
+
+
+def test_autocast_leaves_float64_alone():
+    q, k, *rest = _case(False)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="v must have the dtype of q"):
+        null_key_attention(q, k, rest[0].float(), *rest[1:], heads=3)
 
 
 def test_the_policy_is_restored_after_an_error():

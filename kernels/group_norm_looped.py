@@ -34,6 +34,11 @@ def fits(operands: Operands) -> bool:
     return elements <= (IF_MANY if many else ALWAYS)
 
 
+def _unaligned(operands: Operands) -> bool:
+    """Whether lines are not aligned: they come value by value, and every value has an address of its own."""
+    return not operands.channels_last and operands.pixels % 16 != 0
+
+
 def _config(operands: Operands) -> dict[str, int]:
     width, pixels = launch.next_power_of_2(operands.group_width), launch.next_power_of_2(operands.pixels)
     if operands.channels_last:
@@ -42,6 +47,8 @@ def _config(operands: Operands) -> dict[str, int]:
     else:
         # Longer lines spill, on the one card or the other, and so do as many values of float32.
         most = TILE * 2 // operands.x.element_size()
+        if _unaligned(operands):
+            most //= 2
         block_p = min(pixels, most, 256)
         block_c = min(width, most // block_p, 256)
     per_thread = 16 if operands.channels_last else 32 // operands.x.element_size()
@@ -251,7 +258,10 @@ def _backward_kernel(
 
 def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: float) -> None:
     """See :func:`.run_forward`."""
-    run_forward(_forward_kernel, _config(operands), operands, y, statistics, eps)
+    config = _config(operands)
+    if _unaligned(operands):
+        config["num_warps"] = 4
+    run_forward(_forward_kernel, config, operands, y, statistics, eps)
 
 
 def backward(

@@ -13,6 +13,9 @@ from .launch import tl, triton
 # Bytes of a group, both sides rounded up to powers of two, and of it for each thread of a program, such that what both
 # directions keep of each value stays in registers: forward one float32, backward two, and per channel some vectors.
 LARGEST_TILE, BYTES_PER_THREAD = 32768, 32
+# Values of a tile in NCHW memory with more pixels than the images, where each value has an address of its own; of one
+# that is read from two images.
+LARGEST_PADDED_PLANES, LARGEST_PADDED_PAIR = 8192, 4096
 
 
 def tile(pixels: int, group_width: int) -> tuple[int, int]:
@@ -20,9 +23,18 @@ def tile(pixels: int, group_width: int) -> tuple[int, int]:
     return launch.next_power_of_2(pixels), launch.next_power_of_2(group_width)
 
 
+def padded(operands: Operands) -> bool:
+    """Whether its tile has more pixels than the images."""
+    return launch.next_power_of_2(operands.pixels) != operands.pixels
+
+
 def fits(operands: Operands) -> bool:
     """Whether a group fits into one program."""
-    return size(operands) <= LARGEST_TILE
+    largest = LARGEST_TILE
+    if padded(operands) and not operands.channels_last:
+        values = LARGEST_PADDED_PLANES if operands.skip is None else LARGEST_PADDED_PAIR
+        largest = min(largest, values * operands.x.element_size())
+    return size(operands) <= largest
 
 
 def size(operands: Operands) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from . import launch, programs
 from .group_norm_parameters import from_partials
-from .group_norm_resident import config, tile
+from .group_norm_resident import LARGEST_TILE, config, padded, size, tile
 from .group_norm_tiles import Operands, factor_of, load_both, load_one, modulation, parameters, pointers, silu_gradient
 from .launch import tl, triton
 
@@ -180,9 +180,11 @@ def _backward_kernel(
 def _room_for_sums(operands: Operands) -> bool:
     """Whether registers hold sums that last for several samples beside everything else.
 
-    That is not so where a thread has values of many channels, and in NCHW memory, where the compiler needs more for
-    addresses, beside masks or addresses in two images.
+    That is not so where a thread has values of many channels, nor beside masks in the largest tile, and in NCHW memory,
+    where the compiler needs more for addresses, beside any masks or addresses in two images.
     """
+    if padded(operands) and size(operands) > LARGEST_TILE // 2:
+        return False
     plain = tile(operands.pixels, operands.group_width) == (operands.pixels, operands.group_width)
     plain = plain and operands.skip is None
     if operands.channels_last:
@@ -217,10 +219,14 @@ def backward(
     # One for no samples at all, whose sums are zero.
     chunks = max(_chunks(operands, dy), 1)
     single = chunks == operands.batch
-    options = config(operands, 16 if operands.channels_last else 32)
+    masked = padded(operands)
+    few = masked and (operands.x.element_size() == 4 or not operands.channels_last)
+    options = config(operands, 8 if few else 16 if operands.channels_last else 32)
     # A thread of 8 warps may have 255 registers, of 16 half as many, of 32 a quarter: where half as many threads have
     # twice as many values each, there are more registers for sums, or for the addresses of many short lines.
     short = operands.channels_last and operands.group_width <= 16 and options["num_warps"] > 8
+    # Masks beside a modulation need them too, masks alone the threads.
+    short = short and (not masked or operands.scale is not None)
     if short or (not single and options["num_warps"] > 4):
         options["num_warps"] //= 2
     (dweight, dbias, *rest), partials = vectors, None

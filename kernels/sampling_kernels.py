@@ -312,7 +312,8 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             HAS_EXTRA=extra is not None,
             EXTRA_SAME=is_channels_last(third) == last,
             SIZE=size,
-            num_warps=min(max(size // 512, 4), 32),
+            # With 8 or 16 warps the compiler spills for one kind of step or another.
+            num_warps=32 if size >= 8192 else min(max(size // 512, 4), 8),
         )
     else:
         selection = threshold.Selection(start, percentile)

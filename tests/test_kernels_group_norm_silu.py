@@ -159,6 +159,9 @@ def _planned(*shape, groups, memory_format=NCHW, dtype=torch.float16):
         ((1, 8, 256, 128), ["looped"] * 2),
         ((1, 8, 256, 129), ["split"] * 3 + ["backward"] * 3),
         ((17, 8, 256, 256), ["looped"] * 2),
+        # Lines of 36 pixels are not aligned: as large a tile as of 64 would not stay in registers.
+        ((2, 2048, 8, 8), ["resident", "backward"]),
+        ((2, 2048, 6, 6), ["looped"] * 2),
         ((17, 8, 512, 512), ["split"] * 3 + ["backward"] * 3),
     ],
     ids=str,

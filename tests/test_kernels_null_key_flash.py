@@ -407,16 +407,36 @@ def test_wide_heads_in_float32_are_refused():
         ours(1)(**case(1, 1, 2, 2, 128))
 
 
-@pytest.mark.gpu
-def test_offsets_beyond_32_bits():
-    heads, d = 8, 64
-    n = 2**31 // (heads * d) + 1000
-    inputs = case(1, heads, 1, 16, d, dtype=torch.bfloat16)
-    inputs["q"] = torch.zeros(1, n, heads * d, dtype=torch.bfloat16, device=DEVICE)
-    inputs["q"][:, -100:] = randn("q", 1, 100, heads * d, dtype=torch.bfloat16)
-    last = inputs | {"q": inputs["q"][:, -100:].double()}
-    out = ours(heads)(**inputs)[:, -100:]
-    assert_near(out, reference(heads)(**{k: x.double() for k, x in last.items()}), dtype=torch.bfloat16)
+@pytest.mark.parametrize("many", [False, True], ids=["one sequence", "many sequences"])
+@pytest.mark.parametrize("elements", [2**14, pytest.param(2**31, marks=pytest.mark.gpu)])
+def test_the_end_of_large_tensors(elements, many):
+    """Of tensors with more elements than 32 bits can count on a card, and of small ones to try the test itself."""
+    heads, d, m, last, dtype = 2, 64, 16, 20, DTYPES[-1]
+    width = heads * d
+    b, n = (elements // (100 * width) + 2, 100) if many else (1, elements // width + 100)
+    end = case(1, heads, last, m, d, dtype=dtype)
+    large = end | {
+        "q": torch.zeros(b, n, width, dtype=dtype, device=DEVICE),
+        "k": torch.zeros(b, m, width, dtype=dtype, device=DEVICE),
+        "v": torch.zeros(b, m, width, dtype=dtype, device=DEVICE),
+    }
+    cotangent = torch.zeros_like(large["q"])
+    assert cotangent.numel() > elements
+    # Nothing but the end has a gradient: what goes into that of keys and of the null key is known.
+    large["q"][-1, -last:], large["k"][-1], large["v"][-1] = end["q"][0], end["k"][0], end["v"][0]
+    cotangent[-1, -last:] = randn("cotangent", last, width)
+
+    large = {name: x.detach().requires_grad_() for name, x in large.items()}
+    end = {name: x.double().requires_grad_() for name, x in end.items()}
+    out, expected = ours(heads)(**large), reference(heads)(**end)
+    gradients = torch.autograd.grad(out, list(large.values()), cotangent)
+    exact = torch.autograd.grad(expected, list(end.values()), cotangent[-1:, -last:].double())
+    # As in check() for bfloat16.
+    options = {"dtype": dtype, "factor": 3}
+    assert_near(out[-1:, -last:].detach(), expected.detach(), what="output", **options)
+    for name, actual, wanted in zip(NAMES, gradients, exact, strict=True):
+        at_end = actual[-1:, -last:] if name == "q" else actual[-1:] if name in ("k", "v") else actual
+        assert_near(at_end, wanted, what=f"gradient of {name}", **options)
 
 
 @pytest.mark.gpu

@@ -1,13 +1,18 @@
 """What only a CUDA device can show of the kernels. The parity tests of each kernel run on it too: kernel_parity.py."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
-from kernel_parity import randn
+from kernel_parity import DEVICE, hash_of, randn
 
+from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.kernels import (
+    ancestral_step,
     channel_layer_norm,
+    ddim_step,
+    dpm_solver_pp_2m_step,
     group_norm_silu,
     launch,
     layer_norm,
@@ -59,16 +64,79 @@ def _q_sample(device="cuda"):
     )
 
 
-CASES = [_group_norm_silu, _attention, _layer_norm, _channel_layer_norm, _q_sample]
-case = pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__[1:])
+def _sampling(side, device):
+    """A process of 20 steps, images on their way through it, and what a step is given besides."""
+    inputs = {name: randn(name, 2, 3, side, side).to(device) for name in ("x_t", "pred", "third")}
+    return GaussianDiffusion(timesteps=20).to(device), inputs, torch.tensor([3, 15], device=device)
+
+
+def _alphas(process):
+    return process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod
+
+
+def _ancestral_step(device="cuda", side=16):
+    process, inputs, t = _sampling(side, device)
+    schedules = (
+        process.sqrt_recip_alphas_cumprod,
+        process.sqrt_recipm1_alphas_cumprod,
+        process.posterior_mean_coef1,
+        process.posterior_mean_coef2,
+        process.posterior_log_variance_clipped,
+    )
+
+    def step(x_t, pred, third):
+        return ancestral_step(x_t, t, pred, third, *schedules, percentile=0.9, implementation="triton")
+
+    return step, inputs
+
+
+def _ancestral_step_in_several_launches(device="cuda"):
+    return _ancestral_step(device, side=128)
+
+
+def _ddim_step(device="cuda"):
+    process, inputs, t = _sampling(16, device)
+    before = t // 2
+
+    def step(x_t, pred, third):
+        options = dict(percentile=0.9, eta=0.5, noise=third, implementation="triton")
+        return ddim_step(x_t, t, before, pred, *_alphas(process), **options)
+
+    return step, inputs
+
+
+def _dpm_solver_step(device="cuda"):
+    process, inputs, t = _sampling(16, device)
+    before, after = t // 2, t + 2
+
+    def step(x_t, pred, third):
+        options = dict(percentile=0.9, last_x_start=third, t_last=after, implementation="triton")
+        return dpm_solver_pp_2m_step(x_t, t, before, pred, *_alphas(process), **options)[0]
+
+    return step, inputs
 
 
 def run(operation, inputs):
     """The output and all gradients."""
     given = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     out = operation(**given)
-    out.backward(randn("cotangent", *out.shape).to(out))
-    return [out.detach(), *(value.grad for value in given.values())]
+    # Nothing here comes from the host or belongs to a stream, so that a graph can hold it.
+    return [out.detach(), *torch.autograd.grad(out, list(given.values()), out.detach().flip(0))]
+
+
+def forward(operation, inputs):
+    with torch.no_grad():
+        return [operation(**inputs)]
+
+
+CASES = [_group_norm_silu, _attention, _layer_norm, _channel_layer_norm, _q_sample]
+STEPS = [_ancestral_step, _ancestral_step_in_several_launches, _ddim_step, _dpm_solver_step]
+# With how each of them is used: what samples is not differentiated.
+case = pytest.mark.parametrize(
+    "make, use",
+    [(make, run) for make in CASES] + [(make, forward) for make in STEPS],
+    ids=lambda value: value.__name__.strip("_"),
+)
 
 
 def assert_identical(one, other):
@@ -77,66 +145,106 @@ def assert_identical(one, other):
 
 
 @case
-def test_two_runs_are_bit_identical(make):
+def test_two_runs_are_bit_identical(make, use):
     operation, inputs = make()
-    assert_identical(run(operation, inputs), run(operation, inputs))
+    assert_identical(use(operation, inputs), use(operation, inputs))
 
 
 @case
-def test_on_another_stream(make):
+def test_on_another_stream(make, use):
     operation, inputs = make()
-    expected = run(operation, inputs)
+    expected = use(operation, inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # What the stream does first keeps it busy: a kernel that starts on the default one would not wait for it.
         torch.cuda._sleep(100_000_000)
         late = {name: value + 0 for name, value in inputs.items()}
-        actual = run(operation, late)
+        actual = use(operation, late)
     stream.synchronize()
     assert_identical(actual, expected)
 
 
 @case
-def test_in_a_cuda_graph(make):
+def test_in_a_cuda_graph(make, use):
     operation, inputs = make()
-    with torch.no_grad():
-        expected = operation(**inputs)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = operation(**inputs)
-        captured.zero_()
+    use(operation, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = use(operation, inputs)
+    for factor in (1.0, 0.5):
+        for value in inputs.values():
+            value.mul_(factor)
+        expected = use(operation, inputs)
+        for tensor in captured:
+            tensor.fill_(torch.nan)
         graph.replay()
-    assert torch.equal(captured, expected)
+        assert_identical(captured, expected)
 
 
 @case
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_on_a_device_that_is_not_the_current_one(make):
+def test_on_a_device_that_is_not_the_current_one(make, use):
     assert torch.cuda.current_device() == 0
-    expected = [tensor.cpu() for tensor in run(*make("cuda:0"))]
-    actual = [tensor.cpu() for tensor in run(*make("cuda:1"))]
+    expected = [tensor.cpu() for tensor in use(*make("cuda:0"))]
+    actual = [tensor.cpu() for tensor in use(*make("cuda:1"))]
     assert_identical(actual, expected)
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.skipif(
+# More than 2^31 values in less than 5 GiB.
+FAR = (9, 256, 1024, 1024)
+
+
+def _far(name, memory_format):
+    x = torch.empty(FAR, dtype=torch.bfloat16, device=DEVICE, memory_format=memory_format)
+    return x.normal_(generator=torch.Generator(DEVICE).manual_seed(hash_of(name)))
+
+
+def _norms():
+    """Operations of an image and parameters, and the parameters."""
+    weight, bias = randn("weight", FAR[1]), randn("bias", FAR[1])
+    return [
+        (lambda x, weight, bias: group_norm_silu(x, weight, bias, groups=8), [weight, bias]),
+        (channel_layer_norm, [weight]),
+    ]
+
+
+far = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 * 2**30,
     reason="needs 48 GiB of device memory",
 )
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+
+
+@far
+@FORMATS
 def test_offsets_beyond_32_bits(memory_format):
-    x = torch.empty(9, 256, 1024, 1024, dtype=torch.bfloat16, device="cuda", memory_format=memory_format)
-    assert x.numel() > 2**31
-    x.normal_(generator=torch.Generator("cuda").manual_seed(0))
-    weight, bias = randn("weight", 256), randn("bias", 256)
-    for operation in (
-        lambda x: group_norm_silu(x, weight, bias, groups=8),
-        lambda x: channel_layer_norm(x, weight),
-    ):
+    x = _far("x", memory_format)
+    for operation, parameters in _norms():
         with torch.no_grad(), use_implementation("triton"):
-            last = operation(x)[-1:].clone()
-            assert torch.equal(last, operation(x[-1:]))
+            last = operation(x, *parameters)[-1:].clone()
+            assert torch.equal(last, operation(x[-1:], *parameters))
+
+
+def _gradients(operation, x, parameters, cotangent):
+    inputs = [value.detach().requires_grad_() for value in (x, *parameters)]
+    with use_implementation("triton"):
+        out = operation(*inputs)
+    return torch.autograd.grad(out, inputs, cotangent)
+
+
+@far
+@FORMATS
+def test_offsets_of_gradients_beyond_32_bits(memory_format):
+    x, cotangent = _far("x", memory_format), _far("cotangent", memory_format)
+    for operation, parameters in _norms():
+        grad_x, *sums = _gradients(operation, x, parameters, cotangent)
+        alone = [_gradients(operation, x[i : i + 1], parameters, cotangent[i : i + 1]) for i in range(len(x))]
+        torch.testing.assert_close(grad_x[-1:], alone[-1][0], rtol=1.6e-2, atol=1e-4)
+        for total, *parts in zip(sums, *(gradients[1:] for gradients in alone), strict=True):
+            expected = torch.stack(parts).sum(0)
+            torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_attention_memory_grows_with_the_queries_and_not_with_their_square():
@@ -172,25 +280,37 @@ def test_error_in_bf16_is_no_larger_than_that_of_the_reference():
     assert errors["triton"] <= 1.5 * errors["reference"], errors
 
 
-def test_host_time_of_a_call_over_a_bare_launch():
-    x, gain = randn("x", 8, 64), randn("gain", 64)
+def _microseconds(call, times=2000):
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        best = min(best, (time.perf_counter() - start) / times * 1e6)
+    return best
+
+
+def _one_row_norm():
+    return partial(layer_norm, implementation="triton"), dict(x=randn("x", 8, 64), gain=randn("gain", 64))
+
+
+def _one_group_norm():
+    x, weight, bias = image("x", 2, 128, 8, 8), randn("weight", 128), randn("bias", 128)
+    return partial(group_norm_silu, groups=8, implementation="triton"), dict(x=x, weight=weight, bias=bias)
+
+
+# The more operands there are to check, the longer it takes.
+@pytest.mark.parametrize("make, most", [(_one_row_norm, 15), (_one_group_norm, 30), (_attention, 30)])
+def test_host_time_of_a_call_over_a_bare_launch(make, most):
+    operation, inputs = make()
     with torch.no_grad(), launch.record() as launches:
-        layer_norm(x.to("meta"), gain.to("meta"), implementation="triton")
+        operation(**{name: value.to("meta") for name, value in inputs.items()})
     (bare,) = launches
-    args = [torch.empty_like(arg, device="cuda") if isinstance(arg, torch.Tensor) else arg for arg in bare.args]
+    args = [torch.empty_like(arg, device=DEVICE) if isinstance(arg, torch.Tensor) else arg for arg in bare.args]
     options = dict(num_warps=bare.num_warps, num_stages=bare.num_stages, **bare.constexprs)
-
-    def microseconds(call, times=2000):
-        best = float("inf")
-        for _ in range(5):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(times):
-                call()
-            best = min(best, (time.perf_counter() - start) / times * 1e6)
-        return best
-
     with torch.no_grad():
-        ours = microseconds(lambda: layer_norm(x, gain, implementation="triton"))
-        alone = microseconds(lambda: bare.kernel[bare.grid](*args, **options))
-    assert ours - alone < 15, (ours, alone)
+        ours = _microseconds(lambda: operation(**inputs))
+        alone = _microseconds(lambda: bare.kernel[bare.grid](*args, **options))
+    print(f"{make.__name__}: {ours:.1f} us, of which {alone:.1f} us for the launch")
+    assert ours - alone < most, (ours, alone)

@@ -220,6 +220,23 @@ def test_threshold_of_large_images(n):
     check_threshold(torch.stack([spread(n), spread(n) * 0.3]), 0.95)
 
 
+@pytest.mark.parametrize("limit", [20_000, pytest.param(threshold._TORCH_LIMIT, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("beyond", [0, 1])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_threshold_on_both_sides_of_the_limit_of_torch_quantile(limit, beyond, implementation, monkeypatch):
+    monkeypatch.setattr(threshold, "_TORCH_LIMIT", limit)
+    n, percentile = limit + beyond, 0.95
+    x = spread(n)
+    below, step, weight = threshold.rank_of(percentile, n)
+    # Ranks are float32 up to the limit.
+    assert below + weight == pytest.approx(percentile * (n - 1), rel=1e-7)
+    ordered = x.abs().double().sort().values
+    s = torch.lerp(ordered[below], ordered[below + step], weight)
+    assert s > 1
+    actual = thresholded(x[None], percentile, implementation)[0]
+    torch.testing.assert_close(actual.double(), x.double().clamp(-s, s) / s, rtol=5e-7, atol=0.0)
+
+
 # Not shrunk, which would take hours here.
 @settings(derandomize=True, max_examples=30, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(

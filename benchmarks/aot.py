@@ -44,7 +44,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from minimagen_fast.kernels import launch
-from minimagen_fast.Unet import Base, BaseTest, Super, SuperTest
+from minimagen_fast.Unet import ATTN_DIM_HEAD, Base, BaseTest, Super, SuperTest
 
 from . import traffic
 from .kernel_cases import Case, attention_cases, unet_cases
@@ -252,7 +252,8 @@ def launches(case: Case, dtype: torch.dtype, memory_format: torch.memory_format,
         for implementation in ("triton", *(case.libraries if dtype != torch.float32 else ())):
             out = case.run(inputs, implementation)
             if wanted:
-                torch.autograd.grad(out, wanted, torch.empty_like(out))
+                # Any tensor of its shape and strides; making one costs more.
+                torch.autograd.grad(out, wanted, out.detach())
     return recorded
 
 
@@ -310,7 +311,8 @@ def compile_builds(builds: Iterable[Build], processes: int = PROCESSES) -> Itera
 def representatives(builds: dict[Build, bool], each: int = 2) -> list[Build]:
     """Of every kernel, dtype, target and head width, those of the smallest tiles and of the largest, ``each`` in all.
 
-    Once among the builds where 16-byte accesses are due, and once among the others.
+    Once among the builds where 16-byte accesses are due, and once among the others. Of head widths that no built-in
+    U-Net has, only the largest.
     """
     kinds: dict[tuple, list[Build]] = {}
     for build, wide in builds.items():
@@ -319,8 +321,9 @@ def representatives(builds: dict[Build, bool], each: int = 2) -> list[Build]:
     chosen = []
     for kind in kinds.values():
         kind.sort(key=lambda build: (_volume(build), build.num_warps, build.config))
-        last, number = len(kind) - 1, min(each, len(kind))
-        chosen += [kind[round(i * last / max(number - 1, 1))] for i in range(number)]
+        last = len(kind) - 1
+        number = min(each, len(kind)) if kind[0].head_width in (None, ATTN_DIM_HEAD) else 1
+        chosen += [kind[last - round(i * last / max(number - 1, 1))] for i in reversed(range(number))]
     return chosen
 
 

@@ -283,6 +283,12 @@ every access, partial sums between kernels included, an atomic addition as a loa
 address once in a launch. The limit is {LIMIT} times the floor for both, but for what stands in the table; attention has
 none for what it moves, since every block of queries reads all keys again. Kernels are launched as on an H200.
 
+Two floors are above one read of every input and one write of every output. A sampling step whose image one program
+cannot hold counts x_0 three times before the update: 2.5 times that minimum, and 1.9 times where the quantile is at
+most 1, since the later counts then end at once. The channel norm of NCHW images with more than 2048 channels, in
+backward 1024, reads them twice, 1.5 times the minimum forward: with all channels in registers there would be too few
+pixels side by side for full accesses. Channels_last images, as on a card, are read once.
+
 """
 
 

@@ -177,7 +177,7 @@ def group_norm_silu(
 
     Returns:
         Images of shape (b, c, h, w), in the memory format and dtype of ``x`` (of the wider dtype, if that of ``skip``
-        differs; float32 from the reference under autocast).
+        differs).
 
     Raises:
         ValueError: if shapes or devices do not fit together, or an implementation was asked for that cannot do the job.

@@ -145,9 +145,9 @@ class Line:
             pred = self.noise(x, t)
             # With guidance: the prediction without text is another one, and its share is taken out again.
             null = None if scale in (0, 1) else pred + 0.1
-            pred = pred if null is None else null + (pred - null) / scale
+            pred = pred if null is None else torch.cat((null + (pred - null) / scale, null))
             noise = torch.empty_like(x).normal_(generator=generator) if update.draws else torch.full_like(x, torch.nan)
-            x, start = update(x, torch.tensor([number]), pred, null, noise, last)
+            x, start = update(x, torch.tensor([number]), pred, noise, last)
             assert (start is not None) == update.multistep
             last = start
         return x

@@ -466,6 +466,10 @@ def ask_in_new_process(names, folder, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# Seconds in which nothing is tried again: that would take minutes. Importing transformers takes some on a busy machine.
+QUICK = 20
+
+
 def test_from_the_hub_then_from_its_cache_then_not_at_all(tmp_path, hub):
     work = tmp_path / "work"
     work.mkdir()
@@ -485,7 +489,7 @@ def test_from_the_hub_then_from_its_cache_then_not_at_all(tmp_path, hub):
     assert other[:2] == [16, [1, 4, 16]]
     kind, message, seconds = absent
     assert kind == "OSError"
-    assert seconds < 5
+    assert seconds < QUICK
     for part in (
         "'t5_base'",
         "'t5-base'",
@@ -502,7 +506,7 @@ def test_offline_mode_without_files_is_one_quick_clear_error(tmp_path):
     answers = ask_in_new_process(["xxl1.1", "someone/a-t5", "t5_smal"], tmp_path, HF_HUB_OFFLINE="1")
     assert [answer[0] for answer in answers] == ["OSError", "OSError", "ValueError"]
     for (_, message, seconds), handle in zip(answers[:2], ["google/t5-v1_1-xxl", "someone/a-t5"], strict=True):
-        assert seconds < 5
+        assert seconds < QUICK
         for part in (handle, str(tmp_path / "hf" / "hub"), "HF_HUB_OFFLINE", "'t5_tiny'"):
             assert part in message
 

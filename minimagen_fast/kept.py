@@ -40,8 +40,9 @@ class Kept:
         if self._copy is not None and self._copy.fits(unet, dtype, memory_format):
             self._copy.refresh()
         else:
-            # First the old one goes: memory may not suffice for two.
+            # First the old one goes, and the graphs that hold on to it: memory may not suffice for two.
             self._copy = None
+            self.forget_graphs()
             self._copy = WorkingCopy(unet, dtype, memory_format)
         return self._copy.unet
 

@@ -129,13 +129,17 @@ class _Steps:
 
 
 class _ReplayedSteps(_Steps):
-    """The same, by replaying a CUDA graph."""
+    """The same, by replaying a CUDA graph.
+
+    Attributes:
+        graph: What was captured, if anything.
+        find_other: Finds a graph that never runs at the same time, to share its memory.
+    """
 
     def __init__(self, predict: CachedPrediction, update: Update, x: torch.Tensor, required: bool):
         super().__init__(predict, update, x)
         self._conditions, self._required = predict, required
-        self._graph: torch.cuda.CUDAGraph | None = None
-        # Finds a graph that never runs at the same time, to share its memory.
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.find_other: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
         self._may_capture = True
         self._has_run = False
@@ -148,24 +152,19 @@ class _ReplayedSteps(_Steps):
 
     def drop_graph(self) -> bool:
         """Free what was captured, and say whether there was anything; the next steps run as before a capture."""
-        had, self._graph, self._has_run = self._graph is not None, None, False
+        had, self.graph, self._has_run = self.graph is not None, None, False
         return had
-
-    @property
-    def graph(self) -> torch.cuda.CUDAGraph | None:
-        """What was captured, if anything."""
-        return self._graph
 
     def advance(self, first: bool) -> None:
         differs = first and self._update.multistep
         # Before it is captured a step must run once, for what libraries and compilers do at first.
-        if self._graph is None and self._may_capture and self._has_run and not differs:
-            self._graph = self._capture()
-        if self._graph is None or differs:
+        if self.graph is None and self._may_capture and self._has_run and not differs:
+            self.graph = self._capture()
+        if self.graph is None or differs:
             super().advance(first)
             self._has_run = self._has_run or not differs
         else:
-            self._graph.replay()
+            self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()

@@ -56,7 +56,7 @@ def reference(imagen, words=None, **arguments):
 
 
 def graphs_of(imagen, stage=1):
-    return [steps._graph for steps in kept_with(imagen.unets[stage - 1]).graphs.values()]
+    return [steps.graph for steps in kept_with(imagen.unets[stage - 1]).graphs.values()]
 
 
 # The same images

@@ -137,8 +137,7 @@ def write_shard(
         OSError: if the disk is full or cannot be written.
     """
     path = shard_path(directory, number)
-    for left in directory.glob(f".{path.stem}.*.part"):  # by a run that was killed
-        left.unlink()
+    _remove_unfinished(path)
     lengths = torch.tensor([len(each) for each in rows])
     tensors = {
         "key": torch.tensor(keys, dtype=torch.int64).T.contiguous(),
@@ -183,8 +182,15 @@ def write_manifest(directory: Path, encoder: EncoderIdentity, store: str, shards
         ],
     }
     path = directory / MANIFEST
+    _remove_unfinished(path)
     if not path.is_file() or json_or_none(path) != manifest:
         write_json(path, manifest)
+
+
+def _remove_unfinished(path: Path) -> None:
+    # What a run that was killed left of this file and of those beside it that differ in the suffix.
+    for left in path.parent.glob(f".{path.stem}.*.part"):
+        left.unlink()
 
 
 # Reading

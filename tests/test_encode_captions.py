@@ -130,7 +130,8 @@ def test_stopped_between_any_two_steps_of_a_shard(tmp_path, whole, monkeypatch, 
         with pytest.raises(KeyboardInterrupt):
             encode(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
-    (tmp_path / ".captions-00003.safetensors.77.part").write_bytes(b"left by a run that was killed")
+    for name in ("captions-00003.safetensors", "captions-00003.json", "manifest.json"):
+        (tmp_path / f".{name}.77.part").write_bytes(b"left by a run that was killed")
     report = encode(tmp_path)
     # The fifth step names the record of the first shard, which is finished from then on.
     assert report.encoded == (48 if stop_at == 0 else 43) and contents(tmp_path) == whole

@@ -311,8 +311,7 @@ def compile_builds(builds: Iterable[Build], processes: int = PROCESSES) -> Itera
 def representatives(builds: dict[Build, bool], each: int = 2) -> list[Build]:
     """Of every kernel, dtype, target and head width, those of the smallest tiles and of the largest, ``each`` in all.
 
-    Once among the builds where 16-byte accesses are due, and once among the others. Of head widths that no built-in
-    U-Net has, only the largest.
+    Of builds where 16-byte accesses are not due, and of head widths that no built-in U-Net has, only the largest.
     """
     kinds: dict[tuple, list[Build]] = {}
     for build, wide in builds.items():
@@ -322,7 +321,8 @@ def representatives(builds: dict[Build, bool], each: int = 2) -> list[Build]:
     for kind in kinds.values():
         kind.sort(key=lambda build: (_volume(build), build.num_warps, build.config))
         last = len(kind) - 1
-        number = min(each, len(kind)) if kind[0].head_width in (None, ATTN_DIM_HEAD) else 1
+        usual = builds[kind[0]] and kind[0].head_width in (None, ATTN_DIM_HEAD)
+        number = min(each, len(kind)) if usual else 1
         chosen += [kind[last - round(i * last / max(number - 1, 1))] for i in reversed(range(number))]
     return chosen
 

@@ -105,12 +105,15 @@ class Plan:
         prepare: Makes it ready; raises :class:`Unavailable` if it cannot be.
         priority: Cases with small numbers come first, so that a run that is stopped has told the most.
         seconds: How long it takes, about, where that is long: it is not begun with less time left.
+        beside: A peer's variant and what makes it ready: a sample of it is taken before each of the case's, so that
+            their ratio does not tell how busy the machine was at two times. If it cannot be had, the case is alone.
     """
 
     identity: Identity
     prepare: Callable[[Context], Prepared]
     priority: int = 0
     seconds: float = 0.0
+    beside: tuple[str, Callable[[Context], Prepared]] | None = None
 
 
 class Harness:
@@ -179,44 +182,67 @@ class Harness:
             prepared = plan.prepare(context)
             stack.callback(prepared.close)
             record.extra = prepared.extra
-            self._check(prepared, record)
-            if record.status != "ok":
+            record.reason = self._check(prepared)
+            if record.reason:
+                record.status = "parity_failed"
                 return
-            samples = self._samples(plan, prepared, record, benchmark)
+            samples = self._samples(plan, prepared, self._peer(plan, stack), record, benchmark)
             self._describe(prepared, record)
             if prepared.more:
                 record.extra.update(prepared.more(samples))
             record.samples = samples
 
-    def _check(self, prepared: Prepared, record: Record) -> None:
+    def _check(self, prepared: Prepared) -> str | None:
+        """Call it for the first time; gives what is wrong with the result."""
         result = None
         if prepared.sample is None:
             started = time.perf_counter()
             result = prepared.subject(0)
             if self.context.device.type == "cuda":
                 torch.cuda.synchronize(self.context.device)
-            record.extra["first_call_seconds"] = time.perf_counter() - started
-        record.reason = prepared.wrong(result)
-        if record.reason:
-            record.status = "parity_failed"
+            prepared.extra["first_call_seconds"] = time.perf_counter() - started
+        return prepared.wrong(result)
 
-    def _samples(self, plan: Plan, prepared: Prepared, record: Record, benchmark) -> list[float]:
-        profile = self.context.profile
-        sample, rounds = prepared.sample, prepared.rounds
-        if sample is None:
-            first = record.extra["first_call_seconds"]
-            known = first if prepared.steady and first > STEADY_SECONDS else None
-            timer = Timer(
-                prepared.subject,
-                self.context.device,
-                copies=prepared.copies,
-                graph=plan.identity.graph,
-                call_seconds=known,
-            )
-            sample, rounds = timer.sample, timer.rounds(profile.case_seconds, profile.min_rounds, profile.max_rounds)
+    def _peer(self, plan: Plan, stack: ExitStack) -> Prepared | None:
+        """What is timed beside a case, checked; None if there is nothing."""
+        if plan.beside is None:
+            return None
+        try:
+            peer = plan.beside[1](self.context)
+        except Unavailable:
+            return None  # its own case says why
+        stack.callback(peer.close)
+        return None if self._check(peer) else peer
+
+    def _samples(self, plan: Plan, prepared: Prepared, peer: Prepared | None, record: Record, benchmark) -> list[float]:
+        sample, rounds = self._sampler(prepared, plan.identity.graph)
         benchmark.group = "/".join(plan.identity.id.split("/")[:-1])
-        benchmark.pedantic(lambda: CLOCK.advance(sample()), rounds=rounds)
+        if peer is None:
+            benchmark.pedantic(lambda: CLOCK.advance(sample()), rounds=rounds)
+            return list(benchmark.stats.stats.data)
+        peer_sample, _ = self._sampler(peer, plan.identity.graph)
+        peer_samples: list[float] = []
+
+        def in_turn() -> None:
+            # Each once untimed: what it keeps in caches, and of main memory, is not there after the other.
+            peer.subject(0)
+            peer_samples.append(peer_sample())
+            prepared.subject(0)
+            CLOCK.advance(sample())
+
+        benchmark.pedantic(in_turn, rounds=rounds)
+        record.beside = plan.beside[0], peer_samples
         return list(benchmark.stats.stats.data)
+
+    def _sampler(self, prepared: Prepared, graph: bool) -> tuple[Callable[[], float], int]:
+        """What takes a sample, and how many to take."""
+        if prepared.sample is not None:
+            return prepared.sample, prepared.rounds
+        profile = self.context.profile
+        first = prepared.extra["first_call_seconds"]
+        known = first if prepared.steady and first > STEADY_SECONDS else None
+        timer = Timer(prepared.subject, self.context.device, copies=prepared.copies, graph=graph, call_seconds=known)
+        return timer.sample, timer.rounds(profile.case_seconds, profile.min_rounds, profile.max_rounds)
 
     def _describe(self, prepared: Prepared, record: Record) -> None:
         record.bytes, record.flops = prepared.bytes, prepared.flops

@@ -32,7 +32,7 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", 70, 0.02, 3, 10, 256, 16, rotate=False),
-        Profile("cpu", 540, 1.0, 5, 30, 1024, 256),
+        Profile("cpu", 570, 1.0, 5, 30, 1024, 256),
         Profile("gpu", 450, 0.1, 10, 50, 8192, 2048),
         Profile("full", 4 * 3600, 0.5, 10, 100, 8192, 2048),
     )

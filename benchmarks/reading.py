@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 from .results import SCHEMA, SECTIONS, STATUSES
@@ -43,6 +44,14 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A peer's variant, and its seconds of one call, each taken just before the sample of the same number."""
+
+    variant: str
+    seconds: Spread
+
+
+@dataclass(frozen=True)
 class Case:
     """A case's record, its fields as in :class:`.results.Identity` and :class:`.results.Record`."""
 
@@ -63,7 +72,26 @@ class Case:
     floor_by_family: dict[str, float] | None
     peak_bytes: int | None
     launches: int | None
+    beside: Beside | None
     extra: dict[str, Any]
+
+    def factor(self, peer: "Case") -> float:
+        """How many times as fast as a peer it is."""
+        ratios = self._ratios_in_turn(peer)
+        return median(ratios) if ratios else peer.seconds.median / self.seconds.median
+
+    def loses_to(self, peer: "Case") -> bool:
+        """Whether a peer takes less time, beyond the noise."""
+        ratios = self._ratios_in_turn(peer)
+        if len(ratios) < 2:
+            return peer.seconds.faster_than(self.seconds)
+        return quantiles(ratios, n=4, method="inclusive")[2] < 1 and median(ratios) * (1 + MARGIN) < 1
+
+    def _ratios_in_turn(self, peer: "Case") -> list[float]:
+        if self.beside is None or self.beside.variant != peer.variant:
+            return []
+        pairs = zip(self.beside.seconds.samples, self.seconds.samples, strict=True)
+        return [theirs / own for theirs, own in pairs]
 
     @property
     def ours(self) -> bool:
@@ -342,9 +370,22 @@ def _case(fields: _Fields, place: str, case: Any) -> Case:
         seconds=seconds,
         floor_seconds=fields.number(case, where, "floor_seconds", optional=True),
         floor_by_family=families,
+        beside=_beside(fields, where, case, seconds),
         extra=fields.get(case, where, "extra", dict),
         **{key: fields.count(case, where, key) for key in ("bytes", "flops", "peak_bytes", "launches")},
     )
+
+
+def _beside(fields: _Fields, where: str, case: dict[str, Any], own: Spread | None) -> Beside | None:
+    # Files of before there was such a thing have no such field.
+    beside = fields.get({"beside": None, **case}, where, "beside", dict, optional=True)
+    if beside is None:
+        return None
+    where += "beside."
+    seconds = _spread(fields, where + "seconds.", fields.get(beside, where, "seconds", dict))
+    if own is None or len(seconds.samples) != len(own.samples):
+        fields.fail(where + "seconds.samples", list(seconds.samples), "as many as the case's own")
+    return Beside(fields.get(beside, where, "variant", str), seconds)
 
 
 def _spread(fields: _Fields, where: str, seconds: dict[str, Any] | None) -> Spread | None:

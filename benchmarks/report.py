@@ -31,7 +31,9 @@ ABOVE = (*IDENTITY, "guidance", "optimizer", "loader workers")
 READING = f"""\
 Times are medians, ± half the distance between their quartiles. A ratio is the time of what stands above the column over
 that of the row: 2.0x is twice as fast. **Bold** is a peer that is faster than ours beyond the noise: quartiles that do
-not overlap, and medians more than {MARGIN:.0%} apart. The floor is the least time that this machine can need, by the
+not overlap, and medians more than {MARGIN:.0%} apart. Where a peer was timed in turn with ours (on a CPU, for steps of
+sampling and training) the ratio is the median of those of neighbouring samples, not that of the two times in the table.
+The floor is the least time that this machine can need, by the
 rates measured in this run: 1.0x floor cannot be beaten, but for what stays in a cache. "Of limit" is what is reached of
 the measured bandwidth (bytes) or matrix rate (FLOP), whichever is more. More in `benchmarks/README.md`."""
 
@@ -102,8 +104,8 @@ def ratio_cell(row: Case, peer: Case | None) -> str:
     """How many times as fast as a peer a row is, bold where it is ours and loses."""
     if peer is None or peer is row:
         return NOTHING
-    text = readable_ratio(peer.seconds.median / row.seconds.median)
-    return f"**{text}**" if row.ours and peer.seconds.faster_than(row.seconds) else text
+    text = readable_ratio(row.factor(peer))
+    return f"**{text}**" if row.ours and row.loses_to(peer) else text
 
 
 def versions(run: Run) -> str:

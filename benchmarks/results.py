@@ -61,6 +61,7 @@ class Record:
         floor_by_family: The same by kind of operation; sums to it.
         peak_bytes: Most memory that a call had allocated at one time, its inputs aside.
         launches: Kernels that a call starts on the device.
+        beside: A peer's variant, and its seconds of one call each, taken in turn with ``samples``.
         extra: Whatever else is worth knowing, by name.
     """
 
@@ -74,13 +75,18 @@ class Record:
     floor_by_family: dict[str, float] | None = None
     peak_bytes: int | None = None
     launches: int | None = None
+    beside: tuple[str, Sequence[float]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         values = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("identity", "samples")
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("identity", "samples", "beside")
         }
-        return {"id": self.identity.id, **asdict(self.identity), **values, "seconds": spread(self.samples)}
+        beside = self.beside and {"variant": self.beside[0], "seconds": spread(self.beside[1])}
+        seconds = {"seconds": spread(self.samples), "beside": beside}
+        return {"id": self.identity.id, **asdict(self.identity), **values, **seconds}
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from minimagen_fast import host_memory
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.predictions import Task
 from minimagen_fast.samplers import Sampler, Update
@@ -45,6 +46,9 @@ def prepare(network: Network, variant: ImagenVariant, batch: int, context: Conte
 
     def subject(_: int) -> torch.Tensor:
         with variant.active(device):
+            if isinstance(imagen, Imagen):
+                # As a sampling begins; a peer that was called since may have set it otherwise.
+                host_memory.keep_freed(imagen.acceleration.freed_memory == "kept")
             return step()
 
     def wrong(images: torch.Tensor) -> str | None:

@@ -29,9 +29,9 @@ def losses(run: Run) -> list[Loss]:
     for question in run.questions(*COMPETING):
         ours, fastest = question.ours, question.fastest_of_ours
         for peer in question.peers if ours else ():
-            if peer.seconds.faster_than(ours.seconds):
-                better = None if peer.seconds.faster_than(fastest.seconds) else fastest
-                found.append(Loss(question, peer, ours.seconds.median / peer.seconds.median, better))
+            if ours.loses_to(peer):
+                better = None if fastest.loses_to(peer) else fastest
+                found.append(Loss(question, peer, 1 / ours.factor(peer), better))
     return sorted(found, key=lambda loss: -loss.factor)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .denoisers import NETWORKS
+from .denoisers import NETWORKS, Network
 from .harness import CLOCK, Plan
-from .imagens import COMPILED_PEERS, EAGER, OURS_COMPILED, ImagenVariant
+from .imagens import COMPILED_PEERS, EAGER, OURS_COMPILED, ImagenVariant, beside_original
 from .results import Identity
 from .sampling_steps import prepare
 
@@ -42,8 +42,12 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
         network = NETWORKS[name]
         for variant in variants:
             identity = Identity("sampling-step", name, None, network.shape(batch), "float32", variant.name)
-            prepared = functools.partial(prepare, network, variant, batch)
-            yield Plan(identity, prepared, priority, variant.seconds(device))
+
+            def prepared(variant: ImagenVariant, network: Network = network, batch: int = batch):
+                return functools.partial(prepare, network, variant, batch)
+
+            beside = beside_original(variant, device, prepared)
+            yield Plan(identity, prepared(variant), priority, variant.seconds(device), beside)
 
 
 def test_sampling_step(plan, harness, benchmark):

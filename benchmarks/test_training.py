@@ -8,9 +8,9 @@ import torch
 
 from minimagen_fast.quickstart_training import Recipe
 
-from .denoisers import NETWORKS
+from .denoisers import NETWORKS, Network
 from .harness import CLOCK, Plan
-from .imagens import EAGER, ORIGINAL_COMPILED, ImagenVariant
+from .imagens import EAGER, ORIGINAL_COMPILED, ImagenVariant, beside_original
 from .results import Identity
 from .training_steps import prepare
 
@@ -45,8 +45,12 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
         network = NETWORKS[name]
         for variant in variants:
             identity = Identity("training", name, "both", network.shape(batch), "float32", variant.name)
-            prepared = functools.partial(prepare, network, variant, batch)
-            yield Plan(identity, prepared, priority, variant.seconds(device))
+
+            def prepared(variant: ImagenVariant, network: Network = network, batch: int = batch):
+                return functools.partial(prepare, network, variant, batch)
+
+            beside = beside_original(variant, device, prepared)
+            yield Plan(identity, prepared(variant), priority, variant.seconds(device), beside)
 
 
 def test_training(plan, harness, benchmark):

@@ -86,6 +86,9 @@ def test_what_is_written_is_read(cpu):
     assert ("peer minimagen", "not installed: pip install minimagen") in run.missing
 
 
+ONE_SECOND = {"median": 1.0, "q1": 1.0, "q3": 1.0, "min": 1.0, "samples": [1.0]}
+
+
 def changed(file: Path, way: str, value) -> Path:
     content = json.loads(file.read_text())
     *parents, last = [int(word) if word.isdigit() else word for word in way.split(".")]
@@ -127,6 +130,8 @@ def changed(file: Path, way: str, value) -> Path:
         ("cases.2.seconds.samples", [0.1, "x"], "cases[2].seconds.samples[1] must be a number above 0; it is 'x'"),
         ("cases.2.status", "error", "cases[2].seconds must be null, as the status is 'error'"),
         ("cases.2.floor_by_family.convolution", None, "cases[2].floor_by_family.convolution must be a number"),
+        ("cases.2.beside", {"variant": "a"}, "cases[2].beside.seconds is missing"),
+        ("cases.2.beside", {"variant": 1, "seconds": ONE_SECOND}, "beside.seconds.samples must be as many as"),
         ("cases.2.extra", [], "cases[2].extra must be an object"),
         ("missing.0.why", KeyError, "missing[0].why is missing"),
         ("schema", 2, "schema is 2, this code reads 1. Use the version of minimagen_fast that wrote"),
@@ -194,6 +199,34 @@ def test_open_losses_are_those_beyond_the_noise(tmp_path):
     )
     table = section_of(markdown(read(file), {}), "Kernels")
     assert "**0.50x**" in table and "**0.98x**" not in table and "0.98x" in table and "2.0x" in table
+
+
+def test_samples_taken_in_turn_are_compared_one_by_one(tmp_path):
+    words = "training/net/both/b1/float32/"
+    # The machine is slowed down more and more; at any one time ours takes half as long.
+    slower = (1.0, 2.0, 4.0, 8.0, 16.0)
+    beside = "original", [1.1 * seconds for seconds in slower]
+    ours = record(words + "ours", 1.0, beside=beside)
+    ours.samples = tuple(seconds / 2 for seconds in slower)
+    alone = [record(words + "original", 1.0), record(words + "other", 1.0)]
+    run = read(write(tmp_path / "a.json", [ours, *alone]))
+    own, original, other = run.cases
+    assert own.factor(original) == pytest.approx(2.2) and not own.loses_to(original)
+    assert own.factor(other) == pytest.approx(0.5)
+    assert "| 2.2x | 0.50x |" in section_of(markdown(run, {}), "Training").replace("**", "")
+    ours.beside = "original", [0.45 * seconds for seconds in slower]
+    own, original, _ = read(write(tmp_path / "b.json", [ours, *alone])).cases
+    assert own.loses_to(original)
+    (loss,) = losses(read(tmp_path / "b.json"))
+    assert loss.peer is not original and loss.peer.variant == "original" and loss.factor == pytest.approx(1 / 0.9)
+
+
+def test_files_without_samples_in_turn_are_read(cpu):
+    content = json.loads(cpu.read_text())
+    for case in content["cases"]:
+        assert case.pop("beside") is None
+    cpu.write_text(json.dumps(content))
+    assert read(cpu).cases[0].beside is None
 
 
 def test_the_report_says_what_there_is(cpu):

@@ -74,6 +74,10 @@ def test_the_smoke_profile_runs_and_leaves_a_complete_result(tmp_path):
             assert case["id"] in output
         if case["floor_seconds"]:
             assert math.isclose(sum(case["floor_by_family"].values()), case["floor_seconds"])
+    steps = [case for case in result["cases"] if case["section"] in ("sampling-step", "training")]
+    assert {case["id"] for case in steps if case["variant"] == "ours" and case["status"] == "ok"} == {
+        case["id"] for case in steps if case["beside"] and case["beside"]["variant"] == "original"
+    }
     denoisers = [case for case in result["cases"] if case["section"] == "denoiser" and case["status"] == "ok"]
     assert denoisers and all(case["floor_seconds"] and case["flops"] and case["peak_bytes"] for case in denoisers)
     assert {entry["what"] for entry in result["missing"]} >= {f"peer {p}" for p in ("xformers", "liger_kernel")} - {
@@ -123,6 +127,39 @@ def test_a_right_case_is_timed_and_recorded(harness):
     assert case["id"] == record.identity.id == "kernels/op/forward/b1/float32/ours"
     assert (case["status"], case["bytes"], case["peak_bytes"], case["launches"]) == ("ok", 8, 1024, None)
     assert case["seconds"]["median"] > 0 and case["extra"]["note"] == 1
+
+
+def test_a_peer_is_timed_in_turn(harness):
+    calls = []
+
+    def prepared(name: str, **more) -> Prepared:
+        def sample() -> float:
+            calls.append(f"{name} timed")
+            return 2.0 if name == "peer" else 1.0
+
+        return Prepared(
+            lambda _: calls.append(name), lambda result: None, sample=sample, rounds=2, memory=False, **more
+        )
+
+    closed = []
+    beside = "peer", lambda context: prepared("peer", close=lambda: closed.append("peer"))
+    record = harness.run(Plan(IDENTITY, lambda context: prepared("own"), beside=beside), Benchmark())
+    assert calls == ["peer", "peer timed", "own", "own timed"] * 2 and closed == ["peer"]
+    assert list(record.samples) == pytest.approx([1.0, 1.0]) and record.beside == ("peer", [2.0, 2.0])
+    (case,) = json.loads(harness.results.path.read_text())["cases"]
+    assert case["beside"]["variant"] == "peer" and case["beside"]["seconds"]["samples"] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_without_a_sound_peer_a_case_is_timed_alone(harness, wrong):
+    def peer(context) -> Prepared:
+        if wrong:
+            return Prepared(lambda _: None, lambda result: "0.3 away")
+        raise Unavailable("not installed")
+
+    own = Prepared(lambda index: torch.ones(256), lambda result: None)
+    record = harness.run(Plan(IDENTITY, lambda context: own, beside=("peer", peer)), Benchmark())
+    assert record.status == "ok" and record.samples and record.beside is None
 
 
 def wrong_in_one_value(x, weight, bias, **options):

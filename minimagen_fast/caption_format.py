@@ -183,14 +183,19 @@ def write_manifest(directory: Path, encoder: EncoderIdentity, store: str, shards
     }
     path = directory / MANIFEST
     _remove_unfinished(path)
-    if not path.is_file() or json_or_none(path) != manifest:
-        write_json(path, manifest)
+    while not path.is_file() or json_or_none(path) != manifest:
+        try:
+            write_json(path, manifest)
+        except FileNotFoundError:
+            # Processes that share the work can get here at once: another one took our unfinished file for a left one.
+            if not directory.is_dir():
+                raise
 
 
 def _remove_unfinished(path: Path) -> None:
     # What a run that was killed left of this file and of those beside it that differ in the suffix.
     for left in path.parent.glob(f".{path.stem}.*.part"):
-        left.unlink()
+        left.unlink(missing_ok=True)
 
 
 # Reading

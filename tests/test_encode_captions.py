@@ -137,6 +137,21 @@ def test_stopped_between_any_two_steps_of_a_shard(tmp_path, whole, monkeypatch, 
     assert report.encoded == (48 if stop_at == 0 else 43) and contents(tmp_path) == whole
 
 
+def test_processes_that_end_at_once_do_not_take_each_others_manifest(tmp_path, whole, monkeypatch):
+    replace, cleared = os.replace, []
+
+    def clearing(source, target):
+        if Path(target).name == "manifest.json" and len(cleared) < 2:
+            # What another process does that gets to the manifest at this moment.
+            caption_format._remove_unfinished(Path(target))
+            cleared.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", clearing)
+    encode(tmp_path)
+    assert len(cleared) == 2 and contents(tmp_path) == whole
+
+
 def test_again_there_is_nothing_to_do(tmp_path, capsys):
     assert cli.main([*COMMAND, "--OUT", str(tmp_path)]) == 0
     first = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What tests/test_aot.py asks of benchmarks/aot.py; run as a program without Triton's interpreter.
+"""What tests/test_aot.py asks of the ahead-of-time table; run as a program without Triton's interpreter.
 
 ``kernels`` prints as JSON what is wrong with some kernels made for it, by kernel and target, ``unet`` which builds a
 U-Net needs that the enumeration does not have.
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from benchmarks import aot
+from benchmarks import aot_builds, aot_code, aot_table
 from minimagen_fast.kernels import launch, use_implementation
 from minimagen_fast.kernels.launch import tl, triton
 
@@ -50,21 +50,21 @@ def of_kernels() -> dict[str, dict]:
         launch.run(strided, (1,), x, x, x.numel(), BLOCK=4096)
         launch.run(product, (1,), x, x, x.numel(), BLOCK=128)
         launch.run(good, (1,), unaligned, unaligned, x.numel(), BLOCK=4096)
-    builds = [aot.specialise(one, capability) for one in recorded for capability in aot.TARGETS]
-    rows = list(aot.compile_builds(builds))
+    builds = [aot_builds.specialise(one, capability) for one in recorded for capability in aot_builds.TARGETS]
+    rows = list(aot_code.compile_builds(builds))
     return {
         f"{row.kernel} {row.target}" + (" unaligned" if "?" in row.config else ""): {
-            "complaints": aot.complaints(row),
+            "complaints": aot_code.complaints(row),
             "products": row.products,
             "widths": [row.load, row.store],
-            "table": row == aot.parse(aot.table([row]))[row.key],
+            "table": row == aot_table.parse(aot_table.table([row]))[row.key],
         }
         for row in rows
     }
 
 
 def of_unet(name: str, side: int, arguments: dict) -> dict:
-    (unet,) = (unet for unet in aot.UNETS if unet.__name__ == name)
+    (unet,) = (unet for unet in aot_builds.UNETS if unet.__name__ == name)
     with torch.device("meta"):
         model = unet(**arguments)
         condition = {"text_embeds": torch.empty(2, 9, 512), "text_mask": torch.ones(2, 9, dtype=torch.bool)}
@@ -72,13 +72,13 @@ def of_unet(name: str, side: int, arguments: dict) -> dict:
     if model.lowres_cond:
         condition |= {"lowres_cond_img": x, "lowres_noise_times": times}
     needed = set()
-    for memory_format in aot.FORMATS:
+    for memory_format in aot_builds.FORMATS:
         images = x.to(memory_format=memory_format).requires_grad_()
-        with use_implementation("triton"), launch.record(aot.TARGETS[90]) as recorded:
+        with use_implementation("triton"), launch.record(aot_builds.TARGETS[90]) as recorded:
             out = model.to(memory_format=memory_format)(images, times, **condition)
             out.backward(torch.empty_like(out))
-        needed |= {aot.specialise(one, 90) for one in recorded}
-    known = aot.enumerate_builds([(side, 2)], dtypes=[torch.float32], targets=[90])
+        needed |= {aot_builds.specialise(one, 90) for one in recorded}
+    known = aot_builds.enumerate_builds([(side, 2)], dtypes=[torch.float32], targets=[90])
     return {"needed": len(needed), "missing": sorted(f"{b.kernel} {b.config}" for b in needed - known.keys())}
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 import torch
 
-from benchmarks import aot, traffic
+from benchmarks import aot, aot_builds, aot_code, aot_table, fingerprints, traffic
 from benchmarks.kernel_cases import attention_cases, unet_cases
 from minimagen_fast.kernels import launch, null_key_flash
 from minimagen_fast.Unet import ATTN_DIM_HEAD
@@ -34,7 +34,7 @@ def kernel(x, n, BLOCK: tl.constexpr):
     tl.store(x + at, double(tl.load(x + at, mask=at < n)), mask=at < n)
 """
 
-ROW = aot.Row("layer_norm_rows._forward_kernel", "fp32 None", "sm_90", 100, 0, 2048, 8, "25%", 16, 16, "-")
+ROW = aot_code.Row("layer_norm_rows._forward_kernel", "fp32 None", "sm_90", 100, 0, 2048, 8, "25%", 16, 16, "-")
 
 
 def run(*words: str, timeout: int) -> subprocess.CompletedProcess:
@@ -46,13 +46,17 @@ def run(*words: str, timeout: int) -> subprocess.CompletedProcess:
     )
 
 
-def changed(**values) -> aot.Row:
+def kept_lines() -> dict[aot_builds.Kind, dict[str, str]]:
+    return aot_table.parse_overview(aot.TABLE.read_text())
+
+
+def changed(**values) -> aot_code.Row:
     return dataclasses.replace(ROW, **values)
 
 
 def test_a_sound_row_has_no_complaints():
-    assert aot.complaints(ROW) == []
-    assert aot.regressions(ROW, {ROW.key: ROW}) == []
+    assert aot_code.complaints(ROW) == []
+    assert aot_code.regressions(ROW, {ROW.key: ROW}) == []
 
 
 @pytest.mark.parametrize(
@@ -67,19 +71,19 @@ def test_a_sound_row_has_no_complaints():
     ],
 )
 def test_what_is_wrong_with_machine_code_is_said(row, complaint):
-    (said,) = aot.complaints(row)
+    (said,) = aot_code.complaints(row)
     assert complaint in said
 
 
 def test_narrow_accesses_are_fine_where_no_wide_ones_are_due():
-    assert aot.complaints(changed(load=2, store=2), wide=False) == []
+    assert aot_code.complaints(changed(load=2, store=2), wide=False) == []
     # Partial sums are a small part of what the operation moves.
-    assert aot.complaints(changed(kernel="layer_norm_tiles._sum_kernel", store=4)) == []
+    assert aot_code.complaints(changed(kernel="layer_norm_tiles._sum_kernel", store=4)) == []
 
 
 def test_the_a100_has_less_shared_memory():
-    assert aot.complaints(changed(shared=200_000)) == []
-    assert aot.complaints(changed(shared=200_000, target="sm_80"))
+    assert aot_code.complaints(changed(shared=200_000)) == []
+    assert aot_code.complaints(changed(shared=200_000, target="sm_80"))
 
 
 @pytest.mark.parametrize(
@@ -95,14 +99,14 @@ def test_the_a100_has_less_shared_memory():
     ],
 )
 def test_a_step_back_is_said(row, regression):
-    (said,) = aot.regressions(row, {ROW.key: ROW})
+    (said,) = aot_code.regressions(row, {ROW.key: ROW})
     assert regression in said
-    assert aot.regressions(changed(registers=110), {ROW.key: ROW}) == []
+    assert aot_code.regressions(changed(registers=110), {ROW.key: ROW}) == []
 
 
 def test_slower_tensor_core_instructions_are_a_step_back():
     def said(before: str, after: str) -> list[str]:
-        return aot.regressions(changed(products=after), {ROW.key: changed(products=before)})
+        return aot_code.regressions(changed(products=after), {ROW.key: changed(products=before)})
 
     assert said("UTCMMA", "HMMA") == ["multiplies with HMMA, UTCMMA in the table"]
     assert said("HMMA", "-") == ["multiplies with -, HMMA in the table"]
@@ -111,23 +115,23 @@ def test_slower_tensor_core_instructions_are_a_step_back():
 
 def test_a_better_row_is_no_step_back():
     better = changed(registers=64, shared=1024, occupancy="100%")
-    assert aot.regressions(better, {ROW.key: ROW}) == []
+    assert aot_code.regressions(better, {ROW.key: ROW}) == []
 
 
 def test_the_table_is_read_back():
     rows = [ROW, changed(target="sm_80", products="HMMA")]
     launched = {(row.kernel, row.target): f"digest of {row.target}" for row in rows}
-    text = f"{aot.overview(aot.worst(rows), launched)}\n{aot.table(rows)}"
-    assert list(aot.parse(text).values()) == rows
-    lines = aot.parse_overview(text)
+    text = f"{aot_table.overview(aot_table.worst(rows), launched)}\n{aot_table.table(rows)}"
+    assert list(aot_table.parse(text).values()) == rows
+    lines = aot_table.parse_overview(text)
     assert {kind: line["launches"] for kind, line in lines.items()} == launched
-    assert {line["fingerprint"] for line in lines.values()} == {aot.fingerprint(ROW.kernel)}
-    assert {kind: aot.worst(rows)[kind] | line for kind, line in lines.items()} == lines
+    assert {line["fingerprint"] for line in lines.values()} == {fingerprints.fingerprint(ROW.kernel)}
+    assert {kind: aot_table.worst(rows)[kind] | line for kind, line in lines.items()} == lines
 
 
 def test_the_worst_of_a_kernel_is_kept():
     rows = [ROW, changed(registers=90, spill=4, shared=4096, occupancy="12%", load=8, products="HMMA")]
-    assert aot.worst(rows) == {
+    assert aot_table.worst(rows) == {
         (ROW.kernel, ROW.target): {
             "configurations": "2",
             "registers": "100",
@@ -145,10 +149,10 @@ def test_the_fingerprint_of_a_kernel_changes_with_its_code_alone(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
 
     def fingerprint(text: str) -> str:
-        monkeypatch.setattr(aot, "PACKAGE", f"package{len(list(tmp_path.iterdir()))}")
-        (tmp_path / aot.PACKAGE).mkdir()
-        (tmp_path / aot.PACKAGE / "kernels.py").write_text(text)
-        return aot.fingerprint("kernels.kernel")
+        monkeypatch.setattr(fingerprints, "PACKAGE", f"package{len(list(tmp_path.iterdir()))}")
+        (tmp_path / fingerprints.PACKAGE).mkdir()
+        (tmp_path / fingerprints.PACKAGE / "kernels.py").write_text(text)
+        return fingerprints.fingerprint("kernels.kernel")
 
     before = fingerprint(KERNEL)
     body = "    at = tl.arange(0, BLOCK)\n"
@@ -172,45 +176,45 @@ def test_the_table_is_written_of_all_configurations_only(capsys):
 
 
 def test_all_configurations_were_compiled_since_the_kernels_changed_last():
-    recorded = {name: line["fingerprint"] for (name, _), line in aot.parse_overview(aot.TABLE.read_text()).items()}
+    recorded = {name: line["fingerprint"] for (name, _), line in kept_lines().items()}
     kernels = set(recorded)
-    for unet, side in ((aot.Base, 64), (aot.Super, 256)):
+    for unet, side in ((aot_builds.Base, 64), (aot_builds.Super, 256)):
         for case in {case.name: case for case in unet_cases(unet, side, 2)}.values():
-            for memory_format in aot.FORMATS:
-                launched = aot.launches(case, torch.bfloat16, memory_format, launch.H200)
+            for memory_format in aot_builds.FORMATS:
+                launched = aot_builds.launches(case, torch.bfloat16, memory_format, launch.H200)
                 functions = [one.kernel.fn for one in launched]
                 kernels |= {f"{function.__module__.rpartition('.')[2]}.{function.__name__}" for function in functions}
-    changed = sorted(kernel for kernel in kernels if recorded.get(kernel) != aot.fingerprint(kernel))
+    changed = sorted(kernel for kernel in kernels if recorded.get(kernel) != fingerprints.fingerprint(kernel))
     assert len(kernels) > 20
     assert not changed, f"{', '.join(changed)} changed: run python -m benchmarks.aot --changed --write"
 
 
 def test_occupancy():
     # 128 registers for each of 256 threads: two programs. One of 512 threads with 255 each does not fit twice either.
-    assert aot.occupancy(90, 128, 0, 8) == 0.25
-    assert aot.occupancy(90, 255, 0, 8) == 0.125
+    assert aot_code.occupancy(90, 128, 0, 8) == 0.25
+    assert aot_code.occupancy(90, 255, 0, 8) == 0.125
     # 32 programs of one warp, however few registers; memory for two programs, for one on the older card.
-    assert aot.occupancy(90, 16, 0, 1) == 0.5
-    assert aot.occupancy(90, 32, 110_000, 4) == 0.125
-    assert aot.occupancy(80, 32, 110_000, 4) == 0.0625
+    assert aot_code.occupancy(90, 16, 0, 1) == 0.5
+    assert aot_code.occupancy(90, 32, 110_000, 4) == 0.125
+    assert aot_code.occupancy(80, 32, 110_000, 4) == 0.0625
 
 
 def test_the_kept_table_is_of_sound_kernels():
-    rows = aot.parse(aot.TABLE.read_text())
+    rows = aot_table.parse(aot.TABLE.read_text())
     assert {row.target for row in rows.values()} == {"sm_80", "sm_90", "sm_100"}
     modules = {row.kernel.split(".")[0] for row in rows.values()}
     assert {"group_norm_split", "null_key_flash", "diffusion", "sampling_kernels", "layer_norm_rows"} <= modules
-    assert not [row for row in rows.values() if aot.complaints(row, wide=False)]
+    assert not [row for row in rows.values() if aot_code.complaints(row, wide=False)]
 
 
 def test_no_configuration_at_all_spills():
-    lines = aot.parse_overview(aot.TABLE.read_text())
-    assert lines.keys() == {(kernel, f"sm_{target}") for kernel, _ in lines for target in aot.TARGETS}
+    lines = kept_lines()
+    assert lines.keys() == {(kernel, f"sm_{target}") for kernel, _ in lines for target in aot_builds.TARGETS}
     assert {line["spill"] for line in lines.values()} == {"0"}
 
 
 def test_what_kernels_move_is_that_of_the_traffic_table():
-    lines = aot.parse_overview(aot.TABLE.read_text())
+    lines = kept_lines()
     moved = traffic.moved(traffic.TABLE.read_text())
     assert {kernel: line["moved / floor"] for (kernel, _), line in lines.items()} == {
         kernel: moved.get(kernel, "-") for kernel, _ in lines
@@ -218,9 +222,9 @@ def test_what_kernels_move_is_that_of_the_traffic_table():
     assert moved.keys() <= {kernel for kernel, _ in lines}
 
 
-def build(kernel: str, num_warps: int = 4) -> aot.Build:
+def build(kernel: str, num_warps: int = 4) -> aot_builds.Build:
     signature = (("x", "*fp32"), ("N", "constexpr"))
-    return aot.Build(f"kernels.{kernel}", "_forward_kernel", signature, (((1,), 64),), (), num_warps, 2, 90)
+    return aot_builds.Build(f"kernels.{kernel}", "_forward_kernel", signature, (((1,), 64),), (), num_warps, 2, 90)
 
 
 @pytest.fixture
@@ -246,14 +250,14 @@ def made_up(tmp_path, monkeypatch):
 
 def test_what_did_not_change_is_taken_from_the_kept_table(made_up, monkeypatch, capsys):
     _, compiled = made_up
-    first, code = aot.TABLE.read_text(), aot.fingerprint("channel_norm_planes._forward_kernel")
+    first, code = aot.TABLE.read_text(), fingerprints.fingerprint("channel_norm_planes._forward_kernel")
     assert code in first
     aot.TABLE.write_text(first.replace(code, "00000000").replace(" 50 ", " 70 "))
     assert aot.main(["--changed", "--write"]) == 0
     assert [one.key[0] for one in compiled] == ["channel_norm_planes._forward_kernel"]
     text = aot.TABLE.read_text()
-    assert [row.registers for row in aot.parse(text).values()] == [70, 50, 70]
-    assert [line["registers"] for line in aot.parse_overview(text).values()] == ["70", "50", "70"]
+    assert [row.registers for row in aot_table.parse(text).values()] == [70, 50, 70]
+    assert [line["registers"] for line in aot_table.parse_overview(text).values()] == ["70", "50", "70"]
     # Nothing can be taken from what another compiler made.
     monkeypatch.setattr(aot, "_versions", lambda: "triton 0.0")
     with pytest.raises(SystemExit):
@@ -283,14 +287,14 @@ def test_launches_that_are_not_those_of_the_table_are_found_out(made_up, capsys,
 def test_the_digest_of_launches_is_of_the_set_of_configurations():
     one, other = build("layer_norm_rows"), build("layer_norm_rows", num_warps=8)
     kind = one.key[0], one.key[2]
-    assert aot.digests([one, other]) == aot.digests([other, one])
-    assert len({aot.digests(builds)[kind] for builds in ([one], [other], [one, other])}) == 3
+    assert fingerprints.digests([one, other]) == fingerprints.digests([other, one])
+    assert len({fingerprints.digests(builds)[kind] for builds in ([one], [other], [one, other])}) == 3
 
 
 def test_cases_are_those_that_networks_can_be_given():
-    assert list(unet_cases(aot.Base, 200, 3))
+    assert list(unet_cases(aot_builds.Base, 200, 3))
     # It halves images three times.
-    assert not list(unet_cases(aot.Base, 100, 3))
+    assert not list(unet_cases(aot_builds.Base, 100, 3))
     widths = {case.inputs("meta", torch.bfloat16)["null_key"].numel() for case in attention_cases(8, 3)}
     assert widths | {ATTN_DIM_HEAD} == set(null_key_flash.WIDTHS)
 

@@ -6,6 +6,7 @@ if __name__ != "kernels":
     from .attention import null_key_attention
     from .channel_norm import channel_layer_norm
     from .conv1x1_concat import conv1x1_concat
+    from .cpu_products import linear
     from .cross_attention import null_key_cross_attention
     from .diffusion import predict_start_from_noise, q_posterior_mean, q_sample
     from .dispatch import implementation, use_implementation
@@ -22,6 +23,7 @@ if __name__ != "kernels":
         "group_norm_silu",
         "implementation",
         "layer_norm",
+        "linear",
         "null_key_attention",
         "null_key_cross_attention",
         "predict_start_from_noise",

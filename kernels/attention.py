@@ -1,9 +1,10 @@
 """Scaled dot-product attention with one learned null key that every query may attend to.
 
-One function, six implementations: the kernels of :mod:`.null_key_flash` (``triton``), the library's kernel without the
-null key and a merge (``sdpa_merge``, :mod:`.null_key_merge`), the library's kernel on keys that the null key was put
-before (``sdpa``), that of xFormers on the same (``xformers``), the formula in plain torch (``reference``), and, for
-half precision on a CPU, where the library's kernel is slow, matrix products over some queries at a time (``matmul``).
+One function, seven implementations: the kernels of :mod:`.null_key_flash` (``triton``), the library's kernel without
+the null key and a merge (``sdpa_merge``, :mod:`.null_key_merge`), the library's kernel on keys that the null key was
+put before (``sdpa``), that of xFormers on the same (``xformers``), the formula in plain torch (``reference``), and, on
+CPUs where the library's kernel is slow, matrix products over some queries at a time: ``matmul`` in half precision,
+``grouped`` in float32 (:mod:`.grouped_attention`).
 On CUDA :mod:`.attention_table` says which is tried first.
 """
 
@@ -13,7 +14,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-from . import attention_table, dispatch, null_key_flash, null_key_merge
+from . import attention_table, dispatch, grouped_attention, null_key_flash, null_key_merge
 
 __all__ = ["null_key_attention"]
 
@@ -127,7 +128,7 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         if not (training and torch.are_deterministic_algorithms_enabled()):
             order = attention_table.order(k.shape[2] != q.shape[2], dim_head, q.shape[1], k.shape[1], training)
     else:
-        order = ("matmul", "sdpa", "sdpa_merge", "triton")
+        order = ("grouped", "matmul", "sdpa", "sdpa_merge", "triton")
     # What the table leaves out is tried last, and an explicit choice of it is heard.
     order = (*order, *(name for name in attention_table.DEFAULT if name not in order))
     if dispatch.implementation(implementation) == "xformers" and "xformers" not in order:
@@ -137,6 +138,7 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         "triton": lambda: dispatch.triton_reasons(*tensors, mask) + null_key_flash.reasons(q, heads),
         "sdpa_merge": lambda: null_key_merge.reasons(q, heads, mask),
         "sdpa": lambda: [],
+        "grouped": lambda: _grouped_reasons(*tensors, heads),
         "matmul": lambda: _matmul_reasons(q, k, v, heads),
         "xformers": lambda: xformers_reasons(q, mask),
     }
@@ -179,6 +181,31 @@ def _has_fast_half_attention() -> bool:
     """Whether the CPU has the matrix units for which the library's kernel in half precision is made."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
+
+
+def _grouped_reasons(q, k, v, null_key, null_value, heads) -> list[str]:
+    b, n, width = q.shape
+    # Heads that share keys are just more queries of one head.
+    queries, groups = (n * heads, b) if k.shape[2] != width else (n, b * heads)
+    return grouped_attention.reasons_against(
+        queries, groups, 1 + k.shape[1], width // heads, q, k, v, null_key, null_value
+    )
+
+
+def _grouped(q, k, v, null_key, null_value, heads, mask, bias):
+    assert bias is None
+    b, n, width = q.shape
+    d = width // heads
+    k, v = _with_null(null_key, k) * d**-0.5, _with_null(null_value, v)
+    visible = visible_keys(mask)
+    visible = None if visible is None else visible.expand(-1, k.shape[1], -1, -1).flatten(0, 2)
+    if k.shape[1] == 1:
+        queries = q.reshape(b, n * heads, d).transpose(0, 1)
+        out = grouped_attention.grouped_attention(queries, k.flatten(0, 1), v.flatten(0, 1), visible)
+        return out.transpose(0, 1).reshape(b, n, width)
+    queries = q.reshape(b, n, heads, d).transpose(0, 1).reshape(n, b * heads, d)
+    out = grouped_attention.grouped_attention(queries, k.flatten(0, 1), v.flatten(0, 1), visible)
+    return out.reshape(n, b, width).transpose(0, 1)
 
 
 def _matmul_reasons(q, k, v, heads) -> list[str]:
@@ -270,6 +297,7 @@ def xformers_reasons(q: torch.Tensor, mask: torch.Tensor | None = None) -> list[
 
 
 _RUN = {
+    "grouped": _grouped,
     "matmul": _matmul,
     "triton": _triton,
     "sdpa_merge": _sdpa_merge,

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from .cpu_products import linear
+
 
 def conv1x1_concat(
     x: torch.Tensor,
@@ -37,7 +39,7 @@ def conv1x1_concat(
         first = F.conv2d(x, weight[:, :c1], bias)
         return torch.add(first, F.conv2d(skip, weight[:, c1:]), alpha=skip_scale)
     weight = weight.flatten(1)
-    first = F.linear(_rows(x), weight[:, :c1], bias)
+    first = linear(_rows(x), weight[:, :c1], bias)
     # Autocast does not reach what works in place: the first product has the dtype that it chose.
     to_skip, skip_rows = (factor.to(first.dtype) for factor in (weight[:, c1:], _rows(skip)))
     out = first.addmm_(skip_rows, to_skip.t(), alpha=skip_scale)

@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from . import dispatch
+from . import dispatch, grouped_attention
 from .attention import null_key_attention, visible_keys, weights_of_scores
+from .cpu_products import linear
 
 __all__ = ["keys_are_worth_keeping", "null_key_cross_attention"]
 
@@ -50,10 +51,10 @@ def null_key_cross_attention(
         and _fewer_with_products(x, context, to_q, heads)
     ):
         return _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask)
-    q = F.linear(x, to_q)
-    k, v = F.linear(context, to_kv).chunk(2, dim=-1)
+    q = linear(x, to_q)
+    k, v = linear(context, to_kv).chunk(2, dim=-1)
     out = null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
-    return F.linear(out, to_out)
+    return linear(out, to_out)
 
 
 def keys_are_worth_keeping(context: torch.Tensor, dim_head: int) -> bool:
@@ -85,13 +86,18 @@ def _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads,
     query_key = (to_key.transpose(1, 2) @ to_query).reshape(heads * (c + 1), dim)
     value_result = (to_result @ to_value).transpose(0, 1).reshape(-1, heads * (c + 1))
     # The heads, which share their keys, are just more queries of one head.
-    q = F.linear(x, query_key).reshape(b, n * heads, c + 1)
-    context = F.pad(context.to(q.dtype), (0, 1, 1, 0))
+    q = linear(x, query_key).reshape(b, n * heads, c + 1)
+    visible, context = visible_keys(mask), F.pad(context.to(q.dtype), (0, 0, 1, 0))
+    if not grouped_attention.reasons_against(n * heads, b, context.shape[1], c, q, context):
+        visible = None if visible is None else visible[:, 0, 0]
+        attended = grouped_attention.grouped_attention(q.transpose(0, 1), context, context, visible).transpose(0, 1)
+        return linear(attended.reshape(b, n, heads * (c + 1)), value_result)
+    context = F.pad(context, (0, 1))
     context[:, 0, c] = 1.0
     if q.dtype == torch.float32:
         one_head = q[:, None], context[:, None], context[:, None]
-        attended = F.scaled_dot_product_attention(*one_head, attn_mask=visible_keys(mask), scale=1.0)
+        attended = F.scaled_dot_product_attention(*one_head, attn_mask=visible, scale=1.0)
     else:
         weights = weights_of_scores((q @ context.transpose(1, 2))[:, None], mask)
         attended = weights[:, 0] @ context
-    return F.linear(attended.reshape(b, n, heads * (c + 1)), value_result)
+    return linear(attended.reshape(b, n, heads * (c + 1)), value_result)

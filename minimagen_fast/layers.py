@@ -13,6 +13,7 @@ from .kernels import (
     conv1x1_concat,
     group_norm_silu,
     layer_norm,
+    linear,
     null_key_attention,
     null_key_cross_attention,
 )
@@ -93,7 +94,7 @@ class Attention(nn.Module):
             ValueError: if a context is given to a module that was made without ``context_dim``.
         """
         x = self.norm(x)
-        q, (k, v) = self.to_q(x), self.to_kv(x).chunk(2, dim=-1)
+        q, (k, v) = _project(self.to_q, x), _project(self.to_kv, x).chunk(2, dim=-1)
         if exists(context):
             if not exists(self.to_context):
                 raise ValueError("context was given, but this Attention was made without context_dim")
@@ -109,7 +110,13 @@ def _projected(to_out: nn.Module, tokens: torch.Tensor, residual: torch.Tensor |
     if not is_plain(to_out, nn.Sequential) or len(to_out) != 2:
         return _plus_residual(to_out, tokens, residual=residual)
     project, norm = to_out
-    return _plus_residual(norm, project(tokens), residual=residual)
+    return _plus_residual(norm, _project(project, tokens), residual=residual)
+
+
+def _project(product: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    if is_plain(product, nn.Linear):
+        return linear(tokens, product.weight, product.bias)
+    return product(tokens)
 
 
 class Block(nn.Module):
@@ -147,7 +154,8 @@ class Block(nn.Module):
         scale, shift = scale_shift if exists(scale_shift) else (None, None)
         if is_plain(self.groupnorm, nn.GroupNorm) and is_plain(self.activation, nn.SiLU):
             norm = self.groupnorm
-            scale, shift = (maybe(lambda v: v.flatten(1))(v) for v in (scale, shift))
+            if exists(scale_shift):
+                scale, shift = (by_channel.flatten(1) for by_channel in scale_shift)
             x = group_norm_silu(
                 x,
                 norm.weight,
@@ -279,12 +287,12 @@ class CrossAttention(nn.Module):
                 return norm(out, residual=residual)
         keys_values = default(keys_values, lambda: self.project_context(context))
         k, v = keys_values.chunk(2, dim=-1)
-        out = null_key_attention(self.to_q(x), k, v, null_key, null_value, heads=self.heads, mask=mask)
+        out = null_key_attention(_project(self.to_q, x), k, v, null_key, null_value, heads=self.heads, mask=mask)
         return _projected(self.to_out, out, residual)
 
     def project_context(self, context: torch.Tensor) -> torch.Tensor:
         """The keys and, after them, the values of context tokens (b, m, context_dim): shape (b, m, 2 * heads * d)."""
-        return self.to_kv(self.norm_context(context))
+        return _project(self.to_kv, self.norm_context(context))
 
 
 class CrossEmbedLayer(nn.Module):

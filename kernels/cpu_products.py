@@ -1,0 +1,108 @@
+"""Matrix products in float32 on a CPU, by whichever of the two libraries that torch comes with is faster.
+
+torch multiplies matrices with MKL, which on AMD's processors goes no further than AVX2; oneDNN, with which it
+convolves, uses AVX-512 there: the same products in float32, in half of the time.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import dispatch
+
+__all__ = ["grouped_products", "linear", "onednn_multiplies"]
+
+# With fewer multiplications the call itself takes the time; one with gradients takes more.
+_LEAST_MULTIPLICATIONS, _LEAST_WITH_GRADIENTS = 2**18, 2**23
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and bool(capabilities.get("avx512_f"))
+        and "AMD" in str(capabilities.get("cpu_name"))
+    )
+
+
+def onednn_multiplies(*tensors: torch.Tensor) -> bool:
+    """Whether products of these tensors are oneDNN's: not under autocast, and not where torch transforms or traces."""
+    return (
+        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and dispatch.implementation() == "auto"
+        and _onednn_is_faster()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """torch.nn.functional.linear.
+
+    Args:
+        x: Shape (..., k).
+        weight: Shape (m, k).
+        bias: Shape (m,).
+
+    Returns:
+        Shape (..., m).
+    """
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    least = _LEAST_WITH_GRADIENTS if gradients else _LEAST_MULTIPLICATIONS
+    if x.numel() * len(weight) < least or not onednn_multiplies(*tensors):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if gradients else _product(x, weight, bias)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    # Of other layouts oneDNN reads number by number.
+    if not weight.t().is_contiguous():
+        weight = weight.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        wanted, rows = ctx.needs_input_grad, gradient.reshape(-1, gradient.shape[-1])
+        return (
+            linear(gradient, weight.t()) if wanted[0] else None,
+            # oneDNN is no faster at sums over many rows.
+            rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+
+def grouped_products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """einsum("n g k, g m k -> n g m"): a product for each group, without gradients, by oneDNN.
+
+    A grouped convolution of images of n pixels and g * k channels, which lie in memory as these rows do.
+
+    Args:
+        x: Shape (n, g, k).
+        weight: Shape (g, m, k). oneDNN is fastest for a k that is a multiple of 16.
+
+    Returns:
+        Shape (n, g, m), contiguous.
+    """
+    (n, groups, _), m = x.shape, weight.shape[1]
+    pixels = x.reshape(1, n, 1, -1).permute(0, 3, 1, 2)
+    filters = weight.reshape(groups * m, -1, 1, 1)
+    # This very function: torch's convolution leaves some shapes to other libraries.
+    out = torch.mkldnn_convolution(pixels, filters, None, [0, 0], [1, 1], [1, 1], groups)
+    return out.permute(0, 2, 3, 1).reshape(n, groups, m)

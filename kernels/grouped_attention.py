@@ -1,0 +1,135 @@
+"""Attention in float32 on a CPU, of groups of queries that share keys, from matrix products of oneDNN.
+
+Where :func:`.cpu_products.onednn_multiplies`, it takes less time than the library's kernel, which multiplies with MKL
+and computes the scores again for the gradients. Without gradients it takes some queries at a time.
+"""
+
+import torch
+
+from .cpu_products import grouped_products, onednn_multiplies
+
+__all__ = ["grouped_attention", "reasons_against"]
+
+# Scores of a piece of the groups, or of their queries: they stay in the cache.
+_PIECE = 2**20
+# Scores that are kept for the gradients; the library's kernel keeps none.
+_MOST_KEPT = 2**24
+# Less work is done before oneDNN has laid out the keys.
+_LEAST_QUERIES, _LEAST_SCORES = 256, 2**18
+
+
+def reasons_against(n: int, groups: int, m: int, d: int, *tensors: torch.Tensor) -> list[str]:
+    """Why :func:`grouped_attention` is not to be used for queries (n, groups, d) and m keys made of these tensors."""
+    scores = n * groups * m
+    found = []
+    if not onednn_multiplies(*tensors):
+        found.append("it is for float32 on a CPU, uncompiled, where oneDNN multiplies faster than MKL")
+    if n < _LEAST_QUERIES or scores < _LEAST_SCORES or d % 16:
+        found.append("for so few queries, or heads of this width, it is no faster than the library's kernel")
+    if scores > _MOST_KEPT and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        found.append("it would keep too many scores for the backward pass")
+    return found
+
+
+def grouped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None = None
+) -> torch.Tensor:
+    """softmax(q k^T) v for each group.
+
+    With queries that are one wider than the keys, their last channel is their score of the first key, whose row in
+    ``k`` and ``v`` must be zero; the last channel of the results is this key's weight.
+
+    Args:
+        q: Scaled queries, shape (n, g, d) or (n, g, d + 1), in any layout: the results have the same.
+        k: Keys, shape (g, m, d); fastest for a d that is a multiple of 16.
+        v: Values, shaped like ``k``.
+        visible: Which keys may be attended to, bool, shape (g, m).
+
+    Returns:
+        Attended values, shaped like ``q``.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return _Attention.apply(q, k, v, visible)
+    out = torch.empty_like(q)
+    for some in _pieces(q, k):
+        seen = None if visible is None else visible[some]
+        queries, results = q[:, some], out[:, some]
+        rows = max(_PIECE // max(queries.shape[1] * k.shape[1], 1), 1)
+        for piece, result in zip(queries.split(rows), results.split(rows), strict=True):
+            _attend(piece, k[some], v[some], seen, result)
+    return out
+
+
+def _pieces(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
+    """Groups by the few."""
+    (n, groups, _), m = q.shape, k.shape[1]
+    few = max(_PIECE // max(n * m, 1), 1)
+    return [slice(first, first + few) for first in range(0, groups, few)]
+
+
+def _attend(q, k, v, visible, out):
+    """Write the results into ``out``; the weights, shape (n, g, m)."""
+    d = k.shape[2]
+    weights = grouped_products(q[..., :d], k)
+    if q.shape[2] > d:
+        weights[..., 0] = q[..., d]
+    if visible is not None:
+        weights.masked_fill_(~visible, -torch.finfo(weights.dtype).max)
+    torch.softmax(weights, -1, out=weights)
+    out[..., :d] = grouped_products(weights, v.transpose(1, 2))
+    if q.shape[2] > d:
+        out[..., d] = weights[..., 0]
+    return weights
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, visible):
+        out = torch.empty_like(q)
+        weights = [
+            _attend(q[:, some], k[some], v[some], None if visible is None else visible[some], out[:, some])
+            for some in _pieces(q, k)
+        ]
+        ctx.save_for_backward(q, k, v, *weights)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        q, k, v, *weights = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        of_q, of_k, of_v = (
+            torch.empty_like(x) if of_this else None for x, of_this in zip((q, k, v), wanted[:3], strict=True)
+        )
+        for some, weight in zip(_pieces(q, k), weights, strict=True):
+            _backward(
+                gradient[:, some],
+                q[:, some],
+                k[some],
+                v[some],
+                weight,
+                None if of_q is None else of_q[:, some],
+                None if of_k is None else of_k[some],
+                None if of_v is None else of_v[some],
+            )
+        return of_q, of_k, of_v, None
+
+
+def _backward(gradient, q, k, v, weights, into_q, into_k, into_v):
+    """Write the gradients of some groups, of those that there is a tensor for."""
+    d = k.shape[2]
+    of_results = gradient[..., :d].contiguous()
+    if into_v is not None:
+        torch.bmm(weights.permute(1, 2, 0), of_results.transpose(0, 1), out=into_v)
+    if into_q is None and into_k is None:
+        return
+    of_scores = grouped_products(of_results, v)
+    if q.shape[2] > d:
+        of_scores[..., 0] += gradient[..., d]
+    torch._softmax_backward_data(of_scores, weights, -1, weights.dtype, grad_input=of_scores)
+    if into_k is not None:
+        torch.bmm(of_scores.permute(1, 2, 0), q[..., :d].transpose(0, 1), out=into_k)
+    if into_q is not None:
+        into_q[..., :d] = grouped_products(of_scores, k.transpose(1, 2))
+        if q.shape[2] > d:
+            into_q[..., d] = of_scores[..., 0]

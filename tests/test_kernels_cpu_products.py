@@ -1,0 +1,247 @@
+"""Products and attention in float32 by oneDNN on a CPU, against the same in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimagen_fast.kernels import (
+    cpu_products,
+    cross_attention,
+    dispatch,
+    grouped_attention,
+    linear,
+    null_key_attention,
+    null_key_cross_attention,
+    use_implementation,
+)
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def faster(monkeypatch):
+    """As on a processor where oneDNN is the faster, and however little there is to do; what it was asked to do."""
+    monkeypatch.setattr(cpu_products, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(cpu_products, "_LEAST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(cpu_products, "_LEAST_WITH_GRADIENTS", 0)
+    monkeypatch.setattr(grouped_attention, "_LEAST_QUERIES", 0)
+    monkeypatch.setattr(grouped_attention, "_LEAST_SCORES", 0)
+    done = []
+    for module, name in ((cpu_products, "_product"), (grouped_attention, "grouped_products")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, **k: done.append(f.__name__) or f(*a, **k))
+    return done
+
+
+def close(got, expected):
+    torch.testing.assert_close(
+        got.double(), expected, rtol=1e-4, atol=2e-6 * max([1.0, *expected.abs().flatten().tolist()])
+    )
+
+
+def with_gradients(function, tensors, upstream):
+    """Result and gradients."""
+    out = function(*tensors)
+    return out.detach(), *torch.autograd.grad(out, tensors, upstream.to(out.dtype))
+
+
+def compare(function, expected, tensors, upstream):
+    """A function in float32 against one in float64, forward, backward and without gradients."""
+    singles = [x.float().requires_grad_() for x in tensors]
+    doubles = [x.double().requires_grad_() for x in tensors]
+    got, wanted = with_gradients(function, singles, upstream), with_gradients(expected, doubles, upstream)
+    for one, other in zip(got, wanted, strict=True):
+        close(one, other)
+    with torch.no_grad():
+        close(function(*singles), wanted[0])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (3, 4, 5), (0, 5), (1, 5)])
+def test_linear(shape, biased, faster):
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape), torch.randn(7, 5), *([torch.randn(7)] if biased else [])]
+    compare(linear, F.linear, tensors, torch.randn(*shape[:-1], 7))
+    assert "_product" in faster
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "sliced", "every second"])
+@pytest.mark.parametrize("which", ["x", "weight"])
+def test_linear_of_any_layout(which, layout):
+    torch.manual_seed(0)
+    views = {
+        "rows": lambda x: x,
+        "columns": lambda x: x.t().contiguous().t(),
+        "sliced": lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]],
+        "every second": lambda x: x.repeat_interleave(2, 0)[::2],
+    }
+    x, weight = torch.randn(6, 5), torch.randn(7, 5)
+    if which == "x":
+        x = views[layout](x)
+    else:
+        weight = views[layout](weight)
+    compare(linear, F.linear, [x, weight], torch.randn(6, 7))
+
+
+def test_gradients_that_nobody_wants_are_not_computed():
+    x, weight = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert x.grad is None and weight.grad is not None
+    x.requires_grad_()
+    linear(x, weight.detach()).sum().backward()
+    assert x.grad is not None
+
+
+def test_gradients_of_gradients():
+    x, weight = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    results = []
+    for function in (linear, F.linear):
+        (first,) = torch.autograd.grad(function(x, weight).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), (x, weight)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_groups():
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 3, 16), torch.randn(3, 5, 16)
+    expected = torch.einsum("ngk,gmk->ngm", x.double(), weight.double())
+    got = cpu_products.grouped_products(x, weight)
+    assert got.is_contiguous()
+    close(got, expected)
+    close(cpu_products.grouped_products(x.transpose(0, 1).contiguous().transpose(0, 1), weight), expected)
+
+
+@pytest.mark.parametrize("piece", [1, 40, 2**20])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scored", [False, True])
+def test_attention_of_groups(piece, masked, scored, monkeypatch):
+    monkeypatch.setattr(grouped_attention, "_PIECE", piece)
+    torch.manual_seed(0)
+    n, groups, m, d = 5, 3, 7, 16
+    q, k, v = torch.randn(n, groups, d + scored), torch.randn(groups, m, d), torch.randn(groups, m, d)
+    visible = torch.rand(groups, m) < 0.5 if masked else None
+    if masked:
+        visible[:, 0] = True
+    first = torch.ones(m)
+    first[0] = 0 if scored else 1
+
+    def expected(q, k, v):
+        scores = torch.einsum("ngd,gmd->ngm", q[..., :d], k * first[:, None])
+        if scored:
+            scores = scores + q[..., d:] * (1 - first)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1) if masked else scores.softmax(-1)
+        out = torch.einsum("ngm,gmd->ngd", weights, v * first[:, None])
+        return torch.cat((out, weights[..., :1]), dim=-1) if scored else out
+
+    def ours(q, k, v):
+        return grouped_attention.grouped_attention(q, k * first[:, None], v * first[:, None], visible)
+
+    compare(ours, expected, [q, k, v], torch.randn(n, groups, d + scored))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_attention_with_some_gradients(wanted):
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 2, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)]
+    upstream = torch.randn(5, 2, 16)
+
+    def gradients(*chosen):
+        leaves = [x.clone().requires_grad_(i in chosen) for i, x in enumerate(tensors)]
+        grouped_attention.grouped_attention(*leaves).backward(upstream)
+        return [x.grad for x in leaves]
+
+    every, some = gradients(0, 1, 2), gradients(*wanted)
+    for i, gradient in enumerate(some):
+        assert gradient is None if i not in wanted else torch.equal(gradient, every[i])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_a_null_key(shared, masked, faster):
+    torch.manual_seed(0)
+    b, n, m, heads, d = 2, 5, 7, 3, 16
+    width = d if shared else heads * d
+    tensors = [torch.randn(s) for s in ((b, n, heads * d), (b, m, width), (b, m, width), (d,), (d,))]
+    mask = torch.rand(b, m) < 0.5 if masked else None
+
+    def by(implementation):
+        return lambda *given: null_key_attention(*given, heads=heads, mask=mask, implementation=implementation)
+
+    compare(by("auto"), by("reference"), tensors, torch.randn(b, n, heads * d))
+    assert "grouped_products" in faster
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross_attention(masked, faster):
+    torch.manual_seed(0)
+    b, n, m, c, heads, d, dim = 2, 9, 7, 16, 3, 64, 24
+    width = heads * d
+    shapes = (b, n, dim), (b, m, c), (width, dim), (2 * width, c), (dim, width), (d,), (d,)
+    tensors = [torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes]
+    mask = torch.rand(b, m) < 0.5 if masked else None
+
+    def products(*given):
+        return cross_attention._with_products(*given, heads, mask)
+
+    def keys(*given):
+        return null_key_cross_attention(*given, heads=heads, mask=mask, implementation="reference")
+
+    compare(products, keys, tensors, torch.randn(b, n, dim))
+    assert {"grouped_products", "_product"} <= set(faster)
+
+
+def test_no_batch_at_all():
+    q, kv, null = torch.zeros(0, 4, 32), torch.zeros(0, 3, 16), torch.zeros(16)
+    assert null_key_attention(q, kv, kv, null, null, heads=2).shape == q.shape
+
+
+def test_where_oneDNN_is_not_asked(faster, monkeypatch):
+    x = torch.randn(4, 16)
+    with use_implementation("reference"):
+        linear(x, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, x).dtype == torch.bfloat16
+    with monkeypatch.context() as context:
+        context.setattr(torch.backends.mkldnn, "enabled", False)
+        linear(x, x)
+    linear(x.double(), x.double())
+    torch.func.grad(lambda x: linear(x, x).sum())(x)
+    with monkeypatch.context() as context:
+        context.setattr(torch.jit, "is_tracing", lambda: True)
+        linear(x, x)
+    torch.compile(linear, backend="eager", fullgraph=True)(x, x)
+    monkeypatch.setattr(cpu_products, "_onednn_is_faster", lambda: False)
+    linear(x, x)
+    assert not faster
+
+
+def test_more_scores_than_may_be_kept_are_left_to_the_library(faster, monkeypatch):
+    q, kv, null = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 7, 16), torch.randn(16)
+    monkeypatch.setattr(grouped_attention, "_MOST_KEPT", 2 * 5 * 2 * 8 - 1)
+    null_key_attention(q, kv, kv, null, null, heads=2)
+    assert not faster
+    null_key_attention(q.detach(), kv, kv, null, null, heads=2)
+    assert "grouped_products" in faster
+
+
+def test_another_choice_is_heard(faster):
+    q, kv, null = torch.randn(2, 5, 32), torch.randn(2, 7, 16), torch.randn(16)
+    with dispatch.use_attention("sdpa"):
+        null_key_attention(q, kv, kv, null, null, heads=2)
+    assert not faster
+
+
+def test_the_processor_decides(monkeypatch):
+    # The function itself, which the other tests replace.
+    monkeypatch.undo()
+    found = []
+    for capabilities in (
+        {"avx512_f": True, "cpu_name": "AMD EPYC"},
+        {"avx512_f": False, "cpu_name": "AMD EPYC"},
+        {"avx512_f": True, "cpu_name": "Intel(R) Xeon(R)"},
+        {},
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        found.append(cpu_products._onednn_is_faster.__wrapped__())
+    assert found == [torch.backends.mkl.is_available(), False, False, False]

@@ -37,6 +37,8 @@ def onednn_multiplies(*tensors: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        # Counters and fake tensors know nothing of what oneDNN is called by.
+        and not torch._C._len_torch_dispatch_stack()
         and dispatch.implementation() == "auto"
         and _onednn_is_faster()
         and torch.backends.mkldnn.enabled

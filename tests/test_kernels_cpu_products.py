@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimagen_fast.kernels import (
     cpu_products,
@@ -206,6 +207,8 @@ def test_where_oneDNN_is_not_asked(faster, monkeypatch):
         context.setattr(torch.backends.mkldnn, "enabled", False)
         linear(x, x)
     linear(x.double(), x.double())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        linear(x, x)
     torch.func.grad(lambda x: linear(x, x).sum())(x)
     with monkeypatch.context() as context:
         context.setattr(torch.jit, "is_tracing", lambda: True)

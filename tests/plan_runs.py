@@ -40,7 +40,9 @@ class Loop:
         network = setup.network
         self.imagen, unet = network.imagen()
         assert isinstance(self.imagen, Imagen)
-        self.imagen.accelerate(precision=setup.precision, checkpoint_levels=setup.checkpoint_levels)
+        # The plan counts this attention; some processors have one that keeps more, for speed.
+        settings = {"attention": "sdpa", "checkpoint_levels": setup.checkpoint_levels}
+        self.imagen.accelerate(precision=setup.precision, **settings)
         number = len(self.imagen.unets)
         if ranks.size > 1 and how != "ddp":
             shard(unet, ranks, CPU, how, torch.bfloat16 if setup.gather == 2 else None)

@@ -3,6 +3,7 @@
 import gc
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimagen_fast.ema import EMA
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.kernels import cpu_products
 from minimagen_fast.optimizers import build_optimizer
 from minimagen_fast.parallel import TrainedUnet, shard
 from minimagen_fast.plan_unet import Network
@@ -40,9 +42,7 @@ class Loop:
         network = setup.network
         self.imagen, unet = network.imagen()
         assert isinstance(self.imagen, Imagen)
-        # The plan counts this attention; some processors have one that keeps more, for speed.
-        settings = {"attention": "sdpa", "checkpoint_levels": setup.checkpoint_levels}
-        self.imagen.accelerate(precision=setup.precision, **settings)
+        self.imagen.accelerate(precision=setup.precision, checkpoint_levels=setup.checkpoint_levels)
         number = len(self.imagen.unets)
         if ranks.size > 1 and how != "ddp":
             shard(unet, ranks, CPU, how, torch.bfloat16 if setup.gather == 2 else None)
@@ -72,7 +72,9 @@ class Loop:
 def measured_peak(setup, ranks, how="ddp"):
     """Most bytes that torch's CPU allocator had given out at one time in a training, by torch's profiler."""
     gc.collect()  # what an earlier training left must not be freed in this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    # The plan counts the library's attention; that of some processors keeps more, for speed.
+    library = mock.patch.object(cpu_products, "_onednn_is_faster", return_value=False)
+    with library, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loop = Loop(setup, ranks, how)
         for _ in range(STEPS):
             loop.step()

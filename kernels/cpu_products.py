@@ -60,9 +60,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     tensors = (x, weight) if bias is None else (x, weight, bias)
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     least = _LEAST_WITH_GRADIENTS if gradients else _LEAST_MULTIPLICATIONS
-    if x.numel() * len(weight) < least or not onednn_multiplies(*tensors):
+    enough = x.numel() * weight.shape[0] >= least
+    if not enough or not _fit(x, weight, bias) or not onednn_multiplies(*tensors):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if gradients else _product(x, weight, bias)
+
+
+def _fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the shapes fit together; torch says it more clearly than oneDNN if not, or takes what is broadcast."""
+    return weight.ndim == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

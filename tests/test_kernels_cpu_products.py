@@ -84,6 +84,17 @@ def test_linear_of_any_layout(which, layout):
     compare(linear, F.linear, [x, weight], torch.randn(6, 7))
 
 
+@pytest.mark.parametrize("weight, bias", [((7, 4), None), ((7, 5), (6,)), ((4,), None)])
+def test_shapes_that_do_not_fit_are_refused_as_torch_does(weight, bias, faster):
+    tensors = torch.randn(3, 5), torch.randn(weight), None if bias is None else torch.randn(bias)
+    said = []
+    for function in (linear, F.linear):
+        with pytest.raises(RuntimeError) as refused:
+            function(*tensors)
+        said.append(str(refused.value))
+    assert said[0] == said[1] and not faster
+
+
 def test_gradients_that_nobody_wants_are_not_computed():
     x, weight = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
     linear(x, weight).sum().backward()
@@ -155,6 +166,15 @@ def test_attention_with_some_gradients(wanted):
     every, some = gradients(0, 1, 2), gradients(*wanted)
     for i, gradient in enumerate(some):
         assert gradient is None if i not in wanted else torch.equal(gradient, every[i])
+
+
+def test_gradients_of_results_that_are_one_number_everywhere():
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((5, 2, 16), (2, 7, 16), (2, 7, 16))]
+    out = grouped_attention.grouped_attention(*tensors)
+    expanded, dense = torch.ones(()).expand_as(out), torch.ones_like(out)
+    several = (torch.autograd.grad(out, tensors, upstream, retain_graph=True) for upstream in (expanded, dense))
+    for got, expected in zip(*several, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -18,9 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minimagen_fast.kernels import launch
-
-from .aot_builds import TARGETS, Build, specialise
+from .aot_builds import TARGETS, Build
 
 PROCESSES = 2
 # Of one multiprocessor.
@@ -87,11 +85,6 @@ def compile_build(build: Build) -> Row:
         max(_widths(_STORE, ptx), default=0),
         " ".join(products) or "-",
     )
-
-
-def compile_launch(recorded: launch.Launch, capability: int) -> Row:
-    """What a launch runs on a card."""
-    return compile_build(specialise(recorded, capability))
 
 
 def compile_builds(builds: Iterable[Build], processes: int = PROCESSES) -> Iterator[Row]:

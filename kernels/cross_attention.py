@@ -87,12 +87,13 @@ def _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads,
     value_result = (to_result @ to_value).transpose(0, 1).reshape(-1, heads * (c + 1))
     # The heads, which share their keys, are just more queries of one head.
     q = linear(x, query_key).reshape(b, n * heads, c + 1)
-    visible, context = visible_keys(mask), F.pad(context.to(q.dtype), (0, 0, 1, 0))
-    if not grouped_attention.reasons_against(n * heads, b, context.shape[1], c, q, context):
+    visible, context = visible_keys(mask), context.to(q.dtype)
+    if not grouped_attention.reasons_against(n * heads, b, 1 + context.shape[1], c, q, context):
+        context = F.pad(context, (0, 0, 1, 0))
         visible = None if visible is None else visible[:, 0, 0]
         attended = grouped_attention.grouped_attention(q.transpose(0, 1), context, context, visible).transpose(0, 1)
         return linear(attended.reshape(b, n, heads * (c + 1)), value_result)
-    context = F.pad(context, (0, 1))
+    context = F.pad(context, (0, 1, 1, 0))
     context[:, 0, c] = 1.0
     if q.dtype == torch.float32:
         one_head = q[:, None], context[:, None], context[:, None]

@@ -1,7 +1,8 @@
 """Attention in float32 on a CPU, of groups of queries that share keys, from matrix products of oneDNN.
 
 Where :func:`.cpu_products.onednn_multiplies`, it takes less time than the library's kernel, which multiplies with MKL
-and computes the scores again for the gradients. Without gradients it takes some queries at a time.
+and computes the scores again for the gradients, which are kept here. It takes some groups at a time and, without
+gradients, some queries.
 """
 
 import torch

@@ -134,7 +134,7 @@ _REMEDY = "python -m benchmarks.aot --changed --write"
 # Sides of square images in pixels, and batch sizes: powers of two, and some that are none.
 ALL_SIZES = (
     *itertools.product([2**i for i in range(3, 11)], [2**i for i in range(9)]),
-    *itertools.product((48, 200), (3, 6, 100)),
+    *itertools.product((24, 40, 48, 104, 144, 200), (3, 100)),
 )
 SOME_SIZES = tuple(itertools.product((16, 64, 256), (2, 16)))
 
@@ -150,11 +150,11 @@ UTCMMA and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
 ## The worst of every kernel
 
 All {number} configurations: square images of 8 to 1024 pixels a side in batches of 1 to 256, both powers of two; sides
-of 48 and 200 in batches of 3, 6 and 100; attention with all head widths. The fingerprint is that of a kernel's code and
-of the functions it calls, launches that of its configurations; a test fails when one of the two has changed since. What
-is moved, over the floor, is the operation's that the kernel belongs to, at worst, from [traffic.md](traffic.md):
-counted at small shapes, launched as on an H200; a dash where none of these shapes needs the kernel, or its operation is
-partly a library's.
+of 24, 40, 48, 104, 144 and 200 in batches of 3 and 100; attention with all head widths. The fingerprint is that of a
+kernel's code and of the functions it calls, launches that of its configurations; a test fails when one of the two has
+changed since. What is moved, over the floor, is the operation's that the kernel belongs to, at worst, from
+[traffic.md](traffic.md): counted at small shapes, launched as on an H200; a dash where none of these shapes needs the
+kernel, or its operation is partly a library's.
 
 {overview}
 ## Representative configurations

@@ -117,7 +117,7 @@ def _check_bias(bias: torch.Tensor, scores: tuple[int, ...]) -> None:
         raise ValueError(f"bias must be broadcastable to (b, heads, n, 1 + m), {scores}; got {tuple(bias.shape)}")
 
 
-def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation) -> dict[str, list[str]]:
+def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation) -> dict[str, dispatch.Reasons]:
     """Implementations, best first, and why each cannot do the job."""
     tensors = (q, k, v, null_key, null_value)
     dim_head = q.shape[2] // heads
@@ -142,7 +142,8 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         "matmul": lambda: _matmul_reasons(q, k, v, heads),
         "xformers": lambda: xformers_reasons(q, mask),
     }
-    return {**{name: biased + reasons[name]() for name in order}, "reference": []}
+    # Looked for as they are asked for: most calls end with the first that can do the job.
+    return {**{name: lambda name=name: biased + reasons[name]() for name in order}, "reference": []}
 
 
 def visible_keys(mask: torch.Tensor | None) -> torch.Tensor | None:

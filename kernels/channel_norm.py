@@ -154,8 +154,13 @@ def channel_layer_norm(
             f"gain must have shape ({c},) or (1, {c}, 1, 1) for x of shape {tuple(x.shape)}; got {tuple(gain.shape)}"
         )
     check_arguments(x, gain, residual, eps)
-    reasons = dispatch.triton_reasons(x, gain, residual)
-    if not 0 < c <= MAX_CHANNELS:
-        reasons.append(f"it takes images of 1 to {MAX_CHANNELS} channels, not {c}")
-    choice = dispatch.select("channel_layer_norm", {"triton": reasons, "reference": []}, x.device, implementation)
+    candidates = {"triton": lambda: _triton_reasons(x, gain, residual), "reference": []}
+    choice = dispatch.select("channel_layer_norm", candidates, x.device, implementation)
     return (_channel_layer_norm if choice == "triton" else _reference)(x, gain, residual, eps, gelu)
+
+
+def _triton_reasons(x: torch.Tensor, gain: torch.Tensor, residual: torch.Tensor | None) -> list[str]:
+    reasons = dispatch.triton_reasons(x, gain, residual)
+    if not 0 < x.shape[1] <= MAX_CHANNELS:
+        reasons.append(f"it takes images of 1 to {MAX_CHANNELS} channels, not {x.shape[1]}")
+    return reasons

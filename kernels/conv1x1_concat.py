@@ -36,13 +36,14 @@ def conv1x1_concat(
     _check(x, skip, weight, bias)
     b, c1, h, w = x.shape
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        first = F.conv2d(x, weight[:, :c1], bias)
-        return torch.add(first, F.conv2d(skip, weight[:, c1:]), alpha=skip_scale)
-    weight = weight.flatten(1)
-    first = linear(_rows(x), weight[:, :c1], bias)
+        to_x, to_skip = weight.split((c1, skip.shape[1]), dim=1)
+        return torch.add(F.conv2d(x, to_x, bias), F.conv2d(skip, to_skip), alpha=skip_scale)
+    to_x, to_skip = weight.flatten(1).split((c1, skip.shape[1]), dim=1)
+    first = linear(_rows(x), to_x, bias)
     # Autocast does not reach what works in place: the first product has the dtype that it chose.
-    to_skip, skip_rows = (factor.to(first.dtype) for factor in (weight[:, c1:], _rows(skip)))
-    out = first.addmm_(skip_rows, to_skip.t(), alpha=skip_scale)
+    # The weight is scaled, not the product: its gradient is the smaller one to scale, too.
+    to_skip, skip_rows = (factor.to(first.dtype) for factor in (to_skip * skip_scale, _rows(skip)))
+    out = first.addmm_(skip_rows, to_skip.t())
     return out.view(b, h, w, -1).permute(0, 3, 1, 2)
 
 

@@ -31,19 +31,8 @@ def _onednn_is_faster() -> bool:
 
 
 def onednn_multiplies(*tensors: torch.Tensor) -> bool:
-    """Whether products of these tensors are oneDNN's: not under autocast, and not where torch transforms or traces."""
-    return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        # Counters and fake tensors know nothing of what oneDNN is called by.
-        and not torch._C._len_torch_dispatch_stack()
-        and dispatch.implementation() == "auto"
-        and _onednn_is_faster()
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
-    )
+    """Whether products of these tensors are oneDNN's."""
+    return dispatch.is_eager_float32_on_cpu(*tensors) and torch.backends.mkldnn.enabled and _onednn_is_faster()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ for a block of code, an operation's ``implementation`` argument for one call.
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -23,7 +23,8 @@ ENVIRONMENT_VARIABLE = "MINIMAGEN_FAST_KERNELS"
 OLDEST_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Reasons = Sequence[str]
+# Why a job cannot be done, or a function that finds it out when it is asked for.
+Reasons = Sequence[str] | Callable[[], Sequence[str]]
 
 
 def _checked(name: str, source: str) -> str:
@@ -77,6 +78,23 @@ def as_now() -> AbstractContextManager[None]:
     return _use(_implementation.value, _attention.value)
 
 
+def is_eager_float32_on_cpu(*tensors: torch.Tensor) -> bool:
+    """Whether torch runs float32 on a CPU, one operator after the other, and each may be left to what is faster there.
+
+    Not so under autocast, nor where torch transforms or traces what is run, or counts it.
+    """
+    return (
+        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        # Counters and fake tensors.
+        and not torch._C._len_torch_dispatch_stack()
+        and implementation() == "auto"
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def attention_override(override: str | None) -> str | None:
     """A call's ``implementation`` of attention: what is given, else what :func:`use_attention` says."""
     return _attention.value if override is None else override
@@ -100,18 +118,23 @@ def select(operation: str, candidates: Mapping[str, Reasons], device: torch.devi
     """
     choice = implementation(override)
     if choice in candidates:
-        if candidates[choice]:
+        if reasons := _found(candidates[choice]):
             raise ValueError(
-                f"implementation {choice!r} of {operation} cannot be used here: {'; '.join(candidates[choice])}."
+                f"implementation {choice!r} of {operation} cannot be used here: {'; '.join(reasons)}."
                 " Choose 'auto', or change what is said"
             )
         return choice
+    on_cuda = device.type == "cuda"
     # Triton's interpreter is for those who ask for it: it takes thousands of times as long.
-    usable = (name for name, reasons in candidates.items() if not reasons)
-    chosen = next(name for name in usable if name != "triton" or device.type == "cuda")
-    if device.type == "cuda" and candidates.get("triton"):
-        _warn_once(f"{operation} runs as {chosen!r}, not as a Triton kernel: {'; '.join(candidates['triton'])}")
+    possible = (name for name in candidates if name != "triton" or on_cuda)
+    chosen = next(name for name in possible if not _found(candidates[name]))
+    if on_cuda and chosen != "triton" and (reasons := _found(candidates.get("triton", ()))):
+        _warn_once(f"{operation} runs as {chosen!r}, not as a Triton kernel: {'; '.join(reasons)}")
     return chosen
+
+
+def _found(reasons: Reasons) -> Sequence[str]:
+    return reasons() if callable(reasons) else reasons
 
 
 def _warn_once(message: str) -> None:

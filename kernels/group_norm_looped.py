@@ -261,6 +261,9 @@ def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: 
     config = _config(operands)
     if _unaligned(operands):
         config["num_warps"] = 4
+    if operands.skip is not None and config["BLOCK_P"] <= 32:
+        # Many short lines in two images: their addresses need the registers of more threads.
+        config["num_warps"] = max(config["num_warps"], 8)
     run_forward(_forward_kernel, config, operands, y, statistics, eps)
 
 

@@ -13,9 +13,9 @@ from .launch import tl, triton
 # Bytes of a group, both sides rounded up to powers of two, and of it for each thread of a program, such that what both
 # directions keep of each value stays in registers: forward one float32, backward two, and per channel some vectors.
 LARGEST_TILE, BYTES_PER_THREAD = 32768, 32
-# Values of a tile in NCHW memory with more pixels than the images, where each value has an address of its own; of one
-# that is read from two images.
-LARGEST_PADDED_PLANES, LARGEST_PADDED_PAIR = 8192, 4096
+# Values of a tile with more pixels than the images: in NCHW memory, where each value has an address of its own, and, of
+# these, of one with many channels or read from two images; in channels_last memory of one with many channels.
+LARGEST_PADDED_PLANES, LARGEST_PADDED_PAIR, LARGEST_PADDED_ROWS = 8192, 4096, 8192
 
 
 def tile(pixels: int, group_width: int) -> tuple[int, int]:
@@ -30,10 +30,12 @@ def padded(operands: Operands) -> bool:
 
 def fits(operands: Operands) -> bool:
     """Whether a group fits into one program."""
-    largest = LARGEST_TILE
+    largest, width = LARGEST_TILE, operands.x.element_size()
     if padded(operands) and not operands.channels_last:
-        values = LARGEST_PADDED_PLANES if operands.skip is None else LARGEST_PADDED_PAIR
-        largest = min(largest, values * operands.x.element_size())
+        few = operands.skip is not None or operands.group_width > 128
+        largest = min(largest, (LARGEST_PADDED_PAIR if few else LARGEST_PADDED_PLANES) * width)
+    elif padded(operands) and operands.group_width > 256:
+        largest = min(largest, LARGEST_PADDED_ROWS * width)
     return size(operands) <= largest
 
 

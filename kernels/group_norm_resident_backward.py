@@ -208,6 +208,27 @@ def _chunks(operands: Operands, dy: torch.Tensor) -> int:
     return programs.shared_out(operands.batch, programs.affordable(moved, weights + sums))
 
 
+def _warps(operands: Operands, single: bool) -> int:
+    """Warps of a program that computes one sample, or several.
+
+    A thread of 8 warps may have 255 registers, of 16 half as many, of 32 a quarter: where half as many threads have
+    twice as many values each, there are more registers for sums, or for the addresses of many short lines. Found by
+    compiling ahead of time, for images of all sides that are multiples of 8.
+    """
+    masked, modulated, planes = padded(operands), operands.scale is not None, not operands.channels_last
+    wide, half = operands.group_width > 128, operands.x.element_size() == 2
+    few = masked and (planes or not half and not wide)
+    warps = config(operands, 8 if few else 32 if planes else 16)["num_warps"]
+    if masked and modulated and planes and half and warps < 8:
+        return 2 * warps
+    # Masks beside a modulation need registers too, masks alone the threads.
+    short = not planes and operands.group_width <= 16 and (not masked or modulated)
+    full = not planes and masked and modulated and not wide and size(operands) == LARGEST_TILE
+    if (warps > 8 and (short or full)) or (warps > 4 and not single):
+        return warps // 2
+    return warps
+
+
 def backward(
     operands: Operands,
     dy: torch.Tensor,
@@ -219,16 +240,7 @@ def backward(
     # One for no samples at all, whose sums are zero.
     chunks = max(_chunks(operands, dy), 1)
     single = chunks == operands.batch
-    masked = padded(operands)
-    few = masked and (operands.x.element_size() == 4 or not operands.channels_last)
-    options = config(operands, 8 if few else 16 if operands.channels_last else 32)
-    # A thread of 8 warps may have 255 registers, of 16 half as many, of 32 a quarter: where half as many threads have
-    # twice as many values each, there are more registers for sums, or for the addresses of many short lines.
-    short = operands.channels_last and operands.group_width <= 16 and options["num_warps"] > 8
-    # Masks beside a modulation need them too, masks alone the threads.
-    short = short and (not masked or operands.scale is not None)
-    if short or (not single and options["num_warps"] > 4):
-        options["num_warps"] //= 2
+    options = {**config(operands, 32), "num_warps": _warps(operands, single)}
     (dweight, dbias, *rest), partials = vectors, None
     if chunks > 1 and (dweight is not None or dbias is not None):
         partials = statistics.new_empty((chunks, 2, operands.channels))

@@ -26,6 +26,7 @@ from . import (
     launch,
 )
 from .group_norm_tiles import Operands, empty_like, memory_format
+from .modulated_silu import modulated_silu
 
 # In channels_last memory groups of other widths than multiples of this are not read one by one, but in blocks of
 # channels that can be: they would come element by element, and each would fetch its neighbours. Up to so many elements
@@ -54,6 +55,8 @@ def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, sil
     else:
         # Unlike torch.nn.functional's, this takes a single value per group.
         x = torch.group_norm(x, groups, weight, bias, eps)
+    if scale is not None and silu:
+        return modulated_silu(x, scale, shift).to(dtype)
     if scale is not None:
         x = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None] + 1)
     if silu:
@@ -186,7 +189,7 @@ def group_norm_silu(
     _check(x, weight, bias, groups, scale, shift, skip)
     choice = dispatch.select(
         "group_norm_silu",
-        {"triton": _triton_reasons(x, skip, weight, bias, scale, shift), "reference": []},
+        {"triton": lambda: _triton_reasons(x, skip, weight, bias, scale, shift), "reference": []},
         x.device,
         implementation,
     )

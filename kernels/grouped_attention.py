@@ -64,7 +64,7 @@ def grouped_attention(
 def _pieces(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
     """Groups by the few."""
     (n, groups, _), m = q.shape, k.shape[1]
-    few = max(_PIECE // max(n * m, 1), 1)
+    few = max(round(_PIECE / max(n * m, 1)), 1)
     return [slice(first, first + few) for first in range(0, groups, few)]
 
 

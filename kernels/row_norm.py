@@ -115,8 +115,13 @@ def layer_norm(
             f"gain must have shape (c,) for x of shape (..., c); got {tuple(gain.shape)} for {tuple(x.shape)}"
         )
     check_arguments(x, gain, residual, eps)
+    candidates = {"triton": lambda: _triton_reasons(x, gain, residual), "reference": []}
+    choice = dispatch.select("layer_norm", candidates, x.device, implementation)
+    return (_layer_norm if choice == "triton" else _reference)(x, gain, residual, eps)
+
+
+def _triton_reasons(x: torch.Tensor, gain: torch.Tensor, residual: torch.Tensor | None) -> list[str]:
     reasons = dispatch.triton_reasons(x, gain, residual)
     if not 0 < x.shape[-1] <= MAX_WIDTH:
         reasons.append(f"it takes rows of 1 to {MAX_WIDTH} values, not {x.shape[-1]}")
-    choice = dispatch.select("layer_norm", {"triton": reasons, "reference": []}, x.device, implementation)
-    return (_layer_norm if choice == "triton" else _reference)(x, gain, residual, eps)
+    return reasons

@@ -23,6 +23,7 @@ from .layers import (
     TransformerBlock,
     Upsample,
     _OverPixels,
+    has_plain_time_mlp,
 )
 from .t5 import MAX_LENGTH, get_encoded_dim
 
@@ -350,7 +351,7 @@ class Unet(nn.Module):
             raise ValueError(f"keep_text must have shape {tuple(time.shape)}, got {tuple(keep_text.shape)}")
         t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
         t, c = self._text_condition(text_embeds, cond_drop_prob, keep_text, text_mask, t, time_tokens)
-        return self.denoise(x, lowres_cond_img, itertools.repeat({"time_emb": t, "cond": c}))
+        return self.denoise(x, lowres_cond_img, self._block_conditions(t, c))
 
     def denoise(
         self, x: torch.Tensor, lowres_cond_img: torch.Tensor | None, conditions: Iterable[BlockCondition]
@@ -399,6 +400,17 @@ class Unet(nn.Module):
             x = upsample(run_block(level, attn_block, x))
 
         return self.final_conv(run_block(0, self.final_res_block, x, **next(given)))
+
+    def _block_conditions(self, t: torch.Tensor, c: torch.Tensor) -> Iterable[BlockCondition]:
+        """What each block is told of conditioning (b, time_cond_dim) and tokens (b, k, cond_dim)."""
+        blocks = self.resnet_blocks
+        if t.device.type != "cpu" or not all(map(has_plain_time_mlp, blocks)):
+            return itertools.repeat({"time_emb": t, "cond": c})
+        # One product for all, where calls cost more than to copy the weights.
+        layers = [block.time_mlp[1] for block in blocks]
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        rows = F.linear(F.silu(t), weight, bias).split([layer.out_features for layer in layers], dim=1)
+        return [{"scale_shift": row, "cond": c} for row in rows]
 
     @property
     def resnet_blocks(self) -> list[ResnetBlock]:

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .kernels.cross_attention import keys_are_worth_keeping
-from .layers import CrossAttention, ResnetBlock, _OverPixels
-from .plain import is_plain, is_plain_sequence
+from .layers import CrossAttention, _OverPixels, has_plain_time_mlp
+from .plain import is_plain
 from .Unet import BlockCondition, Unet
 
 
 def can_be_conditioned_ahead(block: Any) -> bool:
     """Whether :class:`Conditions` can stand in for what a block does with time and text: not if that was replaced."""
-    if not is_plain(block, ResnetBlock) or not is_plain_sequence(block.time_mlp, nn.SiLU, nn.Linear):
+    if not has_plain_time_mlp(block):
         return False
     attention = block.cross_attn
     return attention is None or (is_plain(attention, _OverPixels) and is_plain(attention.fn, CrossAttention))

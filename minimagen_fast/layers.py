@@ -147,15 +147,16 @@ class Block(nn.Module):
 
         Args:
             x: Images.
-            scale_shift: Scale and shift of the normalised images, shape (b, dim, 1, 1) each: x * (scale + 1) + shift.
+            scale_shift: Scale and shift of the normalised images, x * (scale + 1) + shift: both of shape (b, dim, 1, 1)
+                or both (b, dim).
             skip: More channels of the images, which come after those of ``x``; together they are ``dim``.
             skip_scale: Factor of ``skip``.
         """
         scale, shift = scale_shift if exists(scale_shift) else (None, None)
         if is_plain(self.groupnorm, nn.GroupNorm) and is_plain(self.activation, nn.SiLU):
             norm = self.groupnorm
-            if exists(scale_shift):
-                scale, shift = (by_channel.flatten(1) for by_channel in scale_shift)
+            if exists(scale_shift) and scale.ndim > 2:
+                scale, shift = scale.flatten(1), shift.flatten(1)
             x = group_norm_silu(
                 x,
                 norm.weight,
@@ -172,6 +173,7 @@ class Block(nn.Module):
             x = torch.cat((x, skip * skip_scale), dim=1)
         x = self.groupnorm(x)
         if exists(scale):
+            scale, shift = (rows if rows.ndim > 2 else rows[:, :, None, None] for rows in (scale, shift))
             x = x * (scale + 1) + shift
         return self.project(self.activation(x))
 
@@ -464,13 +466,22 @@ class ResnetBlock(nn.Module):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")
             given = {"keys_values": keys_values} if exists(keys_values) else {}
             h = _plus_residual(self.cross_attn, h, residual=h, context=cond, **given)
-        by_channel = rearrange(scale_shift, "b c -> b c 1 1").chunk(2, dim=1) if exists(scale_shift) else None
-        h = self.block2(h, scale_shift=by_channel)
+        if exists(scale_shift):
+            # As the original hands them over, for whatever stands in for the block.
+            rows = scale_shift if is_plain(self.block2, Block) else scale_shift[:, :, None, None]
+            h = self.block2(h, scale_shift=rows.chunk(2, dim=1))
+        else:
+            h = self.block2(h)
         if not exists(skip):
             return h + self.res_conv(x)
         if is_plain(self.res_conv, nn.Conv2d) and self.res_conv.kernel_size == (1, 1):
             return h + conv1x1_concat(x, skip, self.res_conv.weight, self.res_conv.bias, skip_scale=skip_scale)
         return h + self.res_conv(torch.cat((x, skip * skip_scale), dim=1))
+
+
+def has_plain_time_mlp(block: nn.Module) -> bool:
+    """Whether others may make a block's ``scale_shift`` of its ``time_mlp``'s weights: not if anything was replaced."""
+    return is_plain(block, ResnetBlock) and is_plain_sequence(block.time_mlp, nn.SiLU, nn.Linear)
 
 
 class SinusoidalPosEmb(nn.Module):

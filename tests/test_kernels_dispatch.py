@@ -43,6 +43,21 @@ def test_a_choice_that_cannot_be_honoured_is_refused_with_every_reason():
         dispatch.select("op", {"triton": ["too wide", "too long"], "reference": []}, CUDA, "triton")
 
 
+def test_reasons_are_looked_for_when_they_are_asked_for():
+    asked = []
+
+    def reasons(*found):
+        return lambda: asked.append(found) or found
+
+    candidates = {"triton": reasons("too wide"), "sdpa": reasons(), "sdpa_merge": reasons("too long"), "reference": []}
+    assert dispatch.select("op", candidates, CPU) == "sdpa"
+    assert asked == [()]
+    with pytest.raises(ValueError, match="'sdpa_merge' of op cannot be used here: too long"):
+        dispatch.select("op", candidates, CPU, "sdpa_merge")
+    with pytest.warns(UserWarning, match="op runs as 'sdpa', not as a Triton kernel: too wide"):
+        assert dispatch.select("op", candidates, CUDA) == "sdpa"
+
+
 def test_a_choice_for_attention_leaves_other_operations_alone():
     with use_implementation("xformers"):
         assert dispatch.select("op", {"triton": [], "reference": []}, CUDA) == "triton"

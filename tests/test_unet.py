@@ -1,8 +1,13 @@
 """The U-Net beyond the golden vectors: sizes that work, sizes that are refused, dtypes, channels, text lengths."""
 
+import copy
+from contextlib import contextmanager
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from minimagen_fast.layers import ResnetBlock
 from minimagen_fast.Unet import BaseTest, Super, SuperTest, Unet
 
 TINY = dict(dim=8, dim_mults=(1, 2), layer_attns=False, layer_cross_attns=False)
@@ -20,6 +25,15 @@ def _inputs(unet, batch=2, side=16, words=5, dtype=torch.float32):
         inputs["lowres_cond_img"] = torch.randn(batch, unet.channels, side, side, dtype=dtype)
         inputs["lowres_noise_times"] = torch.randint(0, 1000, (batch,))
     return inputs
+
+
+@contextmanager
+def monitored_products():
+    """Numbers of rows of the weights that torch.nn.functional.linear is called with."""
+    rows, linear = [], F.linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "linear", lambda x, weight, *args: rows.append(len(weight)) or linear(x, weight, *args))
+        yield rows
 
 
 @pytest.mark.parametrize(
@@ -206,3 +220,34 @@ def test_lists_stand_for_tuples():
     lists = dict(dim_mults=[1, 2], num_resnet_blocks=[1, 2], layer_attns=[False, True], layer_cross_attns=[True, False])
     unet = Unet(dim=8, **lists)
     assert unet(**_inputs(unet)).shape == (2, 3, 16, 16)
+
+
+def test_scales_and_shifts_of_all_blocks_are_one_product_unless_a_block_makes_its_own():
+    torch.manual_seed(1)
+    unet = Unet(**TINY)
+    inputs, upstream = _inputs(unet), torch.randn(2, 3, 16, 16)
+    called, blocks = [], unet.resnet_blocks
+
+    def run():
+        unet.zero_grad()
+        out = unet(**inputs)
+        out.backward(upstream)
+        return [out.detach(), *(parameter.grad for parameter in unet.parameters() if parameter.grad is not None)]
+
+    def remember(layer, args, out):
+        called.append(layer)
+
+    hook = blocks[0].time_mlp.register_forward_hook(remember)
+    apart = run()
+    hook.remove()
+    assert called == [blocks[0].time_mlp]
+    with monitored_products() as products:
+        together = run()
+    assert sum(rows == sum(block.time_mlp[1].out_features for block in blocks) for rows in products) == 1
+    assert len(apart) == len(together)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    # A block that is none of ours takes what the original hands over.
+    changed = copy.deepcopy(unet)
+    changed.mid_block1.__class__ = type("Derived", (ResnetBlock,), {})
+    torch.testing.assert_close(changed(**inputs), together[0], rtol=1e-4, atol=1e-5)

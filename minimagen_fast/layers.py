@@ -481,7 +481,9 @@ class ResnetBlock(nn.Module):
 
 def has_plain_time_mlp(block: nn.Module) -> bool:
     """Whether others may make a block's ``scale_shift`` of its ``time_mlp``'s weights: not if anything was replaced."""
-    return is_plain(block, ResnetBlock) and is_plain_sequence(block.time_mlp, nn.SiLU, nn.Linear)
+    if not is_plain(block, ResnetBlock) or not is_plain_sequence(block.time_mlp, nn.SiLU, nn.Linear):
+        return False
+    return exists(block.time_mlp[1].bias)
 
 
 class SinusoidalPosEmb(nn.Module):

@@ -251,3 +251,13 @@ def test_scales_and_shifts_of_all_blocks_are_one_product_unless_a_block_makes_it
     changed = copy.deepcopy(unet)
     changed.mid_block1.__class__ = type("Derived", (ResnetBlock,), {})
     torch.testing.assert_close(changed(**inputs), together[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_without_a_bias_makes_its_own_scale_and_shift():
+    torch.manual_seed(1)
+    unet = Unet(**TINY)
+    inputs, layer = _inputs(unet), unet.mid_block1.time_mlp[1]
+    torch.nn.init.zeros_(layer.bias)
+    expected = unet(**inputs)
+    layer.bias = None
+    torch.testing.assert_close(unet(**inputs), expected, rtol=1e-4, atol=1e-5)

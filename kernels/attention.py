@@ -48,15 +48,15 @@ def null_key_attention(
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:
-        Attended values, shape (b, n, heads * d), dtype of ``q``.
+        Attended values, shape (b, n, heads * d), dtype of ``q``; under autocast, unless q, k or v is float64, that of
+        autocast, to which all three are cast.
 
     In float16 the gradients of the scores, softmax times (grad v - grad out), are float16 as well, here as in the
     libraries. Where one is beyond 65504, gradients of q and k are infinite or NaN, which loss scaling notices.
     bfloat16 and float32 have no such limit.
 
     Raises:
-        TypeError: if a tensor is not of a floating-point type, or q, k and v are of several and autocast is off. Under
-            autocast they are then cast to its dtype.
+        TypeError: if a tensor is not of a floating-point type, or q, k and v are of several and not cast.
         ValueError: if the shapes do not fit together, or an implementation was asked for that cannot do the job.
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("null_key", null_key), ("null_value", null_value)):
@@ -94,16 +94,17 @@ def null_key_attention(
 
 
 def _of_one_dtype(q, k, v):
-    if q.dtype == k.dtype == v.dtype:
-        return q, k, v
-    # Autocast casts the operators of torch, and leaves float64 alone.
-    if torch.float64 in (q.dtype, k.dtype, v.dtype) or not _is_autocast(q.device.type):
+    dtypes = {q.dtype, k.dtype, v.dtype}
+    if _is_autocast(q.device.type) and torch.float64 not in dtypes:
+        # As autocast does for torch's own attention; it leaves float64 alone.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    if len(dtypes) > 1:
         name, other = ("k", k) if k.dtype != q.dtype else ("v", v)
         raise TypeError(
             f"{name} must have the dtype of q, {q.dtype}; got {other.dtype}: convert one of the two, or use autocast"
         )
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
 
 
 def _is_autocast(device_type: str) -> bool:

@@ -69,6 +69,10 @@ def _attention_with_values_in_float32(x, project, null_key, null_value):
     return null_key_attention(q, q.flip(1), x, null_key, null_value, heads=HEADS)
 
 
+def _attention_in_float32(x, project, null_key, null_value):
+    return null_key_attention(x, F.linear(x, project).float(), x.flip(1), null_key, null_value, heads=HEADS)
+
+
 def _cross_attention(x, project, null_key, null_value):
     to_kv = torch.cat((project.flip(0), project.flip(1)))
     return null_key_cross_attention(x, x[:, :5], project, to_kv, project, null_key, null_value, heads=HEADS)
@@ -96,6 +100,7 @@ FAMILIES = {
     _attention: lambda: _tokens() | _null(),
     _attention_with_shared_keys: lambda: _tokens() | _null(),
     _attention_with_values_in_float32: lambda: _tokens() | _null(),
+    _attention_in_float32: lambda: _tokens() | _null(),
     _cross_attention: lambda: _tokens() | _null(),
     _conv1x1_concat: lambda: _images() | {"weight": randn("w", 16, 2 * DIM, 1, 1), "bias": randn("bias", 16)},
 }

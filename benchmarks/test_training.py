@@ -8,7 +8,7 @@ import torch
 
 from minimagen_fast.quickstart_training import Recipe
 
-from .denoisers import NETWORKS, Network
+from .denoisers import NETWORKS
 from .harness import CLOCK, Plan
 from .imagens import EAGER, ORIGINAL_COMPILED, ImagenVariant, beside_original
 from .results import Identity
@@ -40,17 +40,36 @@ def _calls(profile: str, device: str) -> list[tuple[str, int, tuple[ImagenVarian
     return calls
 
 
+def _plan(
+    name: str,
+    batch: int,
+    variant: ImagenVariant,
+    priority: int,
+    device: torch.device,
+    *,
+    suffix: str = "",
+    threads: int | None = None,
+) -> Plan:
+    network = NETWORKS[name]
+
+    def prepared(variant: ImagenVariant):
+        return functools.partial(prepare, network, variant, batch, threads=threads)
+
+    identity = Identity("training", name, "both", network.shape(batch) + suffix, "float32", variant.name)
+    beside = beside_original(variant, device, prepared)
+    return Plan(identity, prepared(variant), priority, variant.seconds(device), beside)
+
+
 def plans(profile: str, device: torch.device) -> Iterator[Plan]:
     for name, batch, variants, priority in _calls(profile, device.type):
-        network = NETWORKS[name]
         for variant in variants:
-            identity = Identity("training", name, "both", network.shape(batch), "float32", variant.name)
-
-            def prepared(variant: ImagenVariant, network: Network = network, batch: int = batch):
-                return functools.partial(prepare, network, variant, batch)
-
-            beside = beside_original(variant, device, prepared)
-            yield Plan(identity, prepared(variant), priority, variant.seconds(device), beside)
+            yield _plan(name, batch, variant, priority, device)
+    if device.type == "cpu" and profile != "smoke":
+        # As the quickstart trains it most of the time: beside the other U-Net, which has the other half.
+        half = max(1, torch.get_num_threads() // 2)
+        for variant in EAGER["cpu"][:2]:
+            batch = Recipe().batch_sizes[0]
+            yield _plan("quickstart-base@16", batch, variant, 0, device, suffix="-half-the-threads", threads=half)
 
 
 def test_training(plan, harness, benchmark):

@@ -1,7 +1,8 @@
 """A step of training as documented, as a case: data loader, ``Imagen.forward``, backward, optimizer."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any
 
@@ -50,6 +51,7 @@ class _Loop:
         batch_size: Pictures of a step.
         device: Where.
         steps: How many steps there are pictures for.
+        threads: How many threads a step may use; as many as torch does, if not given.
 
     Attributes:
         imagen: The smallest cascade that has this network.
@@ -57,8 +59,16 @@ class _Loop:
         waited: Seconds for which each step waited for its pictures.
     """
 
-    def __init__(self, network: Network, variant: ImagenVariant, batch_size: int, device: torch.device, steps: int):
-        self._variant, self._device = variant, device
+    def __init__(
+        self,
+        network: Network,
+        variant: ImagenVariant,
+        batch_size: int,
+        device: torch.device,
+        steps: int,
+        threads: int | None = None,
+    ):
+        self._variant, self._device, self._threads = variant, device, threads
         cascade = stage(network)
         self._number = len(cascade)
         self.imagen = variant.imagen(cascade, device, timesteps=1000)
@@ -98,6 +108,10 @@ class _Loop:
 
     def step(self) -> float:
         """Seconds of a step, from asking for its pictures to the end of the optimizer's work."""
+        with _threads(self._threads):
+            return self._timed()
+
+    def _timed(self) -> float:
         started = time.perf_counter()
         batch = self.next_batch()
         self.waited.append(time.perf_counter() - started)
@@ -107,10 +121,25 @@ class _Loop:
         return time.perf_counter() - started
 
 
-def prepare(network: Network, variant: ImagenVariant, batch_size: int, context: Context) -> Prepared:
-    """A training loop, ready to be checked and timed step by step; used for the ablation, too."""
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if number is None else number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prepare(
+    network: Network, variant: ImagenVariant, batch_size: int, context: Context, threads: int | None = None
+) -> Prepared:
+    """A training loop, ready to be checked and timed step by step; used for the ablation, too.
+
+    On a part of the threads there is no floor: the ceilings are those of all.
+    """
     device, rounds = context.device, 2 * context.profile.min_rounds
-    loop = _Loop(network, variant, batch_size, device, rounds + WARM_UP_STEPS + 2)
+    loop = _Loop(network, variant, batch_size, device, rounds + WARM_UP_STEPS + 2, threads)
     batch = loop.next_batch()
     dtype = variant.dtype(loop.imagen)
     rate = convolution_rate(dtype, device.type == "cuda")
@@ -127,11 +156,12 @@ def prepare(network: Network, variant: ImagenVariant, batch_size: int, context: 
 
     def more(samples: Sequence[float]) -> dict[str, Any]:
         percentiles = quantiles(samples, n=100, method="inclusive")
+        mfu = {} if threads else {"mfu": share_of_matrix_rate(flops, median(samples), rate, context.ceilings)}
         return {
+            **mfu,
             "images_per_second": batch_size / median(samples),
             "step_seconds": {f"p{p}": percentiles[p - 1] for p in (50, 90, 99)},
             "data_wait_share": sum(loop.waited) / sum(samples),
-            "mfu": share_of_matrix_rate(flops, median(samples), rate, context.ceilings),
             "saved_bytes_per_image": saved_bytes(lambda: loop.loss(batch), loop.imagen.unets[-1]) / batch_size,
         }
 
@@ -143,7 +173,9 @@ def prepare(network: Network, variant: ImagenVariant, batch_size: int, context: 
         count_launches=True,
         bytes=floor.bytes + optimizer,
         flops=flops,
-        floor=Floor(
+        floor=None
+        if threads
+        else Floor(
             floor.seconds + optimizer_seconds,
             {**floor.by_family, "optimizer": optimizer_seconds},
             floor.bytes + optimizer,

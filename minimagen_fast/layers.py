@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -479,7 +480,7 @@ class ResnetBlock(nn.Module):
         return h + self.res_conv(torch.cat((x, skip * skip_scale), dim=1))
 
 
-def has_plain_time_mlp(block: nn.Module) -> bool:
+def has_plain_time_mlp(block: Any) -> bool:
     """Whether others may make a block's ``scale_shift`` of its ``time_mlp``'s weights: not if anything was replaced."""
     if not is_plain(block, ResnetBlock) or not is_plain_sequence(block.time_mlp, nn.SiLU, nn.Linear):
         return False

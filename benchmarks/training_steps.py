@@ -102,16 +102,13 @@ class _Loop:
         return loss.detach()
 
     def update(self, batch: dict[str, torch.Tensor]) -> None:
-        self.gradients(batch)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        with _threads(self._threads):
+            self.gradients(batch)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> float:
         """Seconds of a step, from asking for its pictures to the end of the optimizer's work."""
-        with _threads(self._threads):
-            return self._timed()
-
-    def _timed(self) -> float:
         started = time.perf_counter()
         batch = self.next_batch()
         self.waited.append(time.perf_counter() - started)

@@ -32,6 +32,8 @@ NUM_TIME_TOKENS = 2
 RESNET_GROUPS = 8
 SKIP_CONNECT_SCALE = 2**-0.5
 T5_SMALL_DIM = get_encoded_dim("t5_small")
+# Weights up to which to copy those of all blocks side by side, for one product, costs less than a product for each.
+_MOST_JOINED = 2**21
 
 
 def _per_level(name: str, value: Any, levels: int) -> tuple:
@@ -404,13 +406,13 @@ class Unet(nn.Module):
     def _block_conditions(self, t: torch.Tensor, c: torch.Tensor) -> Iterable[BlockCondition]:
         """What each block is told of conditioning (b, time_cond_dim) and tokens (b, k, cond_dim)."""
         blocks = self.resnet_blocks
-        if t.device.type != "cpu" or not all(map(has_plain_time_mlp, blocks)):
-            return itertools.repeat({"time_emb": t, "cond": c})
-        # One product for all, where calls cost more than to copy the weights.
-        layers = [block.time_mlp[1] for block in blocks]
-        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-        rows = F.linear(F.silu(t), weight, bias).split([layer.out_features for layer in layers], dim=1)
-        return [{"scale_shift": row, "cond": c} for row in rows]
+        if t.device.type == "cpu" and all(map(has_plain_time_mlp, blocks)):
+            layers = [block.time_mlp[1] for block in blocks]
+            if sum(layer.weight.numel() for layer in layers) <= _MOST_JOINED:
+                weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+                rows = F.linear(F.silu(t), weight, bias).split([layer.out_features for layer in layers], dim=1)
+                return [{"scale_shift": row, "cond": c} for row in rows]
+        return itertools.repeat({"time_emb": t, "cond": c})
 
     @property
     def resnet_blocks(self) -> list[ResnetBlock]:

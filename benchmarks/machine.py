@@ -77,11 +77,18 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _processor() -> str:
+    """Its name, and the numbers of its generation: virtual machines call processors of several generations alike."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        text = ""
+    name, family, model = (
+        found[1].strip() if (found := re.search(rf"^{field}\s*:\s*(.+)$", text, re.M)) else None
+        for field in ("model name", "cpu family", "model")
+    )
+    if name is None:
+        return platform.processor() or platform.machine()
+    return name if family is None or model is None else f"{name} (family {family}, model {model})"
 
 
 def _driver_and_clocks(uuid: str) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """Matrix products in float32 on a CPU, by whichever of the two libraries that torch comes with is faster.
 
 torch multiplies matrices with MKL, which on AMD's processors goes no further than AVX2; oneDNN, with which it
-convolves, uses AVX-512 there: the same products in float32, in half of the time.
+convolves, uses AVX-512 there: the same products in float32, since Zen 5 in half of the time. Which library it is
+follows from the processor and from nothing that is measured, so that every process on it computes the same numbers.
 """
 
 import functools
+import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +18,8 @@ from . import dispatch
 
 __all__ = ["grouped_products", "linear", "onednn_multiplies"]
 
+# AMD's first family that does not do AVX-512 in halves, as Zen 4 does, which gains nothing by it.
+_ZEN_5 = 26
 # With fewer multiplications the call itself takes the time; one with gradients takes more.
 _LEAST_MULTIPLICATIONS, _LEAST_WITH_GRADIENTS = 2**18, 2**23
 
@@ -27,7 +33,18 @@ def _onednn_is_faster() -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and bool(capabilities.get("avx512_f"))
         and "AMD" in str(capabilities.get("cpu_name"))
+        and _family() >= _ZEN_5
     )
+
+
+def _family() -> int:
+    """The processor's family, as its maker counts them; 0 where the system does not say."""
+    try:
+        said = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        said = platform.processor()
+    found = re.search(r"family\s*:?\s*(\d+)", said, re.IGNORECASE)
+    return int(found[1]) if found else 0
 
 
 def onednn_multiplies(*tensors: torch.Tensor) -> bool:

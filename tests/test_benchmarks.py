@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import kernel_cases, test_kernels
+from benchmarks import kernel_cases, machine, test_kernels
 from benchmarks.floors import count_flops, floor_of
 from benchmarks.harness import CLOCK, Context, Harness, Plan, Prepared, Unavailable
 from benchmarks.measure import MAX_COPIES, Timer, copies_needed, launches, peak_bytes
@@ -414,3 +414,14 @@ def test_timing_and_counting_on_a_gpu():
         assert 1e-6 < eager.sample() < 1e-1 and len(seen) > calls
         assert launches(subject, device) == 2
         assert 2 * inputs[0].nbytes <= peak_bytes(subject, device) < 2.1 * inputs[0].nbytes
+
+
+def test_a_processor_is_known_by_its_generation(monkeypatch):
+    said = {
+        "model name\t: AMD EPYC \ncpu family\t: 25\nmodel\t\t: 17\n": "AMD EPYC (family 25, model 17)",
+        "model name : Neoverse\n": "Neoverse",
+        "": machine.platform.processor() or machine.platform.machine(),
+    }
+    for text, name in said.items():
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
+        assert machine._processor() == name

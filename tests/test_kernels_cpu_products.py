@@ -1,5 +1,8 @@
 """Products and attention in float32 by oneDNN on a CPU, against the same in float64."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,12 +262,28 @@ def test_the_processor_decides(monkeypatch):
     # The function itself, which the other tests replace.
     monkeypatch.undo()
     found = []
-    for capabilities in (
-        {"avx512_f": True, "cpu_name": "AMD EPYC"},
-        {"avx512_f": False, "cpu_name": "AMD EPYC"},
-        {"avx512_f": True, "cpu_name": "Intel(R) Xeon(R)"},
-        {},
+    for family, capabilities in (
+        (26, {"avx512_f": True, "cpu_name": "AMD EPYC"}),
+        (25, {"avx512_f": True, "cpu_name": "AMD EPYC"}),
+        (26, {"avx512_f": False, "cpu_name": "AMD EPYC"}),
+        (26, {"avx512_f": True, "cpu_name": "Intel(R) Xeon(R)"}),
+        (26, {}),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        monkeypatch.setattr(cpu_products, "_family", lambda found=family: found)
         found.append(cpu_products._onednn_is_faster.__wrapped__())
-    assert found == [torch.backends.mkl.is_available(), False, False, False]
+    assert found == [torch.backends.mkl.is_available(), False, False, False, False]
+
+
+def test_the_family_is_what_the_system_says(monkeypatch):
+    said = {
+        "processor : 0\ncpu family\t: 26\nmodel\t\t: 17\nprocessor : 1\ncpu family\t: 25\n": 26,
+        "processor : 0\nBogoMIPS : 50\n": 0,
+    }
+    for text, family in said.items():
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
+        assert cpu_products._family() == family
+    monkeypatch.setattr(Path, "read_text", Path.readlink)
+    for text, family in {"AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD": 25, "": 0}.items():
+        monkeypatch.setattr(platform, "processor", lambda text=text: text)
+        assert cpu_products._family() == family

@@ -1,8 +1,8 @@
 """Which implementation of attention is fastest on this card, by shape: regenerates ``kernels/attention_table.py``.
 
-``python -m benchmarks.attention_order`` times every implementation that can do the job at the shapes that the U-Nets
-meet, forward alone and forward with backward, in bfloat16, prints a table, and with ``--write`` puts the order it found
-into ``MEASURED``. It needs a CUDA device; elsewhere the table is not asked.
+``python -m benchmarks.attention_order`` times the forward pass of every implementation that can do the job at the
+shapes that the U-Nets meet, in bfloat16 and without a mask, prints a table, and with ``--write`` puts the order it
+found into ``MEASURED``, which is asked for nothing else. It needs a CUDA device; elsewhere the table is not asked.
 """
 
 import argparse
@@ -36,8 +36,8 @@ SAMPLES = 7
 
 _MEASURED = re.compile(r"^(?:# Measured [^\n]*\n)?MEASURED: dict\[Key, Order\] = \{(?:\n.*?^)?\}\n", re.M | re.S)
 
-# Median seconds of an implementation at a case, with or without its backward; None if it cannot do it.
-Clock = Callable[[Case, str, bool], float | None]
+# Median seconds of an implementation at a case; None if it cannot do it.
+Clock = Callable[[Case, str], float | None]
 
 
 def cases(pixels: Sequence[int] = PIXELS) -> Iterator[tuple[bool, int, int, int, list[Case]]]:
@@ -56,19 +56,17 @@ def measured(clock: Clock, pixels: Sequence[int] = PIXELS) -> dict[Key, dict[str
     """
     found: dict[Key, dict[str, float]] = {}
     for shared, width, n, m, sizes in cases(pixels):
-        for training in (False, True):
-            logs: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
-            for case in sizes:
-                seconds = {name: clock(case, name, training) for name in IMPLEMENTATIONS}
-                possible = {name: each for name, each in seconds.items() if each is not None}
-                for name, each in possible.items():
-                    logs[name].append(math.log(each / min(possible.values())))
-            key = key_of(shared, width, n, m, training)
-            found[key] = {
-                name: math.exp(sum(ratios) / len(ratios))
-                for name, ratios in logs.items()
-                if ratios and len(ratios) == len(sizes)
-            }
+        logs: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+        for case in sizes:
+            seconds = {name: clock(case, name) for name in IMPLEMENTATIONS}
+            possible = {name: each for name, each in seconds.items() if each is not None}
+            for name, each in possible.items():
+                logs[name].append(math.log(each / min(possible.values())))
+        found[key_of(shared, width, n, m)] = {
+            name: math.exp(sum(ratios) / len(ratios))
+            for name, ratios in logs.items()
+            if ratios and len(ratios) == len(sizes)
+        }
     return found
 
 
@@ -99,32 +97,24 @@ def rewritten(text: str, table: Mapping[Key, Order], source: str) -> str:
 def report(found: Mapping[Key, Mapping[str, float]]) -> str:
     """Markdown: times in multiples of the fastest."""
     lines = [
-        f"| keys | width | queries up to | keys up to | training | {' | '.join(IMPLEMENTATIONS)} |",
-        f"|---|--:|--:|--:|---|{'--:|' * len(IMPLEMENTATIONS)}",
+        f"| keys | width | queries up to | keys up to | {' | '.join(IMPLEMENTATIONS)} |",
+        f"|---|--:|--:|--:|{'--:|' * len(IMPLEMENTATIONS)}",
     ]
     for key, ratios in sorted(found.items()):
         cells = [f"{ratios[name]:.2f}x" if name in ratios else "–" for name in IMPLEMENTATIONS]
         kind = "shared" if key.shared else "of each head"
-        training = "yes" if key.training else "no"
-        lines.append(f"| {kind} | {key.width} | {key.queries} | {key.keys} | {training} | {' | '.join(cells)} |")
+        lines.append(f"| {kind} | {key.width} | {key.queries} | {key.keys} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _seconds(case: Case, name: str, training: bool) -> float | None:
+def _seconds(case: Case, name: str) -> float | None:
     """On the current CUDA device; of the device alone where the calls can be captured."""
     device = torch.device("cuda")
     settle(device)
     try:
-        inputs = case.inputs(device, torch.bfloat16, gradients=training)
-        with torch.set_grad_enabled(training):
-            gradient = torch.randn_like(case.run(inputs, name))
-            wanted = [inputs[each] for each in case.gradients]
-
-            def call(_: int) -> object:
-                out = case.run(inputs, name)
-                return torch.autograd.grad(out, wanted, gradient) if training else out
-
-            timer = _timer(call, device)
+        inputs = case.inputs(device, attention_table.DTYPE)
+        with torch.no_grad():
+            timer = _timer(lambda _: case.run(inputs, name), device)
             return median(timer.sample() for _ in range(SAMPLES))
     # What an implementation cannot do it says with a ValueError.
     except (ValueError, torch.OutOfMemoryError) as error:
@@ -153,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(report(found))
     if options.write:
         device, software = machine_info(torch.device("cuda"))["device"], software_info()
-        source = f"Measured on {device}, torch {software['torch']}, triton {software['triton']}, bfloat16."
+        source = f"Measured on {device}, torch {software['torch']}, triton {software['triton']}."
         TABLE.write_text(rewritten(TABLE.read_text(encoding="utf-8"), orders(found), source), encoding="utf-8")
     return 0
 

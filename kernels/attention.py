@@ -55,6 +55,10 @@ def null_key_attention(
     libraries. Where one is beyond 65504, gradients of q and k are infinite or NaN, which loss scaling notices.
     bfloat16 and float32 have no such limit.
 
+    On CUDA the kernels of this package, by which ``auto`` trains in head widths of 32, 64 and 128 (128 not in float32),
+    give the same gradients in every run. torch's attention, by which it trains in other widths, does so only under
+    ``torch.use_deterministic_algorithms(True)``, and so do ``sdpa`` and ``sdpa_merge``.
+
     Raises:
         TypeError: if a tensor is not of a floating-point type, or q, k and v are of several and not cast.
         ValueError: if the shapes do not fit together, or an implementation was asked for that cannot do the job.
@@ -124,10 +128,8 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
     dim_head = q.shape[2] // heads
     if q.device.type == "cuda":
         training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        order = attention_table.DEFAULT
-        # The libraries add up the gradients of queries in any order, ours always in the same.
-        if not (training and torch.are_deterministic_algorithms_enabled()):
-            order = attention_table.order(k.shape[2] != q.shape[2], dim_head, q.shape[1], k.shape[1], training)
+        key = attention_table.key_of(k.shape[2] != q.shape[2], dim_head, q.shape[1], k.shape[1])
+        order = attention_table.order(key, q.dtype, masked=mask is not None, training=training)
     else:
         order = ("grouped", "matmul", "sdpa", "sdpa_merge", "triton")
     # What the table leaves out is tried last, and an explicit choice of it is heard.

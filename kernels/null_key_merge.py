@@ -10,7 +10,7 @@ p_0 = exp(s_0 - lse'), ds_0 = p_0 (grad v_0 - delta), dq += ds_0 k_0 / sqrt(d).
 Floor beside the library's kernels: q read, out read and written; backward q, grad and out read, dq read and written.
 
 The library is torch: its flash attention on CUDA (half precision only; its backward adds up dq in any order unless
-``torch.use_deterministic_algorithms`` is set) and that for CPUs.
+``torch.use_deterministic_algorithms(True)`` is set, so that ``auto`` does not train by it) and that for CPUs.
 """
 
 import torch

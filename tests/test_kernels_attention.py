@@ -113,27 +113,59 @@ def test_empty(choice, shared, b, n, m, dtype):
 def test_the_table_knows_every_shape():
     keys = set()
     for shared in (False, True):
-        for training in (False, True):
-            for n in (1, 64, 65, 256, 4096, 10**6):
-                for m in (0, 1, 64, 261, 320, 321, 10**6):
-                    key = attention_table.key_of(shared, 64, n, m, training)
-                    assert key.queries in attention_table.QUERIES and key.keys in attention_table.KEYS
-                    assert n <= key.queries or key.queries == attention_table.QUERIES[-1]
-                    assert m <= key.keys or key.keys == attention_table.KEYS[-1]
-                    keys.add(key)
-                    assert set(attention_table.order(*key)) <= set(dispatch.CHOICES) - {"auto"}
-    assert len(keys) == 2 * 2 * 4 * 4
+        for n in (1, 64, 65, 256, 4096, 10**6):
+            for m in (0, 1, 64, 261, 320, 321, 10**6):
+                key = attention_table.key_of(shared, 64, n, m)
+                assert key.queries in attention_table.QUERIES and key.keys in attention_table.KEYS
+                assert n <= key.queries or key.queries == attention_table.QUERIES[-1]
+                assert m <= key.keys or key.keys == attention_table.KEYS[-1]
+                keys.add(key)
+                order = attention_table.order(key, torch.bfloat16, masked=False, training=False)
+                assert set(order) <= set(dispatch.CHOICES) - {"auto"}
+    assert len(keys) == 2 * 4 * 4
 
 
-def test_what_was_measured_comes_before_the_default(monkeypatch):
-    key = attention_table.key_of(True, 64, 1000, 1000, True)
-    monkeypatch.setitem(attention_table.MEASURED, key, ("sdpa", "triton"))
-    assert attention_table.order(True, 64, 600, 1024, True) == ("sdpa", "triton")
-    assert attention_table.order(True, 64, 600, 1024, False) == attention_table.DEFAULT
+def first_on_cuda(monkeypatch, *, dtype=torch.bfloat16, d=64, n=5, masked=False, trained=False):
+    """What ``auto`` tries first on a card, of which there are no tensors here but the kind of device."""
+    q, k, v = (torch.zeros(1, n, d, dtype=dtype, requires_grad=trained) for _ in range(3))
+    null_key, null_value = torch.zeros(2, d).unbind()
+    mask = torch.ones(1, n, dtype=torch.bool) if masked else None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda")))
+        patch.setattr(dispatch, "triton_reasons", lambda *tensors: [])
+        patch.setattr(attention.null_key_merge.launch, "capability", lambda device: (9, 0))
+        candidates = attention._candidates(q, k, v, null_key, null_value, 1, mask, None, None)
+        return next(name for name, reasons in candidates.items() if not dispatch._found(reasons))
+
+
+def test_what_was_measured_counts_for_that_alone(monkeypatch):
+    library_first = {attention_table.key_of(False, 64, n, n): ("sdpa", "triton") for n in (5, 1000)}
+    monkeypatch.setattr(attention_table, "MEASURED", library_first)
+    assert first_on_cuda(monkeypatch) == "sdpa"
+    assert first_on_cuda(monkeypatch, n=600) == "sdpa"
+    assert first_on_cuda(monkeypatch, n=100) == "triton"
+    assert first_on_cuda(monkeypatch, d=32) == "triton"
+    assert first_on_cuda(monkeypatch, dtype=torch.float16) == "triton"
+    assert first_on_cuda(monkeypatch, dtype=torch.float32) == "triton"
+    assert first_on_cuda(monkeypatch, masked=True) == "triton"
+
+
+@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_trained_is_deterministic(d, dtype, monkeypatch):
+    """Of the libraries' backward passes none is, unless torch is told to."""
+    order = ("sdpa", "sdpa_merge", "triton")
+    monkeypatch.setattr(attention_table, "MEASURED", {attention_table.key_of(False, d, 5, 5): order})
+    expected = "sdpa" if d == 128 and dtype == torch.float32 else "triton"
+    assert first_on_cuda(monkeypatch, d=d, dtype=dtype, trained=True) == expected
+    with torch.no_grad():
+        assert first_on_cuda(monkeypatch, d=d, dtype=dtype, trained=True) == (
+            "sdpa" if dtype == torch.bfloat16 else expected
+        )
 
 
 def test_what_the_table_leaves_out_is_tried_last_and_can_be_asked_for(monkeypatch):
-    monkeypatch.setattr(attention_table, "order", lambda *key: ("xformers", "sdpa"))
+    monkeypatch.setattr(attention_table, "order", lambda *key, **call: ("xformers", "sdpa"))
     q, k, v, null_key, null_value = (x.float() for x in _case(True, heads=2, d=64))
     # Of a card there are no tensors here, but of its kind of device an order.
     monkeypatch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda")))
@@ -142,20 +174,6 @@ def test_what_the_table_leaves_out_is_tried_last_and_can_be_asked_for(monkeypatc
         monkeypatch.setattr(module, "reasons", lambda *arguments: [])
     candidates = attention._candidates(q, k, v, null_key, null_value, 2, None, None, "triton")
     assert list(candidates) == ["xformers", "sdpa", "triton", "sdpa_merge", "reference"]
-
-
-@pytest.mark.parametrize("wants_gradient, first", [(True, "triton"), (False, "sdpa")])
-def test_what_is_to_be_deterministic_is_trained_by_our_kernels(wants_gradient, first, monkeypatch):
-    tensors = [x.float().detach().requires_grad_(wants_gradient) for x in _case(True, heads=2, d=64)]
-    monkeypatch.setattr(attention_table, "order", lambda *key: ("sdpa", "triton"))
-    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr(dispatch, "triton_reasons", lambda *tensors: [])
-    for module in (attention.null_key_flash, attention.null_key_merge):
-        monkeypatch.setattr(module, "reasons", lambda *arguments: [])
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert next(iter(attention._candidates(*tensors, 2, None, None, None))) == first
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    assert next(iter(attention._candidates(*tensors, 2, None, None, None))) == "sdpa"
 
 
 def test_tensors_on_several_devices_are_refused():

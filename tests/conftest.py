@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -52,12 +53,20 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
+def is_of_gpu_lane(item, on_cuda):
+    """Whether ``-m gpu`` selects a test: it needs a CUDA device, or runs on it where there is one."""
+    # Those run on it that take their device from kernel_parity.py.
+    parity = sys.modules.get("kernel_parity")
+    follows = parity is not None and getattr(getattr(item, "module", None), "DEVICE", None) is parity.DEVICE
+    return bool(item.get_closest_marker("gpu")) or (on_cuda and follows)
+
+
+# Before pytest looks at the expression after -m.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
     import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    on_cuda = torch.cuda.is_available()
+    for item in items:
+        if is_of_gpu_lane(item, on_cuda):
+            item.add_marker(pytest.mark.gpu if on_cuda else pytest.mark.skip(reason="needs a CUDA device"))

@@ -220,12 +220,27 @@ def test_samples_that_share_a_program(width, side, b, memory_format):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_single_large_image_fills_the_card():
-    for memory_format in (NCHW, NHWC):
-        x = torch.empty(1, 128, 256, 256, device="meta").contiguous(memory_format=memory_format)
-        with launch.record(launch.H200) as launches:
-            ours(x=x, groups=8)
-        assert launches[0].grid[0] >= 3 * launch.H200.multiprocessors
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@FORMATS
+@pytest.mark.parametrize(
+    "b, c, skip, side", [(64, 2048, 0, 8), (64, 1024, 1024, 8), (64, 64, 0, 8), (1, 128, 0, 256), (1, 128, 128, 256)]
+)
+def test_many_small_images_and_one_large_image_fill_the_card(b, c, skip, side, memory_format, dtype):
+    inputs = {k: v.to("meta") for k, v in case(b, c, 1, 1, skip=skip, dtype=dtype).items() if v is not None}
+    for name in {"x", "skip"} & set(inputs):
+        image = torch.empty(*inputs[name].shape[:2], side, side, device="meta", dtype=dtype)
+        inputs[name] = image.contiguous(memory_format=memory_format)
+    with launch.record(launch.H200) as launches:
+        gradients(inputs, torch.empty(b, c + skip, side, side, device="meta", dtype=dtype), groups=8)
+    image = inputs["x"].nbytes
+    large = [one for one in launches if any(arg.nbytes >= image for arg in one.args if torch.is_tensor(arg))]
+    for one in large:
+        assert one.grid[0] >= launch.H200.multiprocessors, (one.kernel.fn.__name__, one.grid)
+    assert len(large) == (2 if b == 64 else 4), "one or two forward, as many backward"
+    # What the others read and write is not worth a whole card.
+    for one in launches:
+        small = {id(arg): arg.nbytes for arg in one.args if torch.is_tensor(arg)}
+        assert one in large or sum(small.values()) < 0.1 * image * (c + skip) / c, (one.kernel.fn.__name__, small)
 
 
 def _layouts():

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_parity import DEVICE, hash_of, randn
+from kernel_parity import DEVICE, randn
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.kernels import (
@@ -190,61 +190,6 @@ def test_on_a_device_that_is_not_the_current_one(make, use):
     actual = [tensor.cpu() for tensor in use(*make("cuda:1"))]
     assert_identical(actual, expected)
     assert torch.cuda.current_device() == 0
-
-
-# More than 2^31 values in less than 5 GiB.
-FAR = (9, 256, 1024, 1024)
-
-
-def _far(name, memory_format):
-    x = torch.empty(FAR, dtype=torch.bfloat16, device=DEVICE, memory_format=memory_format)
-    return x.normal_(generator=torch.Generator(DEVICE).manual_seed(hash_of(name)))
-
-
-def _norms():
-    """Operations of an image and parameters, and the parameters."""
-    weight, bias = randn("weight", FAR[1]), randn("bias", FAR[1])
-    return [
-        (lambda x, weight, bias: group_norm_silu(x, weight, bias, groups=8), [weight, bias]),
-        (channel_layer_norm, [weight]),
-    ]
-
-
-far = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 48 * 2**30,
-    reason="needs 48 GiB of device memory",
-)
-FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-
-
-@far
-@FORMATS
-def test_offsets_beyond_32_bits(memory_format):
-    x = _far("x", memory_format)
-    for operation, parameters in _norms():
-        with torch.no_grad(), use_implementation("triton"):
-            last = operation(x, *parameters)[-1:].clone()
-            assert torch.equal(last, operation(x[-1:], *parameters))
-
-
-def _gradients(operation, x, parameters, cotangent):
-    inputs = [value.detach().requires_grad_() for value in (x, *parameters)]
-    with use_implementation("triton"):
-        out = operation(*inputs)
-    return torch.autograd.grad(out, inputs, cotangent)
-
-
-@far
-@FORMATS
-def test_offsets_of_gradients_beyond_32_bits(memory_format):
-    x, cotangent = _far("x", memory_format), _far("cotangent", memory_format)
-    for operation, parameters in _norms():
-        grad_x, *sums = _gradients(operation, x, parameters, cotangent)
-        alone = [_gradients(operation, x[i : i + 1], parameters, cotangent[i : i + 1]) for i in range(len(x))]
-        torch.testing.assert_close(grad_x[-1:], alone[-1][0], rtol=1.6e-2, atol=1e-4)
-        for total, *parts in zip(sums, *(gradients[1:] for gradients in alone), strict=True):
-            expected = torch.stack(parts).sum(0)
-            torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_attention_memory_grows_with_the_queries_and_not_with_their_square():

@@ -11,12 +11,15 @@ from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.kernels import (
     ancestral_step,
     channel_layer_norm,
+    conv1x1_concat,
     ddim_step,
     dpm_solver_pp_2m_step,
     group_norm_silu,
     launch,
     layer_norm,
     null_key_attention,
+    predict_start_from_noise,
+    q_posterior_mean,
     q_sample,
     use_implementation,
 )
@@ -25,43 +28,126 @@ from minimagen_fast.Unet import Unet
 pytestmark = pytest.mark.gpu
 
 
-def image(name, *shape, dtype=torch.bfloat16):
-    return randn(name, *shape, dtype=dtype).to(memory_format=torch.channels_last)
+@pytest.fixture(autouse=True)
+def deterministic_convolutions(monkeypatch):
+    """A 1x1 convolution of planes is cuDNN's, which has to be asked."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
-def _group_norm_silu(device="cuda"):
-    x, skip = image("x", 2, 64, 32, 32).to(device), image("skip", 2, 32, 32, 32).to(device)
+LAST, PLANES = torch.channels_last, torch.contiguous_format
+
+
+def image(name, *shape, dtype=torch.bfloat16, memory_format=LAST):
+    return randn(name, *shape, dtype=dtype).to(memory_format=memory_format)
+
+
+def _group_norm_silu(device="cuda", memory_format=LAST, side=32):
+    x, skip = (
+        image(name, 2, c, side, side, memory_format=memory_format).to(device) for name, c in (("x", 64), ("skip", 32))
+    )
     weight, bias = randn("weight", 96).to(device), randn("bias", 96).to(device)
     scale, shift = randn("scale", 2, 96).to(device), randn("shift", 2, 96).to(device)
     inputs = dict(x=x, skip=skip, weight=weight, bias=bias, scale=scale, shift=shift)
     return lambda **given: group_norm_silu(groups=8, skip_scale=2**-0.5, implementation="triton", **given), inputs
 
 
-def _attention(device="cuda"):
+def _group_norm_silu_of_planes(device="cuda"):
+    return _group_norm_silu(device, PLANES)
+
+
+def _group_norm_silu_in_a_loop(device="cuda"):
+    return _group_norm_silu(device, PLANES, side=48)
+
+
+def _group_norm_silu_in_many_parts(device="cuda"):
+    return _group_norm_silu(device, PLANES, side=160)
+
+
+def _conv1x1_concat(device="cuda", memory_format=LAST):
+    x, skip = (image(name, 2, c, 16, 16, memory_format=memory_format).to(device) for name, c in (("x", 64), ("s", 32)))
+    weight, bias = randn("weight", 64, 96, 1, 1).bfloat16().to(device), randn("bias", 64).bfloat16().to(device)
+    return partial(conv1x1_concat, skip_scale=2**-0.5), dict(x=x, skip=skip, weight=weight, bias=bias)
+
+
+def _conv1x1_concat_of_planes(device="cuda"):
+    return _conv1x1_concat(device, PLANES)
+
+
+def _attention(device="cuda", shared=False, n=256, implementation="triton"):
+    width = 64 if shared else 512
     q, k, v = (
-        randn(n, 2, rows, 512, dtype=torch.bfloat16).to(device) for n, rows in (("q", 256), ("k", 261), ("v", 261))
+        randn(name, 2, rows, columns, dtype=torch.bfloat16).to(device)
+        for name, rows, columns in (("q", n, 512), ("k", 261, width), ("v", 261, width))
     )
     inputs = dict(q=q, k=k, v=v, null_key=randn("null", 64).to(device), null_value=randn("value", 64).to(device))
-    return lambda **given: null_key_attention(heads=8, implementation="triton", **given), inputs
+    return partial(null_key_attention, heads=8, implementation=implementation), inputs
+
+
+def _attention_with_shared_keys(device="cuda"):
+    return _attention(device, shared=True)
+
+
+def _attention_of_the_library(device="cuda"):
+    return _attention(device, implementation="sdpa_merge")
+
+
+def _attention_of_the_library_with_shared_keys(device="cuda"):
+    return _attention(device, shared=True, implementation="sdpa_merge")
+
+
+def _attention_by_default(device="cuda"):
+    return _attention(device, shared=True, implementation="auto")
 
 
 def _layer_norm(device="cuda"):
     inputs = dict(x=randn("x", 2, 256, 128, dtype=torch.bfloat16).to(device), gain=randn("gain", 128).to(device))
-    return lambda **given: layer_norm(implementation="triton", **given), inputs
+    return partial(layer_norm, implementation="triton"), inputs
 
 
-def _channel_layer_norm(device="cuda"):
-    inputs = dict(x=image("x", 2, 128, 16, 16).to(device), gain=randn("gain", 1, 128, 1, 1).to(device))
-    return lambda **given: channel_layer_norm(gelu=True, implementation="triton", **given), inputs
+def _channel_layer_norm(device="cuda", memory_format=LAST, c=128):
+    x = image("x", 2, c, 16, 16, memory_format=memory_format).to(device)
+    return partial(channel_layer_norm, gelu=True, implementation="triton"), dict(
+        x=x, gain=randn("gain", 1, c, 1, 1).to(device)
+    )
+
+
+def _channel_layer_norm_of_planes(device="cuda"):
+    return _channel_layer_norm(device, PLANES)
+
+
+def _channel_layer_norm_of_many_planes(device="cuda"):
+    return _channel_layer_norm(device, PLANES, c=2048)
+
+
+def _mixture(device, function, first, second, **options):
+    """An operation of two images and one pair of constants for each."""
+    inputs = {name: randn(name, 3, 3, 32, 32).to(device) for name in (first, second)}
+    a, b = torch.linspace(0.1, 1, 10, device=device), torch.linspace(1, 0.2, 10, device=device)
+    t = torch.tensor([0, 5, 9], device=device)
+
+    def operation(**given):
+        return function(given[first], t, given[second], a, b, implementation="triton", **options)
+
+    return operation, inputs
 
 
 def _q_sample(device="cuda"):
-    x, noise = randn("x", 3, 3, 32, 32).to(device), randn("noise", 3, 3, 32, 32).to(device)
-    t = torch.tensor([0, 5, 9], device=device)
-    a, b = torch.rand(10, device=device), torch.rand(10, device=device)
-    return lambda x_start, noise: q_sample(x_start, t, noise, a, b, implementation="triton"), dict(
-        x_start=x, noise=noise
-    )
+    return _mixture(device, q_sample, "x_start", "noise")
+
+
+def _q_sample_in_another_format(device="cuda"):
+    return _mixture(device, q_sample, "x_start", "noise", normalize=True, dtype=torch.bfloat16, memory_format=LAST)
+
+
+def _predict_start(device="cuda"):
+    return _mixture(device, predict_start_from_noise, "x_t", "noise")
+
+
+def _q_posterior(device="cuda"):
+    def mean(x_start, t, x_t, a, b, implementation):
+        return q_posterior_mean(x_start, x_t, t, a, b, implementation=implementation)
+
+    return _mixture(device, mean, "x_start", "x_t")
 
 
 def _sampling(side, device):
@@ -94,8 +180,8 @@ def _ancestral_step_in_several_launches(device="cuda"):
     return _ancestral_step(device, side=128)
 
 
-def _ddim_step(device="cuda"):
-    process, inputs, t = _sampling(16, device)
+def _ddim_step(device="cuda", side=16):
+    process, inputs, t = _sampling(side, device)
     before = t // 2
 
     def step(x_t, pred, third):
@@ -105,15 +191,24 @@ def _ddim_step(device="cuda"):
     return step, inputs
 
 
-def _dpm_solver_step(device="cuda"):
-    process, inputs, t = _sampling(16, device)
+def _ddim_step_in_several_launches(device="cuda"):
+    return _ddim_step(device, side=128)
+
+
+def _dpm_solver_step(device="cuda", side=16):
+    process, inputs, t = _sampling(side, device)
     before, after = t // 2, t + 2
 
     def step(x_t, pred, third):
         options = dict(percentile=0.9, last_x_start=third, t_last=after, implementation="triton")
-        return dpm_solver_pp_2m_step(x_t, t, before, pred, *_alphas(process), **options)[0]
+        # Both results as one tensor.
+        return torch.stack(dpm_solver_pp_2m_step(x_t, t, before, pred, *_alphas(process), **options))
 
     return step, inputs
+
+
+def _dpm_solver_step_in_several_launches(device="cuda"):
+    return _dpm_solver_step(device, side=128)
 
 
 def run(operation, inputs):
@@ -124,17 +219,55 @@ def run(operation, inputs):
     return [out.detach(), *torch.autograd.grad(out, list(given.values()), out.detach().flip(0))]
 
 
+def run_deterministically(operation, inputs):
+    """The same where torch is told that all runs are to be alike."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return run(operation, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def forward(operation, inputs):
     with torch.no_grad():
         return [operation(**inputs)]
 
 
-CASES = [_group_norm_silu, _attention, _layer_norm, _channel_layer_norm, _q_sample]
-STEPS = [_ancestral_step, _ancestral_step_in_several_launches, _ddim_step, _dpm_solver_step]
+# Of these the library adds up the queries' gradient in any order, unless told not to.
+LIBRARIES = [_attention_of_the_library, _attention_of_the_library_with_shared_keys]
+CASES = [
+    _group_norm_silu,
+    _group_norm_silu_of_planes,
+    _group_norm_silu_in_a_loop,
+    _group_norm_silu_in_many_parts,
+    _conv1x1_concat,
+    _conv1x1_concat_of_planes,
+    _attention,
+    _attention_with_shared_keys,
+    _attention_by_default,
+    _layer_norm,
+    _channel_layer_norm,
+    _channel_layer_norm_of_planes,
+    _channel_layer_norm_of_many_planes,
+    _q_sample,
+    _q_sample_in_another_format,
+    _predict_start,
+    _q_posterior,
+]
+STEPS = [
+    _ancestral_step,
+    _ancestral_step_in_several_launches,
+    _ddim_step,
+    _ddim_step_in_several_launches,
+    _dpm_solver_step,
+    _dpm_solver_step_in_several_launches,
+]
 # With how each of them is used: what samples is not differentiated.
 case = pytest.mark.parametrize(
     "make, use",
-    [(make, run) for make in CASES] + [(make, forward) for make in STEPS],
+    [(make, run) for make in CASES]
+    + [(make, run_deterministically) for make in LIBRARIES]
+    + [(make, forward) for make in STEPS],
     ids=lambda value: value.__name__.strip("_"),
 )
 

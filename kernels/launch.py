@@ -46,6 +46,7 @@ __all__ = [
     "target",
     "tl",
     "triton",
+    "unregistered",
 ]
 
 
@@ -166,6 +167,8 @@ def run(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: in
 
 NAMESPACE = "minimagen_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
+# What each operator runs on a device, by its name: called like this it costs what it does without being registered.
+unregistered: dict[str, Callable] = {}
 
 
 def define(
@@ -195,6 +198,7 @@ def define(
         qualified = f"{NAMESPACE}::{name}"
         # The strides that a compiled graph was traced with are those that the fake's answer holds for.
         _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+        unregistered[name] = function
         for key in ("CUDA", "CPU"):
             _library.impl(name, function, key)
 

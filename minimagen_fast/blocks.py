@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .kernels import dispatch
 from .kernels.setting import Setting
+from .plain import is_untouched
 
 # Shapes of blocks that a process may compile; Dynamo's own limit of 8 is less than one U-Net has.
 _MOST_SHAPES = 512
@@ -30,7 +31,8 @@ def use_blocks(*, compiled: bool, checkpoint_levels: Collection[int] = ()) -> Ab
     """Set for a block of code, for all threads of the process, how :func:`run_block` runs.
 
     Args:
-        compiled: Whether through torch.compile: blocks of the same kind and shape are compiled once, together.
+        compiled: Whether through torch.compile: blocks of the same kind and shape are compiled once, together. Not a
+            block in which a module has hooks, or another ``forward`` than its class's.
         checkpoint_levels: Levels of the U-Net, 0 the one of the highest resolution, whose blocks keep nothing but their
             inputs for the backward pass; Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
     """
@@ -44,7 +46,7 @@ def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.
         return block(*args, **kwargs)
     call: Callable[..., torch.Tensor] = block
     way = _way.value
-    if way.compiled and not torch.compiler.is_compiling():
+    if way.compiled and not torch.compiler.is_compiling() and _is_untouched_throughout(block):
         call = functools.partial(_run_compiled, block)
     if level in way.checkpoint_levels and torch.is_grad_enabled():
         # Nothing in a block is random, and to save the state of the random numbers would wait for the device.
@@ -52,6 +54,17 @@ def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.
             call, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_then_and_again, **kwargs
         )
     return call(*args, **kwargs)
+
+
+def _is_untouched_throughout(block: nn.Module) -> bool:
+    """Whether no module of a block was given hooks, which what is compiled would not notice."""
+    # In every call, so quicker than `modules` is.
+    parts = [block]
+    for part in parts:
+        if not is_untouched(part):
+            return False
+        parts += [inner for inner in part._modules.values() if inner is not None]
+    return True
 
 
 def _then_and_again() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -206,19 +206,21 @@ class Imagen(nn.Module):
             TypeError, ValueError: for an unknown setting or value, or one that this model's device cannot have.
         """
         request = checked_request(preset, **settings)
-        # Besides those of the U-Net's way down there is the level of its middle.
-        deepest = max(len(unet.downs) for unet in self.unets)
-        if wrong := [level for level in request.get("checkpoint_levels", ()) if level > deepest]:
-            raise ValueError(f"checkpoint_levels must lie in 0 to {deepest}, the U-Nets' middle; got {wrong}")
         for unet in self.unets:
-            resolve(request, self.device, unet.dtype)
+            self._resolved(request, self.device, unet)
         self._acceleration = request
         return self
+
+    def _resolved(self, request: dict[str, Any], device: torch.device, unet: Unet) -> Acceleration:
+        """What a request comes to for one of the U-Nets on a device."""
+        # Besides those of the U-Net's way down there is the level of its middle.
+        deepest = max(len(each.downs) for each in self.unets)
+        return resolve(request, device, unet.dtype, deepest=deepest)
 
     @property
     def acceleration(self) -> Acceleration:
         """How this instance is run on the device where it is now, with the reasons; see :meth:`accelerate`."""
-        return resolve(self._acceleration, self.device, self.unets[0].dtype)
+        return self._resolved(self._acceleration, self.device, self.unets[0])
 
     def _get_unet(self, unet_number: int | None) -> Unet:
         """The U-Net with this number, counted from 1."""
@@ -402,7 +404,7 @@ class Imagen(nn.Module):
         if torch.is_grad_enabled():
             # The memory is needed now, and the next sampling has other weights anyway.
             forget(unet)
-        acceleration = resolve(self._acceleration, x_start.device, unet.dtype)
+        acceleration = self._resolved(self._acceleration, x_start.device, unet)
         layout = acceleration.layout
         with acceleration.training(x_start.device, unet.dtype):
             noise = default(noise, lambda: noise_for(x_start, resized=False))
@@ -559,7 +561,7 @@ class Imagen(nn.Module):
                 img = sample_images(
                     task,
                     torch.randn((batch, self.channels, size, size), generator=generator, device=device),
-                    resolve(self._acceleration, device, unet.dtype),
+                    self._resolved(self._acceleration, device, unet),
                     generator=generator,
                     description=f"U-Net {unet_number} of {number}, {size}x{size}",
                     progress=progress,

@@ -33,9 +33,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "condition_cache": ("off", "on"),
     "freed_memory": ("returned", "kept"),
 }
-# The reason of a setting that someone has chosen.
+# The reasons of a setting that someone has chosen, in a call or for all models.
 ASKED_FOR = "asked for"
-REFERENCE = {
+ASKED_FOR_IN_ENVIRONMENT = f"asked for in {ENVIRONMENT_VARIABLE}"
+REFERENCE: dict[str, Any] = {
     "precision": "weights",
     "memory_format": "contiguous",
     "kernels": "reference",
@@ -44,6 +45,7 @@ REFERENCE = {
     "cuda_graphs": "off",
     "condition_cache": "off",
     "freed_memory": "returned",
+    "checkpoint_levels": (),
 }
 
 
@@ -53,11 +55,14 @@ class Acceleration:
 
     Attributes:
         precision: What most is computed in. Where it is ``bfloat16`` and the weights are float32, sampling uses a
-            bfloat16 copy of them and training runs under autocast. ``weights`` asks for that of the weights.
+            bfloat16 copy of them and training runs under autocast. ``weights`` asks for that of the weights. Where
+            the caller has autocast in force, that counts, even if ``float32`` is asked for here: it is said closer to
+            the call.
         memory_format: How images lie in memory.
         kernels: What :func:`.kernels.use_implementation` is told; with ``auto`` what is in force stays so.
         attention: The same for attention.
-        compile: ``blocks`` if the U-Net's blocks run through torch.compile.
+        compile: ``blocks`` if the U-Net's blocks run through torch.compile; but a block in which a module has hooks, or
+            another ``forward`` than its class's, is called as it is.
         cuda_graphs: ``on`` if a step of sampling is captured and replayed.
         condition_cache: ``on`` if what the steps of a sampling share is computed once, and guidance takes one call of
             the U-Net a step, not two.
@@ -78,6 +83,10 @@ class Acceleration:
     freed_memory: str
     checkpoint_levels: tuple[int, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def asks_for(self, name: str) -> bool:
+        """Whether someone has chosen this setting, in a call or in the environment."""
+        return self.reasons.get(name) in (ASKED_FOR, ASKED_FOR_IN_ENVIRONMENT)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,7 +150,7 @@ def checked_request(preset: str = "auto", **settings: Any) -> dict[str, Any]:
     request: dict[str, Any] = dict(REFERENCE) if preset == "reference" else {}
     for name, value in settings.items():
         if name == "checkpoint_levels":
-            request[name] = _checked_levels(value)
+            request[name] = value if value == "auto" else _checked_levels(value)
         elif name not in CHOICES:
             raise TypeError(f"there is no setting {name!r}; there are {', '.join(CHOICES)}, checkpoint_levels")
         elif value not in ("auto", *CHOICES[name]):
@@ -153,7 +162,7 @@ def checked_request(preset: str = "auto", **settings: Any) -> dict[str, Any]:
 
 def _checked_levels(levels: Any) -> tuple[int, ...]:
     if not isinstance(levels, list | tuple) or not all(type(level) is int and level >= 0 for level in levels):
-        raise TypeError(f"checkpoint_levels must be a list of levels, numbered from 0; got {levels!r}")
+        raise TypeError(f"checkpoint_levels must be auto or a list of levels, numbered from 0; got {levels!r}")
     return tuple(levels)
 
 
@@ -167,7 +176,7 @@ def environment_request() -> dict[str, Any]:
     preset, settings = "auto", dict[str, Any]()
     for word in text.replace(",", " ").split():
         name, equals, value = word.partition("=")
-        if equals and name == "checkpoint_levels":
+        if equals and name == "checkpoint_levels" and value != "auto":
             settings[name] = [int(level) if level.isdecimal() else level for level in value.split("+")]
         elif equals:
             settings[name] = value
@@ -179,33 +188,52 @@ def environment_request() -> dict[str, Any]:
         raise ValueError(f"the environment variable {ENVIRONMENT_VARIABLE} is {text!r}: {error}") from error
 
 
-def resolve(request: Mapping[str, Any], device: torch.device, weights: torch.dtype) -> Acceleration:
+def resolve(
+    request: Mapping[str, Any], device: torch.device, weights: torch.dtype, *, deepest: int | None = None
+) -> Acceleration:
     """What a request comes to on a device, for a model whose weights are of this dtype.
 
+    Args:
+        request: See :func:`checked_request`; what it leaves open the environment variable may say.
+        device: Where the model is.
+        weights: Dtype of its weights.
+        deepest: The deepest level of its U-Nets, if there is a model.
+
     Raises:
-        ValueError: if what is asked for by name cannot be had there.
+        ValueError: if what is asked for by name cannot be had there, or the environment variable cannot be read.
     """
     environment = environment_request()
     asked = {name: value for name, value in {**environment, **request}.items() if value != "auto"}
+
+    def source(name: str) -> str:
+        return "" if name in request else f"the environment variable {ENVIRONMENT_VARIABLE}: "
+
     values, reasons = {}, {}
     for name in CHOICES:
-        chosen, reason = _AUTOMATIC[name](device, weights)
+        values[name], reasons[name] = _AUTOMATIC[name](device, weights)
         if name in asked:
             if obstacle := _obstacle(name, asked[name], device, weights):
-                source = "" if name in request else f"the environment variable {ENVIRONMENT_VARIABLE}: "
                 raise ValueError(
-                    f"{source}{name}={asked[name]!r} cannot be had: {obstacle}; choose 'auto', or another value"
+                    f"{source(name)}{name}={asked[name]!r} cannot be had: {obstacle}; choose 'auto', or another value"
                 )
-            chosen, reason = asked[name], ASKED_FOR
-        values[name], reasons[name] = chosen, reason
+            values[name] = asked[name]
     if values["precision"] == "weights":
         values["precision"] = _name(weights)
     if values["cuda_graphs"] == "on" and values["condition_cache"] == "off":
         if "cuda_graphs" in asked:
-            raise ValueError("cuda_graphs='on' cannot be had: it needs condition_cache='on'; choose 'auto'")
+            raise ValueError(
+                f"{source('cuda_graphs')}cuda_graphs='on' cannot be had: it needs condition_cache='on'; choose 'auto'"
+            )
         values["cuda_graphs"], reasons["cuda_graphs"] = "off", "it needs the condition cache"
     levels = asked.get("checkpoint_levels", ())
-    reasons["checkpoint_levels"] = ASKED_FOR if levels else "nothing is computed twice"
+    if deepest is not None and (wrong := [level for level in levels if level > deepest]):
+        raise ValueError(
+            f"{source('checkpoint_levels')}checkpoint_levels must lie in 0 to {deepest}, the U-Nets' middle;"
+            f" got {wrong}"
+        )
+    reasons["checkpoint_levels"] = "nothing is computed twice"
+    for name in asked:
+        reasons[name] = ASKED_FOR if name in request else ASKED_FOR_IN_ENVIRONMENT
     return Acceleration(**values, checkpoint_levels=levels, reasons=reasons)
 
 

@@ -1,12 +1,13 @@
 """``minimagen-fast doctor``: what is installed, what can be used, and why not."""
 
 import importlib.metadata
+import os
 import platform
 
 import torch
 
 from . import __version__
-from .acceleration import resolve
+from .acceleration import ENVIRONMENT_VARIABLE, resolve
 from .kernels import dispatch, implementation
 from .tiny_t5 import embedded_t5_directory
 
@@ -37,6 +38,8 @@ def diagnosis() -> str:
     lines += ["", "Devices", f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
     lines += [f"  {line}" for line in _cuda()]
     lines += ["", f"Kernels: {implementation()}, from {dispatch.ENVIRONMENT_VARIABLE}: {', '.join(dispatch.CHOICES)}"]
+    asked = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    lines += ["", f"{ENVIRONMENT_VARIABLE}: {repr(asked) if asked else 'not set, every setting is automatic'}"]
     for device in _devices():
         lines += ["", f"Acceleration of a float32 model on {device}", *(f"  {line}" for line in _acceleration(device))]
     lines += ["", "Text encoders", *(f"  {line}" for line in _text_encoders())]
@@ -49,10 +52,11 @@ def _devices() -> list[torch.device]:
 
 
 def _acceleration(device: torch.device) -> list[str]:
+    """Every setting with its reason; or why no model can be run there."""
     try:
         return str(resolve({}, device, torch.float32)).splitlines()
     except ValueError as error:
-        return [f"none: {error}"]
+        return [f"none, models there raise an error: {error}"]
 
 
 def _cuda() -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from tqdm import tqdm
 
-from .acceleration import ASKED_FOR, Acceleration, autocast_dtype
+from .acceleration import Acceleration, autocast_dtype
 from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing
 from .kept import Kept, kept_with
@@ -200,7 +200,7 @@ def _autocast_if_needed(unet: Unet, device: torch.device, acceleration: Accelera
 
 def _refuse_if_asked_for(names: tuple[str, ...], acceleration: Acceleration, obstacle: str) -> None:
     for name in names:
-        if getattr(acceleration, name) == "on" and acceleration.reasons.get(name) == ASKED_FOR:
+        if getattr(acceleration, name) == "on" and acceleration.asks_for(name):
             raise ValueError(f"{name}='on' cannot be had: {obstacle}, or choose {name}='auto'")
 
 
@@ -269,7 +269,7 @@ def _replayed(
     key = (acceleration, in_force, _library_settings(), x.shape, predict.signature, task.update.signature)
     steps = graphs.pop(key, None)
     if steps is None:
-        required = acceleration.reasons.get("cuda_graphs") == ASKED_FOR
+        required = acceleration.asks_for("cuda_graphs")
         steps = _ReplayedSteps(predict, task.update, x, required)
     else:
         steps.begin(predict, x)

@@ -188,10 +188,13 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     imagen.to(device)
     numbers = _unet_numbers(args, len(imagen.unets), ranks)
     settings = _settings(args, numbers)
-    levels = _levels(args.CHECKPOINT_LEVELS)
     sharded = ranks.size > 1 and args.PARALLEL != "ddp"
-    # Gathering the weights of a block is not for torch.compile to trace.
-    imagen.accelerate(checkpoint_levels=levels, compile="off" if sharded else "auto")
+    # What is not said here is left to the environment variable. Gathering the weights of a block is not for
+    # torch.compile to trace.
+    asked: dict[str, Any] = {"compile": "off"} if sharded else {}
+    if args.CHECKPOINT_LEVELS is not None:
+        asked["checkpoint_levels"] = _levels(args.CHECKPOINT_LEVELS)
+    levels = imagen.accelerate(**asked).acceleration.checkpoint_levels
     train_loader, valid_loader = _loaders(args, train_data, valid_data, device, ranks)
     sample = None
     if args.SAMPLE_INTERVAL is not None:
@@ -318,8 +321,8 @@ def _unet_numbers(args: argparse.Namespace, available: int, ranks: Ranks) -> lis
     return [int(chosen)]
 
 
-def _levels(text: str | None) -> list[int]:
-    words = [] if text is None else text.split(",")
+def _levels(text: str) -> list[int]:
+    words = text.split(",")
     if not all(word.strip().isdecimal() for word in words):
         raise ValueError(f"--CHECKPOINT_LEVELS must be numbers from 0 with commas between, got {text!r}")
     return [int(word) for word in words]

@@ -144,7 +144,7 @@ def test_reference_switches_everything_off(card, device, weights):
     card()
     resolved = resolve(checked_request("reference"), device, weights)
     assert values(resolved) == {"precision": str(weights).removeprefix("torch."), **OFF}
-    assert set(checked_request("reference")) == set(CHOICES), "a setting that the preset forgets"
+    assert set(checked_request("reference")) == {*CHOICES, "checkpoint_levels"}, "a setting that the preset forgets"
 
 
 def test_settings_change_a_preset():
@@ -153,6 +153,7 @@ def test_settings_change_a_preset():
     resolved = resolve(request, CPU, FLOAT)
     assert resolved.kernels == "auto" and resolved.reasons["kernels"] != ASKED_FOR
     assert checked_request(checkpoint_levels=[0, 1]) == {"checkpoint_levels": (0, 1)}
+    assert checked_request("reference", checkpoint_levels="auto")["checkpoint_levels"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -162,9 +163,9 @@ def test_settings_change_a_preset():
         ("auto", {"speed": "high"}, TypeError, "no setting 'speed'; there are precision, "),
         ("auto", {"precision": "float16"}, ValueError, "precision must be auto or one of .*got 'float16'"),
         ("auto", {"compile": True}, ValueError, "compile must be auto or one of off, blocks; got True"),
-        ("auto", {"checkpoint_levels": 1}, TypeError, "checkpoint_levels must be a list.*got 1"),
-        ("auto", {"checkpoint_levels": (-1,)}, TypeError, "checkpoint_levels must be a list"),
-        ("auto", {"checkpoint_levels": (True,)}, TypeError, "checkpoint_levels must be a list"),
+        ("auto", {"checkpoint_levels": 1}, TypeError, "checkpoint_levels must be auto or a list.*got 1"),
+        ("auto", {"checkpoint_levels": (-1,)}, TypeError, "checkpoint_levels must be auto or a list"),
+        ("auto", {"checkpoint_levels": (True,)}, TypeError, "checkpoint_levels must be auto or a list"),
     ],
 )
 def test_requests_that_cannot_be_read(preset, settings, error, message):
@@ -233,14 +234,18 @@ def test_what_is_asked_for_is_had(card):
         ("reference,condition_cache=on", {**checked_request("reference"), "condition_cache": "on"}),
         ("checkpoint_levels=0", {"checkpoint_levels": (0,)}),
         ("compile=off,checkpoint_levels=0+2", {"compile": "off", "checkpoint_levels": (0, 2)}),
+        ("checkpoint_levels=auto", {"checkpoint_levels": "auto"}),
     ],
 )
 def test_the_environment_asks(monkeypatch, text, expected):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, text)
     assert policy.environment_request() == expected
     resolved = resolve({}, CPU, FLOAT)
-    for name, value in expected.items():
+    asked = {name: value for name, value in expected.items() if value != "auto"}
+    for name, value in asked.items():
         assert getattr(resolved, name) == ("float32" if value == "weights" else value)
+    for name, reason in resolved.reasons.items():
+        assert (reason == f"asked for in {ENVIRONMENT_VARIABLE}") == resolved.asks_for(name) == (name in asked)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +265,12 @@ def test_what_the_environment_asks_for_and_cannot_be_had_is_said_to_be_its(monke
         resolve({"cuda_graphs": "on"}, CPU, FLOAT)
 
 
+def test_graphs_in_the_environment_that_need_the_condition_cache(monkeypatch, card):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda_graphs=on,condition_cache=off")
+    with pytest.raises(ValueError, match=f"^the environment variable {ENVIRONMENT_VARIABLE}: cuda_graphs='on' cannot"):
+        resolve({}, card(), FLOAT)
+
+
 def test_auto_in_a_call_outdoes_the_environment(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "condition_cache=off,compile=blocks")
     acceleration = make_imagen().accelerate(condition_cache="auto", compile="auto").acceleration
@@ -271,6 +282,33 @@ def test_levels_that_no_u_net_has():
     with pytest.raises(ValueError, match=r"checkpoint_levels must lie in 0 to 2, .*middle; got \[3, 99\]"):
         imagen.accelerate(checkpoint_levels=[0, 3, 99])
     assert imagen.accelerate(checkpoint_levels=[0, 2]).acceleration.checkpoint_levels == (0, 2)
+
+
+def test_levels_in_the_environment_that_no_u_net_has(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "checkpoint_levels=1+9")
+    imagen = make_imagen()
+    message = rf"^the environment variable {ENVIRONMENT_VARIABLE}: checkpoint_levels must lie in 0 to 2, .*got \[9\]"
+    for use in (
+        lambda: imagen.acceleration,
+        lambda: imagen.accelerate(precision="float32"),
+        lambda: imagen(torch.rand(2, 3, 8, 8), **make_words()),
+        lambda: sample(imagen),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_a_call_outdoes_the_levels_in_the_environment(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "checkpoint_levels=0+1")
+    imagen = make_imagen()
+    assert imagen.acceleration.checkpoint_levels == (0, 1)
+    for preset, settings, levels in (
+        ("reference", {}, ()),
+        ("auto", {"checkpoint_levels": "auto"}, ()),
+        ("auto", {"checkpoint_levels": []}, ()),
+        ("reference", {"checkpoint_levels": [1]}, (1,)),
+    ):
+        assert imagen.accelerate(preset, **settings).acceleration.checkpoint_levels == levels
 
 
 def test_xformers_where_it_cannot_run():

@@ -1,13 +1,16 @@
 """The command line: train, go on, sample, doctor, and how errors end."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from minimagen_fast import cli, train_command
+from minimagen_fast.acceleration import CHOICES, ENVIRONMENT_VARIABLE, resolve
 from minimagen_fast.generate import load_minimagen
 from minimagen_fast.shapes import ShapesDataset
 
@@ -68,8 +71,12 @@ def test_a_training_goes_on(short, tmp_path, monkeypatch, capsys):
 
 def test_parameters_describe_the_model(short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", *TINY, "-e", "1"]) == 0
+    # Of how it is run the command says nothing where no flag does.
+    with monkeypatch.context() as patch:
+        patch.setenv(ENVIRONMENT_VARIABLE, "checkpoint_levels=1")
+        assert cli.main(["train", *TINY, "-e", "1"]) == 0
     first = only_directory(tmp_path, "training_*").rename(tmp_path / "before")
+    assert json.loads((first / "config.json").read_text())["checkpoint_levels"] == [1]
     assert cli.main(["train", *TINY, "-e", "1", "-p", str(first / "parameters"), "-t", "22"]) == 0
     imagen = load_minimagen(only_directory(tmp_path, "training_*"))
     assert imagen.noise_schedulers[0].num_timesteps == 20, "testing parameters win, as documented"
@@ -129,3 +136,41 @@ def test_doctor(capsys):
     report = capsys.readouterr().out
     for words in ("torch", "t5_tiny", "cpu:", "cuda", "Kernels: ", "Acceleration of a float32 model on cpu"):
         assert words in report
+
+
+def acceleration_on_cpu(capsys):
+    """What the doctor says of it: a line for each setting, split into its name, its value and the reason."""
+    assert cli.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    section = report.partition("Acceleration of a float32 model on cpu\n")[2].partition("\n\n")[0]
+    return report, [line.split(maxsplit=2) for line in section.splitlines()]
+
+
+def test_the_doctor_gives_the_reason_of_every_setting(monkeypatch, capsys):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    report, lines = acceleration_on_cpu(capsys)
+    assert f"{ENVIRONMENT_VARIABLE}: not set" in report
+    assert [name for name, *_ in lines] == [*CHOICES, "checkpoint_levels"]
+    expected = resolve({}, torch.device("cpu"), torch.float32)
+    for name, value, reason in lines:
+        assert value == str(getattr(expected, name)) and reason == expected.reasons[name] != ""
+
+
+def test_the_doctor_says_what_the_environment_has_changed(monkeypatch, capsys):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "precision=bfloat16,checkpoint_levels=1")
+    report, lines = acceleration_on_cpu(capsys)
+    assert f"{ENVIRONMENT_VARIABLE}: 'precision=bfloat16,checkpoint_levels=1'" in report
+    asked = {name: value for name, value, reason in lines if reason == f"asked for in {ENVIRONMENT_VARIABLE}"}
+    assert asked == {"precision": "bfloat16", "checkpoint_levels": "(1,)"}
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [("precision=half", "precision must be auto or one of"), ("cuda_graphs=on", "cuda_graphs='on' cannot be had")],
+)
+def test_the_doctor_says_what_is_wrong_with_the_environment(monkeypatch, capsys, text, why):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, text)
+    report, _ = acceleration_on_cpu(capsys)
+    (line,) = [line for line in report.splitlines() if why in line]
+    assert line.startswith(f"  none, models there raise an error: the environment variable {ENVIRONMENT_VARIABLE}")
+    assert "Text encoders" in report, "the report goes on"

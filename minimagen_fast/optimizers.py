@@ -1,15 +1,18 @@
-"""Optimizer and learning rate of a training at scale."""
+"""The optimizer of a training, and its learning rate."""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from .Imagen import Imagen
 
-__all__ = ["SCHEDULES", "build_optimizer", "learning_rate_schedule"]
+__all__ = ["SCHEDULES", "build_optimizer", "fuse", "learning_rate_schedule"]
 
 SCHEDULES = ("constant", "cosine")
+# Where torch updates all parameters in one launch.
+_FUSED_ON = ("cuda", "cpu")
 
 
 def build_optimizer(imagen: Imagen, rates: Mapping[int, float], weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -28,11 +31,42 @@ def build_optimizer(imagen: Imagen, rates: Mapping[int, float], weight_decay: fl
     if weight_decay < 0:
         raise ValueError(f"WEIGHT_DECAY must be at least 0, got {weight_decay}")
     groups = [{"params": list(imagen.unets[n - 1].parameters()), "lr": rate} for n, rate in rates.items()]
-    # All parameters in one launch, where there is a kernel for that.
-    fused = imagen.device.type in ("cuda", "cpu")
+    fused = imagen.device.type in _FUSED_ON
     if weight_decay:
         return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
     return torch.optim.Adam(groups, fused=fused)
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> bool:
+    """Have Adam or AdamW update all parameters in one launch, if nothing was said about how; results round otherwise.
+
+    Args:
+        optimizer: Any optimizer. Arguments that it was given (``fused``, ``foreach``, ``capturable``,
+            ``differentiable``) are left alone, and so is one of a derived class.
+
+    Returns:
+        Whether the optimizer, changed or not, leaves a step out if its attribute ``found_inf``, a float32 scalar on the
+        device, is 1: without the host's knowing, which would have to wait for the device.
+    """
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        groups = optimizer.param_groups
+        if all(_is_open(group) for group in groups):
+            for group in groups:
+                group["fused"] = True
+        if all(group["fused"] for group in groups):
+            # A fused step counts on the device. What is there already may be from one that did not.
+            for parameter, state in optimizer.state.items():
+                if "step" in state:
+                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+            return True
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _is_open(group: Mapping[str, Any]) -> bool:
+    """Whether it is left to torch how a group of parameters is updated, and it may be in one launch."""
+    if group["fused"] is not None or group["foreach"] is not None or group["capturable"] or group["differentiable"]:
+        return False
+    return all(p.device.type in _FUSED_ON and p.is_floating_point() for p in group["params"])
 
 
 def learning_rate_schedule(

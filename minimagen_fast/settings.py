@@ -32,7 +32,10 @@ class TrainingSettings:
         max_seconds: Seconds after which the training ends in good order; None for no limit.
         batch_seconds: Seconds after which a batch is given up; None or 0 for no limit. Only on one process.
         max_bad_steps: Optimizer steps in a row that are skipped because a gradient is not finite, after which the
-            training is given up (counted after every so many steps, so between this and twice as many).
+            training is given up (counted after every so many steps, so between this and twice as many). Fused
+            optimizers, which Adam and AdamW are unless they were told otherwise, leave a step out themselves. Before
+            others step the host reads from the device whether to, and waits for it: they change weights and states
+            in any case, and keeping both to put them back would cost more than the wait.
         keep_last: How many checkpoints to keep.
         keep_every: Also keep those whose number of optimizer steps is a multiple of this.
         sample_interval: Optimizer steps after which pictures are sampled; None for none.

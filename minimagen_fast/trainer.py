@@ -21,6 +21,7 @@ from .image_random import image_seeds
 from .Imagen import Imagen
 from .interrupts import TimeLimitExceeded, has_time_limit, time_limit, uninterrupted
 from .loading import Loader
+from .optimizers import fuse
 from .parallel import TrainedUnet, full
 from .ranks import Ranks
 from .settings import TrainingSettings
@@ -66,7 +67,7 @@ class Trainer:
     Args:
         settings: How to train.
         imagen: The Imagen, on the device to train on; sharded U-Nets are sharded already (see :mod:`.parallel`).
-        optimizer: Optimizer of its parameters, or of part of them.
+        optimizer: Optimizer of its parameters, or of part of them; see :func:`.optimizers.fuse` for what is made of it.
         train_loader: The training data.
         valid_loader: The validation data; None for none.
         directory: The training directory; the same on all ranks, which share the file system.
@@ -136,9 +137,6 @@ class Trainer:
             else {number: EMA(imagen.unets[number - 1], settings.ema_decay) for number in self.numbers}
         )
         self.owners = Owners(imagen, optimizer, lr_scheduler, averages)
-        # These leave out a step whose gradient is not finite without the host's knowing.
-        sharded = any(trained.sharded for trained in self.trained)
-        self.skips_by_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and not sharded
 
         self.timestamp = str(timestamp)
         self.directory = Path(directory)
@@ -162,6 +160,8 @@ class Trainer:
             self._say("No timeout: batches can be given up only in the main thread, on one process, not on Windows.")
         if restart_directory is not None:
             self._restart_from(Path(restart_directory))
+        # Last, for a state that is taken over brings its own settings along.
+        self.skips_by_itself = fuse(optimizer)
 
     def _checked_numbers(self) -> list[int]:
         available = len(self.imagen.unets)
@@ -437,7 +437,7 @@ class Trainer:
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             optimizer.step()
             del optimizer.found_inf  # type: ignore[attr-defined]
-        elif not bad:
+        elif not bad:  # waits for the device, see TrainingSettings.max_bad_steps
             optimizer.step()
         # Reading the count waits for the device: it is done so seldom that nothing waits for it often.
         if self.position.step % limit == limit - 1 and self.bad_run >= limit:

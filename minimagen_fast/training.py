@@ -132,7 +132,9 @@ def MinimagenTrain(
         valid_dataloader: Gives the same, for validation. If it is None or gives no image, ``state_dicts/`` gets the
             latest weights instead of the best.
         training_dir: What :func:`create_directory` returned.
-        optimizer: Optimizer of ``imagen.parameters()``, or of part of them.
+        optimizer: Optimizer of ``imagen.parameters()``, or of part of them. Adam and AdamW are made to update all
+            parameters in one launch, unless they were told how (``fused=False``), and a step does not wait for the
+            device then; with other optimizers it does, see :class:`.settings.TrainingSettings`.
         timeout: Seconds after which the forward and backward pass of a batch is given up, with the gradients that wait
             for the next step; None or 0 for no limit. Works in the main thread, and not on Windows.
         unet_numbers: Numbers, from 1, of the U-Nets to train. All of `unets` by default, or Imagen's

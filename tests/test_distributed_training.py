@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def train(folder, *, how="ddp", epochs=2, missing=(), restart=None, stages=1, batch_size=8, levels=(), **settings):
+def train(
+    folder, *, how="ddp", epochs=2, missing=(), spoiled=(), restart=None, stages=1, batch_size=8, levels=(), **settings
+):
     """Trains; returns the losses of all steps, the weights, and what this rank holds of the optimizer's states."""
     folder.mkdir(exist_ok=True)
     with open_ranks(CPU) as ranks:
@@ -29,14 +31,16 @@ def train(folder, *, how="ddp", epochs=2, missing=(), restart=None, stages=1, ba
             for unet in imagen.unets:
                 shard(unet, ranks, CPU, how, torch.bfloat16 if "precision" in settings else None)
         # With the usual eps the first steps have the sign of a gradient, however small: rounding would decide.
-        optimizer = torch.optim.AdamW(imagen.parameters(), lr=1e-2, eps=1e-2, foreach=True)
-        losses = []
+        optimizer = torch.optim.AdamW(imagen.parameters(), lr=1e-2, eps=1e-2)
+        losses, pictures = [], Pictures(16, missing=missing)
+        for index in spoiled:
+            pictures.items[index]["image"].fill_(torch.nan)
         options = {"seed": 3, "rank": ranks.rank, "ranks": ranks.size}
         trainer = Trainer(
             TrainingSettings(epochs=epochs, **{"seed": 5, "ema_decay": 0.9, "max_grad_norm": 0.3, **settings}),
             imagen,
             optimizer,
-            ShardedLoader(Pictures(16, missing=missing), batch_size, **options),
+            ShardedLoader(pictures, batch_size, **options),
             ShardedLoader(Pictures(5, seed=2), 4, shuffle=False, drop_last=False, **options),
             folder,
             timestamp="1",
@@ -46,7 +50,9 @@ def train(folder, *, how="ddp", epochs=2, missing=(), restart=None, stages=1, ba
             callback=lambda step: losses.append(step.loss),
             progress=False,
         )
+        assert trainer.skips_by_itself, "every step waits for the device"
         assert trainer.run() == "done"
+        assert trainer.bad_steps == bool(spoiled)
         weights = {name: full(value.detach()).clone() for name, value in imagen.named_parameters()}
         held = sum(
             (value.to_local() if hasattr(value, "to_local") else value).numel()
@@ -95,6 +101,7 @@ def all_ways(folder):
         "hybrid": train(folder / "hybrid", how="hybrid"),
         "bfloat16": train(folder / "bfloat16", how="fsdp", precision="bfloat16"),
         "checkpointed": train(folder / "checkpointed", how="fsdp", levels=(0, 1), epochs=1),
+        "spoiled": train(folder / "spoiled", how="fsdp", spoiled=(3,), epochs=1),
         "both": train(folder / "both", stages=2, epochs=1, min_snr_gamma=5.0),
     }
 
@@ -158,6 +165,15 @@ def test_images_that_could_not_be_had_leave_the_mean_right(four, tmp_path, how):
 
 def test_sharded_weights_are_gathered_again_for_what_is_computed_twice(four):
     assert four[1]["checkpointed"][0] == pytest.approx(four[1]["half"][0], rel=1e-5)
+
+
+def test_a_step_whose_gradients_are_not_finite_is_left_out_on_all_ranks(four, tmp_path):
+    expected = train(tmp_path, spoiled=(3,), epochs=1)[1]
+    for result in four:
+        for name, value in result["spoiled"][1].items():
+            torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(expected[name]), **CLOSE)
+    before = make_imagen().unets[0].final_conv.weight.detach().numpy()
+    assert (expected["unets.0.final_conv.weight"] != before).any()
 
 
 def test_two_unets_and_weighted_timesteps(four, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fast_path import Counts, make_unet
 from torch import nn
 
 from minimagen_fast.ema import EMA
@@ -41,6 +42,23 @@ def test_bfloat16_weights_are_averaged_in_float32():
     with ema.swapped():
         assert module.weight.item() == pytest.approx(1.5, abs=0.01)
     assert module.weight.item() == 2
+
+
+@pytest.mark.parametrize(
+    "convert, copies",
+    [(lambda unet: None, 0), (lambda unet: unet.to(torch.bfloat16), 1), (lambda unet: unet.mid_block1.bfloat16(), 1)],
+    ids=["float32", "bfloat16", "both"],
+)
+def test_all_parameters_are_averaged_at_once(convert, copies):
+    unet = make_unet()
+    convert(unet)
+    ema = EMA(unet, 0.9)
+    with Counts() as seen:
+        ema.update()
+    assert {name.partition(".")[0]: number for name, number in seen.names.items() if "empty" not in name} == {
+        "_foreach_lerp_": 1,
+        **({"_foreach_copy_": 1} if copies else {}),
+    }
 
 
 def test_swapped_gives_the_same_tensors_back_also_on_an_error():

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from fast_path import Counts
 from training_runs import make_imagen
 
-from minimagen_fast.optimizers import build_optimizer, learning_rate_schedule
+from minimagen_fast.optimizers import build_optimizer, fuse, learning_rate_schedule
 from minimagen_fast.settings import TrainingSettings
 
 
@@ -79,3 +80,78 @@ def test_each_unet_has_its_learning_rate_and_the_others_none():
     assert type(both) is torch.optim.AdamW and [group["lr"] for group in both.param_groups] == [1e-3, 1e-4]
     with pytest.raises(ValueError, match="learning rates must be positive"):
         build_optimizer(imagen, {1: 0.0})
+
+
+def steps(optimizer, parameter, number=3):
+    """The operators of some steps."""
+    with Counts() as seen:
+        for _ in range(number):
+            optimizer.zero_grad()
+            (parameter**2).sum().backward()
+            optimizer.step()
+    return seen.names
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_optimizer_that_is_built_updates_all_parameters_at_once(weight_decay):
+    imagen = make_imagen(2)
+    optimizer = build_optimizer(imagen, {1: 1e-3, 2: 1e-4}, weight_decay)
+    name = "_fused_adamw_" if weight_decay else "_fused_adam_"
+    for parameter in imagen.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Counts() as seen:
+        optimizer.step()
+    assert {name: 2} == {key: count for key, count in seen.names.items() if "fused" in key}, "one for each rate"
+    assert seen.waits() == []
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_an_optimizer_that_is_fused_goes_on_where_it_was(make):
+    values = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    plain, fused = (torch.nn.Parameter(values.clone()) for _ in range(2))
+    optimizers = make([plain], lr=0.1), make([fused], lr=0.1)
+    for optimizer, parameter in zip(optimizers, (plain, fused), strict=True):
+        steps(optimizer, parameter)
+    assert fuse(optimizers[1]) and fuse(optimizers[1]), "the second time there is nothing to do"
+    assert any("fused" in name for name in steps(optimizers[1], fused))
+    steps(optimizers[0], plain)
+    torch.testing.assert_close(fused, plain)
+    assert optimizers[1].state[fused]["step"] == 6
+
+    before = fused.detach().clone()
+    optimizers[1].found_inf = torch.ones(())
+    steps(optimizers[1], fused)
+    assert torch.equal(fused, before) and optimizers[1].state[fused]["step"] == 6
+
+    # A state of one that was not fused brings its settings along.
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    del optimizers[1].found_inf
+    assert not optimizers[1].param_groups[0]["fused"] and fuse(optimizers[1])
+    assert any("fused" in name for name in steps(optimizers[1], fused))
+
+
+class Derived(torch.optim.Adam):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, options, heeds",
+    [
+        (torch.optim.Adam, {"fused": False}, False),
+        (torch.optim.Adam, {"foreach": True}, False),
+        (torch.optim.Adam, {"differentiable": True}, False),
+        (torch.optim.Adam, {"fused": True}, True),
+        (torch.optim.SGD, {}, False),
+        (torch.optim.SGD, {"fused": True}, True),
+        (Derived, {}, False),
+    ],
+)
+def test_what_an_optimizer_was_told_stays(make, options, heeds):
+    optimizer = make([torch.nn.Parameter(torch.zeros(2))], lr=0.1, **options)
+    before = optimizer.state_dict()
+    assert fuse(optimizer) == heeds and optimizer.state_dict() == before
+
+
+def test_parameters_on_devices_without_a_fused_step():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2, device="meta"))])
+    assert not fuse(optimizer) and optimizer.param_groups[0]["fused"] is None

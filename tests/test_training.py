@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from fast_path import Counts
 from torch.utils.data import Subset
 from training_runs import Interruption, Pictures, Run, identical, make_imagen
 
+from minimagen_fast.given_loader import GivenLoader
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.settings import TrainingSettings
+from minimagen_fast.trainer import Trainer
 from minimagen_fast.training import (
     TrainingStep,
 )
@@ -106,11 +110,69 @@ def test_losses_are_read_from_the_device_only_at_checkpoints(tmp_path, monkeypat
         monkeypatch.setattr(torch.Tensor, name, counted)
     counts = []
     for batches in (2, 6):
-        run = Run(tmp_path / str(batches), data=Pictures(2 * batches), optimizer="fused", loader={"shuffle": False})
+        run = Run(tmp_path / str(batches), data=Pictures(2 * batches), loader={"shuffle": False})
         reads.clear()
         run.train()
         counts.append(len(reads))
     assert counts[0] == counts[1]
+
+
+def operators_of_a_step(folder, optimizer, **settings):
+    """How often each operator runs in one more step of training two U-Nets."""
+    counts, accumulate = [], settings.get("accumulate", 1)
+    for batches in (accumulate, 2 * accumulate):
+        run = Run(folder / str(batches), stages=2, data=Pictures(2 * batches), optimizer=optimizer)
+        trainer = Trainer(
+            TrainingSettings(epochs=1, **settings),
+            run.imagen,
+            run.optimizer,
+            GivenLoader(run.train_loader),
+            None,
+            run.folder,
+            timestamp="1",
+            progress=False,
+        )
+        with Counts() as seen:
+            trainer.run()
+        counts.append(seen.names)
+    return {name.partition(".")[0]: number - counts[0][name] for name, number in counts[1].items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": 3, "min_snr_gamma": 5.0, "ema_decay": 0.9},
+        {"precision": "bfloat16", "max_grad_norm": None, "accumulate": 2},
+    ],
+    ids=str,
+)
+def test_a_step_waits_for_nothing_and_updates_all_parameters_at_once(tmp_path, settings):
+    seen = operators_of_a_step(tmp_path, "adam", **settings)
+    assert {name: seen[name] for name in Counts.WAITING if seen.get(name)} == {}
+    assert seen["_fused_adam_"] == 1 and "addcdiv_" not in seen and "_foreach_addcdiv_" not in seen
+    assert seen["_foreach_norm"] == 1 and not seen.get("linalg_vector_norm", 0) > 1
+    assert seen.get("_foreach_mul_", 0) == ("seed" in settings), "clipping"
+    # One for each U-Net.
+    assert seen.get("_foreach_lerp_", 0) == (2 if "ema_decay" in settings else 0)
+
+
+def test_with_other_optimizers_a_step_waits_once(tmp_path):
+    seen = operators_of_a_step(tmp_path, "sgd")
+    assert {name: seen[name] for name in Counts.WAITING if seen.get(name)} == {"_local_scalar_dense": 1}
+
+
+def test_steps_whose_gradients_are_not_finite_are_left_out(tmp_path):
+    class Spoiled(Imagen):
+        def forward(self, *args, **kwargs):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(*args, **kwargs) * (float("nan") if self.calls == 2 else 1)
+
+    for optimizer in ("adam", "sgd"):
+        imagen = Spoiled([BaseTest(dim_mults=(1,))], text_encoder_name="t5_small", image_sizes=8, timesteps=25)
+        run, seen = Run(tmp_path / optimizer, imagen=imagen, optimizer=optimizer, data=Pictures(6), valid=[]), []
+        run.train(callback=lambda step, run=run, seen=seen: seen.append(run.weights))
+        assert identical(seen[1], seen[0]) and not identical(seen[2], seen[1]), optimizer
+        assert "1 optimizer steps whose gradients were not finite" in run.log
 
 
 def test_batches_without_images_are_counted(tmp_path):

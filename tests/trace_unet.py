@@ -1,13 +1,15 @@
-"""Trace whole U-Nets with the Triton choice forced, on meta tensors; run as a program without Triton's interpreter.
+"""Trace U-Nets with the Triton choice forced, on meta tensors; run as a program without Triton's interpreter.
 
-Prints one line of JSON a U-Net: how often it was compiled, and the operators in the graphs.
+Prints one line of JSON. Of whole U-Nets: how often they were compiled, and the operators in the graphs. Of the blocks
+of one that is sampled: how many graphs there were after each step, the operators in them and their inputs.
 """
 
 import json
-import sys
 
 import torch
+from fast_path import make_imagen, make_words
 
+from minimagen_fast import blocks
 from minimagen_fast.kernels import use_implementation
 from minimagen_fast.Unet import Base, Super
 
@@ -18,7 +20,30 @@ UNETS = {
 }
 
 
-def main(name: str) -> None:
+def sampled() -> dict:
+    graphs, inputs, after_step = [], set(), []
+
+    def keep(graph, example_inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method")})
+        inputs.update(node.name for node in graph.graph.nodes if node.op == "placeholder")
+        return graph.forward
+
+    function = torch.compile(blocks._call, dynamic=False, fullgraph=True, backend=keep)
+    blocks._compiled_call = lambda: function
+    imagen = make_imagen().to(torch.bfloat16).to("meta").accelerate(compile="blocks")
+    with use_implementation("triton"):
+        imagen.sample(
+            **make_words(device="meta"),
+            cond_scale=3.0,
+            sampler="dpmpp_2m",
+            steps=3,
+            progress=False,
+            callback=lambda *step: after_step.append(len(graphs)),
+        )
+    return {"graphs": after_step, "operators": sorted(set().union(*graphs)), "inputs": sorted(inputs)}
+
+
+def whole(name: str) -> dict:
     make, arguments, side = UNETS[name]
     unet = make(**arguments).to("meta").to(memory_format=torch.channels_last)
     graphs = []
@@ -48,8 +73,10 @@ def main(name: str) -> None:
             assert x.grad.shape == x.shape
             missing = [n for n, p in unet.named_parameters() if p.grad is None]
             assert not missing, missing
-    print(json.dumps({"unet": name, "graphs": len(graphs), "operators": sorted(set().union(*graphs))}))
+    return {"graphs": len(graphs), "operators": sorted(set().union(*graphs))}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    results = {name: whole(name) for name in UNETS}
+    torch._dynamo.reset()
+    print(json.dumps({**results, "sampled": sampled()}))

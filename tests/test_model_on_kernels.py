@@ -1,11 +1,15 @@
 """The model calls the kernels, and on the Triton path nothing that they are to replace."""
 
+import math
+
 import pytest
 import torch
+from fast_path import make_imagen, make_super, make_unet, make_words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.kernels import use_implementation
+from minimagen_fast.plan_autocast import autocast_as_on_cuda
 from minimagen_fast.Unet import BaseTest
 
 REPLACED = ("group_norm", "softmax", "scaled_dot_product", "quantile", "sort", "kthvalue", "gelu")
@@ -70,3 +74,32 @@ def test_the_reference_is_seen_to_use_them(words):
     for part in ("group_norm", "softmax", "gelu"):
         assert any(part in name for name in found), part
     assert any(part in name for name in found for part in ("quantile", "sort", "kthvalue"))
+
+
+def kept_images(make, implementation):
+    """Shapes of the activations of a level's images that a training step under autocast keeps, by dtype."""
+    imagen = make_imagen(unets=[make_unet(), make_super(dim=32)] if make is make_super else [make_unet(dim=32)])
+    imagen.to("meta").accelerate(memory_format="channels_last")
+    unet, side = imagen.unets[-1], imagen.image_sizes[-1]
+    parameters, kept = {id(parameter) for parameter in unet.parameters()}, {}
+    # The smallest, 64 channels at the lower level; what is kept besides, such as statistics of norms, has fewer values.
+    smallest = 64 * (side // 2 if make is make_unet else side // 4) ** 2
+
+    def keep(tensor):
+        tokens_of_text = 258 in tensor.shape or 260 in tensor.shape
+        if id(tensor) not in parameters and not tokens_of_text and math.prod(tensor.shape[1:]) >= smallest:
+            kept.setdefault(tensor.dtype, []).append(tuple(tensor.shape))
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with use_implementation(implementation), autocast_as_on_cuda(unet, torch.bfloat16), hooks:
+        imagen(torch.empty(2, 3, side, side, device="meta"), **make_words(device="meta"), unet_number=len(imagen.unets))
+    return kept
+
+
+@pytest.mark.parametrize("make", [make_unet, make_super])
+def test_no_float32_image_is_kept_for_the_backward_pass_under_autocast(make):
+    kept = kept_images(make, "triton")
+    assert len(kept[torch.bfloat16]) > 50 and kept.get(torch.float32) is None, kept
+    # What is looked for is what plain torch keeps.
+    assert len(kept_images(make, "reference")[torch.float32]) > 10

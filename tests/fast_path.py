@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimagen_fast import acceleration, cuda_capture, sampling
+from minimagen_fast.ema import EMA
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.Unet import BaseTest, SuperTest
 
@@ -59,6 +60,38 @@ def sample(imagen, words=None, *, seed=0, **arguments):
 def distance(one, other):
     """The largest difference."""
     return (one.float() - other.float()).abs().max().item()
+
+
+# How far the losses of a training may lie from the reference path's, see docs/training.md.
+BANDS = {"float32": 0.02, "bfloat16": 0.05}
+
+
+def trained(*, steps=200, device="cpu", **request):
+    """Losses of a training, and the model, its optimizer and its average at its end."""
+    torch.manual_seed(0)
+    unet = randomise(BaseTest(dim_mults=(1,)))
+    imagen = Imagen(unet, text_encoder_name="t5_small", image_sizes=8, timesteps=T).to(device).accelerate(**request)
+    optimizer = torch.optim.AdamW(imagen.parameters(), lr=2e-3)
+    averages = EMA(imagen, 0.95)
+    torch.manual_seed(1)
+    images = torch.rand(4, 3, 1, 1).expand(-1, -1, 8, 8).contiguous().to(device)
+    words = make_words(4, device=device)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = imagen(images, **words)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(imagen.parameters(), 1.0)
+        optimizer.step()
+        averages.update()
+        losses.append(loss.detach())
+    return torch.stack(losses), imagen, optimizer, averages
+
+
+def apart(losses, reference):
+    """The largest share by which the mean losses of 20 steps differ: of single steps rounding changes more."""
+    means, expected = (each.reshape(-1, 20).mean(1) for each in (losses, reference))
+    return (means / expected - 1).abs().max().item()
 
 
 class Counts(TorchDispatchMode):

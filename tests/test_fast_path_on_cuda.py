@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from fast_path import T, distance, make_imagen, make_unet, make_words, sample
+from fast_path import BANDS, T, apart, distance, make_imagen, make_unet, make_words, sample, trained
 
 from minimagen_fast import sampling
 from minimagen_fast.kept import kept_with
@@ -347,6 +347,15 @@ def test_a_training_step_is_that_of_plain_torch(settings, most):
     actual = loss_and_gradients(on_card(**settings))
     assert distance(actual[0], expected[0]) < 0.2 * most and actual[0].dtype == torch.float32
     assert (actual[1] - expected[1]).norm() < most * expected[1].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [EXACT, EAGER, {}], ids=["float32", "bfloat16", "compiled"])
+def test_200_steps_follow_the_reference(settings):
+    reference, *_ = trained(preset="reference", device="cuda")
+    assert reference[-20:].mean() < 0.5 * reference[:20].mean(), "nothing was learnt"
+    losses, imagen, *_ = trained(**settings, device="cuda")
+    assert apart(losses, reference) < BANDS[imagen.acceleration.precision]
 
 
 @pytest.mark.parametrize("settings", [EXACT, EAGER])

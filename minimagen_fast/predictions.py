@@ -3,12 +3,15 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from .conditioning import Conditions
+from .conditioning import Conditions, SharedConditions
 from .samplers import Update
 from .Unet import Unet
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,31 @@ class Task:
         """The predictions that a step needs, each with text or without."""
         return (True, False) if self.cond_scale not in (0, 1) else (self.cond_scale == 1,)
 
+    @property
+    def signature(self) -> tuple:
+        """What, besides the images' shape and :attr:`update`, two must have in common to take the same steps."""
+        lowres = None if self.lowres_cond_img is None else self.lowres_cond_img.shape
+        return lowres, self.batch_size, self.with_text
+
 
 class Prediction:
     """Predicts the noise in images, all at a time or, where the device's memory does not suffice, fewer.
 
-    Attributes:
-        make_room: Called when the memory does not suffice: frees what others hold of it, and says whether that was
-            anything.
+    Args:
+        task: What is sampled.
+        layout: How images are to lie in memory.
+        make_room: Called with this when the memory does not suffice: frees what others hold of it, and says whether
+            that was anything.
     """
 
-    def __init__(self, task: Task, layout: torch.memory_format):
-        self._task, self._layout = task, layout
+    def __init__(
+        self,
+        task: Task,
+        layout: torch.memory_format,
+        make_room: Callable[["Prediction"], bool] = lambda _: False,
+    ):
+        self._task, self._layout, self._make_room = task, layout, make_room
         self._batch = len(task.text_embeds)
-        self.make_room: Callable[[], bool] = lambda: False
 
     def _divide(self, size: int, guides_at_once: bool) -> None:
         """Go on with no more than ``size`` images at a time, with and without text at once or one after the other."""
@@ -72,28 +87,41 @@ class Prediction:
 
     def __call__(self, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         """The predictions for the groups of ``with_text``, one after the other: shape (groups * b, c, h, w)."""
+
+        def predict() -> torch.Tensor:
+            self._prepare()
+            return self._predict(x.contiguous(memory_format=self._layout), number)
+
+        return self._as_memory_allows(predict)
+
+    def _prepare(self) -> None:
+        """Work out what the pieces need, if that was not done since they are what they are."""
+
+    def _as_memory_allows(self, attempt: Callable[[], _Result]) -> _Result:
+        """What comes of an attempt, for which the images are divided until the memory suffices."""
+        device = self._task.update.times.device
         while True:
             try:
-                return self._predict(x.contiguous(memory_format=self._layout), number)
+                return attempt()
             except torch.OutOfMemoryError:
                 # What is computed while a graph is captured belongs to the graph: not the time to divide.
-                if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                     raise
                 now = self._size, self._guides_at_once
-                division = now if self.make_room() else self._smaller()
+                division = now if self._make_room(self) else self._smaller()
                 if division is None:
                     raise
             # Out of the handler, which holds on to all that the failed attempt has allocated.
-            if x.device.type == "cuda":
-                torch.cuda.empty_cache()
             if division != now:
                 went_on = f"{division[0]}" if division[1] == now[1] else "its predictions with and without text apart"
                 warnings.warn(
-                    f"the memory of {x.device} does not suffice for {now[0]} images at a time; going on with"
-                    f" {went_on}. To begin with fewer, give sample the argument batch_size",
+                    f"the memory of {device} does not suffice for {now[0]} images at a time; going on with {went_on}."
+                    " To begin with fewer, give sample the argument batch_size",
                     stacklevel=2,
                 )
                 self._divide(*division)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _predict(self, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         preds: dict[bool, list[torch.Tensor]] = {has_text: [] for has_text in self._task.with_text}
@@ -113,49 +141,74 @@ class Prediction:
 class CachedPrediction(Prediction):
     """Predicts noise under conditions that are worked out once."""
 
-    def __init__(self, task: Task, unet: Unet, layout: torch.memory_format, dtype: torch.dtype):
-        super().__init__(task, layout)
+    def __init__(
+        self,
+        task: Task,
+        unet: Unet,
+        layout: torch.memory_format,
+        dtype: torch.dtype,
+        make_room: Callable[[Prediction], bool] = lambda _: False,
+    ):
+        super().__init__(task, layout, make_room)
         self._unet, self._dtype = unet, dtype
         # Its own: `load` writes to it.
         self._lowres = None if task.lowres_cond_img is None else task.lowres_cond_img.clone()
+        self._shared: SharedConditions | None = None
         self._divide(self._batch if task.batch_size is None else task.batch_size, guides_at_once=True)
+        self._as_memory_allows(self._prepare)
 
     def _divide(self, size: int, guides_at_once: bool) -> None:
         super()._divide(size, guides_at_once)
-        self._conditions = [self._conditions_of(*piece) for piece in self._pieces]
+        # Those of the larger pieces go before there are others.
+        self._conditions: list[Conditions] = []
 
-    def _conditions_of(self, images: slice, with_text: tuple[bool, ...]) -> Conditions:
+    def _prepare(self) -> None:
         task = self._task
-        text_embeds = task.text_embeds[images]
-        return Conditions(
-            task.unet,
-            task.update.times,
-            lowres_noise_time=None if task.lowres_noise_times is None else task.lowres_noise_times[:1],
-            text_embeds=text_embeds,
-            text_mask=None if task.text_mask is None else task.text_mask[images],
-            batch=len(text_embeds),
-            with_text=with_text,
-            dtype=self._dtype,
-        )
+        if self._shared is None:
+            times, lowres_time = self._times
+            self._shared = SharedConditions(task.unet, times, lowres_noise_time=lowres_time, dtype=self._dtype)
+        if not self._conditions:
+            pieces = [(*self._text_of(images), with_text) for images, with_text in self._pieces]
+            self._conditions = [
+                Conditions(
+                    self._shared,
+                    task.unet,
+                    text_embeds=text_embeds,
+                    text_mask=text_mask,
+                    batch=len(text_embeds),
+                    with_text=with_text,
+                )
+                for text_embeds, text_mask, with_text in pieces
+            ]
 
     @property
-    def signature(self) -> tuple:
-        """What must be the same for :meth:`load`."""
-        task = self._task
-        lowres = None if self._lowres is None else self._lowres.shape
-        return self._dtype, lowres, task.batch_size, task.with_text
+    def _times(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        lowres_times = self._task.lowres_noise_times
+        return self._task.update.times, None if lowres_times is None else lowres_times[:1]
 
-    def load(self, other: "CachedPrediction") -> None:
-        """Take over another's conditions, in place."""
-        if self._lowres is not None and other._lowres is not None:
-            self._lowres.copy_(other._lowres)
+    def _text_of(self, images: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mask = self._task.text_mask
+        return self._task.text_embeds[images], None if mask is None else mask[images]
+
+    def load(self, task: Task) -> None:
+        """Go on with another task of the same signature: its conditions take the place of those that there are."""
         # From which the conditions are worked out anew, should the memory not suffice for so many images any more.
-        self._task = other._task
-        # This one may have found out that the memory does not suffice for all at a time.
-        if self._pieces != other._pieces:
-            other._divide(self._size, self._guides_at_once)
-        for own, new in zip(self._conditions, other._conditions, strict=True):
-            own.load(new)
+        self._task = task
+        if self._lowres is not None and task.lowres_cond_img is not None:
+            self._lowres.copy_(task.lowres_cond_img)
+        self._as_memory_allows(self._load_shared)
+        self._as_memory_allows(self._load_pieces)
+
+    def _load_shared(self) -> None:
+        if self._shared is not None:
+            self._shared.load(self._task.unet, *self._times)
+
+    def _load_pieces(self) -> None:
+        if not self._conditions:  # after a division
+            self._prepare()
+            return
+        for own, (images, _) in zip(self._conditions, self._pieces, strict=True):
+            own.load(self._task.unet, *self._text_of(images))
 
     def _predict_piece(self, index: int, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         images, _ = self._pieces[index]

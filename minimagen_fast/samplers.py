@@ -123,6 +123,12 @@ class Update:
         tensors = (value.data_ptr() for value in self._scheduler.buffers())
         return self._kind, self._eta, tuple(self._common.items()), self._visited, *tensors
 
+    def load(self, other: "Update") -> None:
+        """Take over what another of the same signature has worked out of its scheduler's values, in place."""
+        for own, new in zip(self._schedules, other._schedules, strict=True):
+            if own.data_ptr() != new.data_ptr():
+                own.copy_(new)
+
     @property
     def multistep(self) -> bool:
         """Whether a step needs the x_0 of the step before: there the first one differs from the others."""

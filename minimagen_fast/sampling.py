@@ -144,11 +144,16 @@ class _ReplayedSteps(_Steps):
         self._may_capture = True
         self._has_run = False
 
-    def begin(self, predict: CachedPrediction, x: torch.Tensor) -> None:
-        """Start again with other images and conditions, of the same shapes."""
+    def begin(self, task: Task, x: torch.Tensor) -> None:
+        """Start again with another task, of the same signature, and images of the same shape."""
         self.x.copy_(x)
         self.number.zero_()
-        self._conditions.load(predict)
+        self._update.load(task.update)
+        self._conditions.load(task)
+
+    def predicts_with(self, predict: Prediction) -> bool:
+        """Whether the noise in these images is predicted by this one."""
+        return self._predict is predict
 
     def drop_graph(self) -> bool:
         """Free what was captured, and say whether there was anything; the next steps run as before a capture."""
@@ -245,40 +250,47 @@ def _steps_of(
     if acceleration.condition_cache == "off" or customised:
         yield _Steps(PlainPrediction(task, unet, acceleration.layout), task.update, x)
         return
-    predict = CachedPrediction(task, unet, acceleration.layout, unet.dtype if autocast is None else autocast)
     # A callback, or another thread, may sample with this U-Net while it is being sampled.
     if not replays or not kept.lock.acquire(blocking=False):
-        yield _Steps(predict, task.update, x)
+        dtype = unet.dtype if autocast is None else autocast
+        yield _Steps(CachedPrediction(task, unet, acceleration.layout, dtype), task.update, x)
         return
     try:
         kept.forget_graphs_of_others(unet)
-        yield _replayed(kept.graphs, predict, task, x, acceleration)
+        yield _replayed(kept.graphs, task, unet, x, acceleration)
     finally:
         kept.lock.release()
 
 
 def _replayed(
-    graphs: "OrderedDict[tuple, _ReplayedSteps]",
-    predict: CachedPrediction,
-    task: Task,
-    x: torch.Tensor,
-    acceleration: Acceleration,
+    graphs: "OrderedDict[tuple, _ReplayedSteps]", task: Task, unet: Unet, x: torch.Tensor, acceleration: Acceleration
 ) -> _ReplayedSteps:
     """The captured step for this task, or one to be captured."""
     in_force = dispatch.implementation(), dispatch.attention_override(None)
-    key = (acceleration, in_force, _library_settings(), x.shape, predict.signature, task.update.signature)
-    steps = graphs.pop(key, None)
-    if steps is None:
-        required = acceleration.asks_for("cuda_graphs")
-        steps = _ReplayedSteps(predict, task.update, x, required)
-    else:
-        steps.begin(predict, x)
-    graphs[key] = steps
-    if len(graphs) > _MOST_GRAPHS:
+    settings = acceleration, in_force, _library_settings()
+    key = (*settings, unet.dtype, x.shape, task.signature, task.update.signature)
+    if key in graphs:
+        graphs.move_to_end(key)
+        graphs[key].begin(task, x)
+        return graphs[key]
+
+    def make_room(predict: Prediction) -> bool:
+        freed = False
+        for key, steps in list(graphs.items()):
+            if steps.predicts_with(predict):
+                # After a division its graph would read what is no longer there.
+                freed = steps.drop_graph() or freed
+            else:
+                del graphs[key]
+                freed = True
+        return freed
+
+    while len(graphs) >= _MOST_GRAPHS:
         graphs.popitem(last=False)
+    predict = CachedPrediction(task, unet, acceleration.layout, unet.dtype, make_room)
+    steps = _ReplayedSteps(predict, task.update, x, acceleration.asks_for("cuda_graphs"))
     steps.find_other = lambda: next((other.graph for other in graphs.values() if other.graph is not None), None)
-    # All of them, this one's too: after a division it would read what is no longer there.
-    steps._conditions.make_room = lambda: any([other.drop_graph() for other in graphs.values()])
+    graphs[key] = steps
     return steps
 
 

@@ -142,11 +142,17 @@ class FakeGraph:
             call()
 
 
+def tensors_of(conditions):
+    """All that conditions hold, by themselves and with others."""
+    return [value for one in (conditions, conditions._shared) for value in vars(one).values() if torch.is_tensor(value)]
+
+
 def read_by(steps):
     """The addresses of all that a step reads."""
     predict, update = steps._predict, steps._update
     tensors = [steps.x, steps.noise, steps.number, steps._x_start, predict._lowres, update.times, update._following]
-    tensors += [value for conditions in predict._conditions for value in conditions._values.values()]
+    tensors += update._schedules
+    tensors += [value for conditions in predict._conditions for value in tensors_of(conditions)]
     tensors += [*predict._unet.parameters(), *predict._unet.buffers(), *update._scheduler.buffers()]
     return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 

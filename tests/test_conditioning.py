@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fast_path import Counts, T, distance, make_imagen, make_super, make_unet, make_words
+from fast_path import Counts, T, distance, make_imagen, make_super, make_unet, make_words, tensors_of
 
-from minimagen_fast.conditioning import Conditions
+from minimagen_fast.conditioning import Conditions, SharedConditions
 from minimagen_fast.kernels import use_implementation
 from minimagen_fast.predictions import CachedPrediction, PlainPrediction, Task
 from minimagen_fast.samplers import Sampler, Update
@@ -23,16 +23,8 @@ def made(unet, *, with_text=(True,), batch=2, text=True, tokens=5, mask=True, dt
     words = make_words(batch, tokens, seed)
     embeds, mask = words["text_embeds"] if text else None, words["text_masks"] if text and mask else None
     level = torch.full((batch,), 4) if unet.lowres_cond else None
-    conditions = Conditions(
-        unet,
-        TIMES,
-        lowres_noise_time=None if level is None else level[:1],
-        text_embeds=embeds,
-        text_mask=mask,
-        batch=batch,
-        with_text=with_text,
-        dtype=dtype,
-    )
+    shared = SharedConditions(unet, TIMES, lowres_noise_time=None if level is None else level[:1], dtype=dtype)
+    conditions = Conditions(shared, unet, text_embeds=embeds, text_mask=mask, batch=batch, with_text=with_text)
     return conditions, {"text_embeds": embeds, "text_mask": mask, "lowres_noise_times": level}
 
 
@@ -107,9 +99,9 @@ def test_keys_that_are_kept_and_keys_that_are_not(keeps_keys, monkeypatch):
 
 def test_keys_are_kept_where_they_are_fewer_multiplications():
     narrow, wide = made(make_unet())[0], made(make_unet(cond_dim=512))[0]
-    assert not narrow._keeps_keys and wide._keeps_keys
+    assert not narrow._shared.keeps_keys and wide._shared.keeps_keys
     with use_implementation("reference"):
-        assert made(make_unet())[0]._keeps_keys
+        assert made(make_unet())[0]._shared.keeps_keys
 
 
 @pytest.mark.parametrize("name", ["base", "super"])
@@ -125,7 +117,7 @@ def test_under_autocast():
     exact, given = made(unet, with_text=(True, False))
     with torch.autocast("cpu", torch.bfloat16):
         conditions, _ = made(unet, with_text=(True, False), dtype=torch.bfloat16)
-        assert all(value.dtype == torch.bfloat16 for value in conditions._values.values())
+        assert all(value.dtype == torch.bfloat16 for value in tensors_of(conditions))
         assert largest_error(unet, conditions, given, (True, False)) < 0.02
         x, step = images(unet)[0], torch.tensor([0])
         rounded = unet.denoise(x, None, conditions.at(step))
@@ -144,15 +136,17 @@ def test_the_first_and_the_last_step_differ():
 def test_conditions_are_taken_over_in_place(name):
     unet = UNETS[name]()
     conditions, _ = made(unet, with_text=(True, False))
-    addresses = {name: value.data_ptr() for name, value in conditions._values.items()}
+    addresses = [value.data_ptr() for value in tensors_of(conditions)]
     for block in unet.resnet_blocks:
         block.time_mlp[1].weight.mul_(1.5)
     unet.text_to_cond.weight.mul_(1.5)
     unet.to_time_tokens[0].weight.mul_(1.5)
-    other, given = made(unet, with_text=(True, False), tokens=9, seed=7)
+    _, given = made(unet, with_text=(True, False), tokens=9, seed=7)
     assert largest_error(unet, conditions, given, (True, False)) > 1e-3
-    conditions.load(other)
-    assert {name: value.data_ptr() for name, value in conditions._values.items()} == addresses
+    level = given["lowres_noise_times"]
+    conditions._shared.load(unet, TIMES, None if level is None else level[:1])
+    conditions.load(unet, given["text_embeds"], given["text_mask"])
+    assert [value.data_ptr() for value in tensors_of(conditions)] == addresses
     assert largest_error(unet, conditions, given, (True, False)) < 2e-5
 
 
@@ -201,14 +195,36 @@ def test_a_step_projects_no_text_and_no_time_but_all_scales_and_shifts_in_one():
     assert [shape for shape in shapes if text_width in shape[-2:] and kv_width in shape[-2:]], "nothing was looked for"
 
 
+def task_of(imagen, words, batch_size):
+    update = Update(Sampler(), imagen.noise_schedulers[0], percentile=0.9, cond_scale=3.0)
+    return Task(imagen.unets[0], update, 3.0, words["text_embeds"], words["text_masks"], None, None, batch_size)
+
+
+@pytest.mark.parametrize("cond_dim", [8, 64], ids=["tokens", "keys"])
+def test_pieces_of_a_batch_hold_together_what_the_batch_does(cond_dim):
+    imagen, words = make_imagen(unets=[make_unet(cond_dim=cond_dim)]), make_words(8)
+
+    def held(predict):
+        tensors = [tensor for conditions in predict._conditions for tensor in tensors_of(conditions)]
+        return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+    whole, divided = (
+        CachedPrediction(task_of(imagen, words, size), imagen.unets[0], torch.contiguous_format, torch.float32)
+        for size in (None, 1)
+    )
+    assert len(divided._conditions) == 8 and held(divided) == held(whole)
+    divided._divide(2, guides_at_once=False)
+    divided._prepare()
+    assert len(divided._conditions) == 8 and held(divided) == held(whole)
+
+
 def test_the_two_predictions_of_a_step_agree_for_pieces_of_a_batch():
     imagen = make_imagen()
     words = make_words(5)
-    update = Update(Sampler(), imagen.noise_schedulers[0], percentile=0.9, cond_scale=3.0)
     x = torch.randn(5, 3, 8, 8)
     whole = None
     for size in (None, 1, 2, 3, 5, 9):
-        task = Task(imagen.unets[0], update, 3.0, words["text_embeds"], words["text_masks"], None, None, size)
+        task = task_of(imagen, words, size)
         cached = CachedPrediction(task, imagen.unets[0], torch.contiguous_format, torch.float32)
         plain = PlainPrediction(task, imagen.unets[0], torch.contiguous_format)
         pred = cached(x, torch.tensor([4]))
@@ -216,4 +232,5 @@ def test_the_two_predictions_of_a_step_agree_for_pieces_of_a_batch():
         assert distance(pred, whole) < 2e-5, size
         assert distance(plain(x, torch.tensor([4])), whole) < 2e-5, size
         cached._divide(2, guides_at_once=False)
+        assert cached._conditions == []
         assert distance(cached(x, torch.tensor([4])), whole) < 2e-5, size

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from fast_path import FakeGraph, T, distance, fake_cuda_graphs, make_imagen, mak
 
 from minimagen_fast import sampling
 from minimagen_fast.acceleration import ASKED_FOR
+from minimagen_fast.conditioning import Conditions
 from minimagen_fast.kept import Kept, kept_with
 from minimagen_fast.kernels import use_implementation
+from minimagen_fast.predictions import CachedPrediction
 from minimagen_fast.Unet import BaseTest, Unet
 
 # Rounding, which the steps carry on; images are in [0, 1].
@@ -221,6 +224,43 @@ def test_too_little_memory_for_one_image_with_and_without_text_at_once(monkeypat
         assert torch.equal(run(imagen, words=words), images) and set(tried) == {1}
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_too_little_memory_for_the_conditions(monkeypatch, graphs):
+    imagen, words = make_imagen(), make_words(5)
+    expected = run(imagen, words=words)
+    if graphs:
+        fake_cuda_graphs(monkeypatch)
+        # A captured step, whose conditions are worked out anew where they are.
+        run(imagen, words=make_words(5, seed=2))
+    tokens_of = Unet._text_tokens
+
+    def out_of_memory(self, text_embeds, *args):
+        if len(text_embeds) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return tokens_of(self, text_embeds, *args)
+
+    monkeypatch.setattr(Unet, "_text_tokens", out_of_memory)
+    with pytest.warns(UserWarning, match="does not suffice for 5 images at a time; going on with 3"):
+        images = run(imagen, words=words)
+    assert distance(images, expected) < FLOAT32
+
+
+@pytest.mark.filterwarnings("ignore:the memory of cpu")
+def test_conditions_of_larger_parts_are_freed_before_there_are_others(monkeypatch):
+    alive, images = weakref.WeakSet(), []
+
+    class Watched(Conditions):
+        def __init__(self, *args, batch, **kwargs):
+            alive.add(self)
+            super().__init__(*args, batch=batch, **kwargs)
+            images.append(sum(conditions._batch for conditions in alive))
+
+    monkeypatch.setattr("minimagen_fast.predictions.Conditions", Watched)
+    scarce(monkeypatch, 1)
+    run(make_imagen(), words=make_words(5))
+    assert images == [5, 3, 5, 2, 4, 5, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("way", ["uncached", "customised"])
 def test_too_little_memory_where_the_u_net_is_called_whole(monkeypatch, way):
     imagen, words = make_imagen(), make_words(5)
@@ -403,16 +443,36 @@ def test_both_stages_have_their_graphs(graphs):
     assert len(graphs) == 2 and distance(run(imagen, words=make_words(seed=9)), expected) > 1e-3
 
 
+@contextlib.contextmanager
+def nothing_replayed(monkeypatch):
+    def steps_of(graphs, task, unet, x, acceleration):
+        return sampling._Steps(CachedPrediction(task, unet, acceleration.layout, unet.dtype), task.update, x)
+
+    with monkeypatch.context() as plain:
+        plain.setattr(sampling, "_replayed", steps_of)
+        yield
+
+
+@pytest.mark.parametrize("arguments", [{"steps": 5}, {"sampler": "dpmpp_2m", "steps": 4}], ids=str)
+def test_a_noise_schedule_that_is_edited_in_place_is_followed(graphs, monkeypatch, arguments):
+    imagen = make_imagen()
+    before = run(imagen, arguments=arguments)
+    scheduler = imagen.noise_schedulers[0]
+    scheduler.sqrt_alphas_cumprod.mul_(0.9)
+    scheduler.sqrt_one_minus_alphas_cumprod.mul_(1.05)
+    after = run(imagen, arguments=arguments)
+    with nothing_replayed(monkeypatch):
+        assert torch.equal(after, run(imagen, arguments=arguments))
+    assert len(graphs) == 1 and distance(after, before) > 1e-3
+
+
 def test_a_noise_level_and_a_start_image_are_taken_over(graphs, monkeypatch):
     imagen = make_imagen(stages=2)
     start = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     changes = [{}, {"lowres_sample_noise_level": 0.6}, {"start_image": start}]
     for change in (*changes, *changes):
         images = run(imagen, arguments={**FEW, **change})
-        with monkeypatch.context() as plain:
-            plain.setattr(
-                sampling, "_replayed", lambda graphs, predict, task, x, _: sampling._Steps(predict, task.update, x)
-            )
+        with nothing_replayed(monkeypatch):
             assert torch.equal(images, run(imagen, arguments={**FEW, **change}))
     assert len(graphs) == 2
 

@@ -2,7 +2,21 @@
 
 A step predicts the noise, with text and without in one call of the U-Net where guidance needs both, and updates the
 images in place. It reads nothing but tensors that stay where they are, the number of the step among them: so on CUDA it
-is captured once, and replayed for all steps of all samplings of its shape. Nothing in it waits for the device.
+is captured once, and replayed for all steps of all samplings of its kind. Nothing in it waits for the device.
+
+Samplings are of one kind if they differ in their words, their low-resolution images, the noise level of those, their
+random numbers, and the values of weights and noise schedules alone. A step is captured anew for
+
+- other shapes: number and size of the images, ``batch_size``, one prediction a step or the two of guidance, and number
+  of steps, which sizes the tables of timesteps and their embeddings;
+- another ``cond_scale``, ``dynamic_thresholding_percentile``, ``sampler`` or ``eta``: the kernel that updates the
+  images is handed these by value, and a graph holds on to the values that it was captured with;
+- other operators: another :class:`.Acceleration`, other kernels in force, other settings of torch's precision or
+  determinism;
+- weights or schedules that lie elsewhere, after a conversion, a move, or the replacement of a tensor or a module;
+- memory that did not suffice: what is captured is given up for it.
+
+The last four kinds are kept for each U-Net.
 """
 
 import warnings

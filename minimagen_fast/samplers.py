@@ -112,7 +112,9 @@ class Update:
         schedules = scheduler.sqrt_alphas_cumprod, scheduler.sqrt_one_minus_alphas_cumprod
         self._schedules = cast("tuple[torch.Tensor, torch.Tensor]", schedules)
         if self.multistep and len(visited) > 2:
-            self._schedules = _limited(*self._schedules, *visited[-3:])
+            # `load` writes to them, which tensors made in inference mode do not allow outside of it.
+            with torch.inference_mode(False):
+                self._schedules = _limited(*self._schedules, *visited[-3:])
             self._last[-2] = scheduler.num_timesteps
         # With a scale of 0 or 1 there is one prediction, and nothing to combine it with.
         self._common: dict[str, Any] = {"percentile": percentile, "cond_scale": 1.0 if cond_scale == 0 else cond_scale}

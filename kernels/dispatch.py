@@ -2,9 +2,10 @@
 
 Choices: ``auto`` (the fastest that can do the job), ``triton`` (kernels of this package), ``reference`` (plain torch:
 the yardstick of every other one) and, for attention alone, ``sdpa``, ``sdpa_merge`` and ``xformers`` (see
-:mod:`.attention`; the other operations then choose as under ``auto``). The environment variable
-``MINIMAGEN_FAST_KERNELS`` sets the choice at start, :func:`use_implementation` (for attention :func:`use_attention`)
-for a block of code, an operation's ``implementation`` argument for one call.
+:mod:`.attention`). The environment variable ``MINIMAGEN_FAST_KERNELS`` sets the choice at start,
+:func:`use_implementation` (for attention :func:`use_attention`) for a block of code, an operation's ``implementation``
+argument for one call. A choice for the process leaves operations that do not have it as under ``auto``; for a call it
+is an error.
 """
 
 import os
@@ -114,9 +115,13 @@ def select(operation: str, candidates: Mapping[str, Reasons], device: torch.devi
         A key of ``candidates``.
 
     Raises:
-        ValueError: if the choice names a candidate that cannot do the job; the message gives every reason.
+        ValueError: if the choice names a candidate that cannot do the job, the message gives every reason; or if
+            ``override`` names an implementation that the operation does not have, the message says which it has.
     """
     choice = implementation(override)
+    if override is not None and choice != "auto" and choice not in candidates:
+        has = [name for name in CHOICES if name == "auto" or name in candidates]
+        raise ValueError(f"implementation of {operation} must be one of {', '.join(has)}; got {choice!r}")
     if choice in candidates:
         if reasons := _found(candidates[choice]):
             raise ValueError(
@@ -137,6 +142,8 @@ def _found(reasons: Reasons) -> Sequence[str]:
     return reasons() if callable(reasons) else reasons
 
 
+# torch.compile then calls it while it traces, where tracing it would be refused.
+@torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

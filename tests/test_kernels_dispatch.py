@@ -4,8 +4,17 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minimagen_fast.kernels import dispatch, implementation, launch, layer_norm, use_implementation
+from minimagen_fast.kernels import (
+    channel_layer_norm,
+    dispatch,
+    group_norm_silu,
+    implementation,
+    launch,
+    layer_norm,
+    use_implementation,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -63,6 +72,24 @@ def test_a_choice_for_attention_leaves_other_operations_alone():
         assert dispatch.select("op", {"triton": [], "reference": []}, CUDA) == "triton"
 
 
+@pytest.mark.parametrize("choice", ["sdpa", "sdpa_merge", "xformers"])
+def test_a_call_is_refused_a_choice_that_its_operation_does_not_have(choice):
+    x, gain = torch.ones(1, 4, 2, 2), torch.ones(4)
+    calls = {
+        "layer_norm": lambda **options: layer_norm(x.flatten(2).mT, gain, **options),
+        "channel_layer_norm": lambda **options: channel_layer_norm(x, gain, **options),
+        "group_norm_silu": lambda **options: group_norm_silu(x, groups=2, **options),
+    }
+    for operation, call in calls.items():
+        message = f"implementation of {operation} must be one of auto, triton, reference; got '{choice}'"
+        with pytest.raises(ValueError, match=message):
+            call(implementation=choice)
+        # For the whole process it is a choice for attention.
+        with use_implementation(choice):
+            call()
+            call(implementation="auto")
+
+
 def test_the_block_sets_the_choice_and_the_call_overrides_it():
     before = implementation()
     with use_implementation("reference"):
@@ -104,6 +131,19 @@ def test_the_card_is_a_constant_to_torch_compile(monkeypatch):
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(2)).tolist() == [7, 7]
+
+
+def test_a_fallback_compiles_without_a_graph_break_and_is_warned_of(monkeypatch):
+    monkeypatch.setattr(launch, "_cuda_target", lambda index: launch.H200)
+    monkeypatch.setattr(launch, "_missing_to_build", lambda: None)
+    with FakeTensorMode():
+        x, gain = torch.empty(2, 8193, device=CUDA), torch.empty(8193, device=CUDA)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer_norm, fullgraph=True, backend="eager")
+        message = "layer_norm runs as 'reference', not as a Triton kernel: it takes rows of 1 to 8192 values, not 8193"
+        with pytest.warns(UserWarning, match=message) as said:
+            assert compiled(x, gain).shape == layer_norm(x, gain).shape == x.shape
+    assert len(said) == 1
 
 
 def test_launches_on_meta_tensors_are_recorded_for_the_card_that_is_asked_about():

@@ -59,9 +59,12 @@ def check_schedule(
 ) -> None:
     """Refuse timesteps that are not one int64 per image of ``like``, and schedules that are not float32 vectors.
 
+    The schedules must be of one length: kernels read all of them at a timestep without asking how long each is.
+
     Raises:
         TypeError: for another dtype.
-        ValueError: for another shape, or another device than that of ``like``.
+        ValueError: for another shape, another length than that of the first schedule, or another device than that of
+            ``like``.
     """
     for name, t in times.items():
         if t.dtype != torch.int64:
@@ -75,6 +78,13 @@ def check_schedule(
             raise TypeError(f"{name} must be float32, got {schedule.dtype}; noise schedules are not cast with a model")
         if schedule.ndim != 1 or not len(schedule):
             raise ValueError(f"{name} must have shape (T,), one value for each timestep; got {tuple(schedule.shape)}")
+    (first, steps), *others = ((name, len(schedule)) for name, schedule in schedules.items())
+    for name, length in others:
+        if length != steps:
+            raise ValueError(
+                f"{name} must have a value for each timestep, {steps} of them like {first}; got {length}: give both"
+                " from one noise schedule"
+            )
     _check_one_device({"the images": like, **times, **schedules})
 
 

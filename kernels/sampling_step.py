@@ -58,8 +58,8 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
     """
     if x_t.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x_t must be float32 (or float64), got {x_t.dtype}; sampling in less spoils the images")
-    b = x_t.shape[0] if x_t.ndim else 0
-    if null_pred is None and pred.ndim == x_t.ndim and b and pred.shape[0] == 2 * b:
+    # Of no images the predictions of both kinds are none, too.
+    if null_pred is None and x_t.ndim and pred.ndim == x_t.ndim and pred.shape[0] == 2 * x_t.shape[0]:
         pred, null_pred = pred.chunk(2)
     if null_pred is None and cond_scale != 1:
         raise ValueError(

@@ -254,6 +254,8 @@ def test_wrong_arguments():
     refused(ValueError, r"t must hold one timestep for each image, shape \(2,\); got \(1,\)", t=good["t"][:1])
     refused(TypeError, "sqrt_alphas_cumprod must be float32, got torch.float16", sqrt_alphas_cumprod=good["t"].half())
     refused(ValueError, r"must have shape \(T,\)", sqrt_one_minus_alphas_cumprod=torch.ones((), device=DEVICE))
+    message = "sqrt_one_minus_alphas_cumprod must have .*, 100 of them like sqrt_alphas_cumprod; got 10"
+    refused(ValueError, message, sqrt_one_minus_alphas_cumprod=torch.ones(10, device=DEVICE))
     refused(ValueError, "noise must be on .* it is on meta", noise=y.to("meta"))
     refused(ValueError, "t must be on .* it is on meta", t=good["t"].to("meta"))
     refused(TypeError, "dtype must be a floating-point dtype, got torch.int64", dtype=torch.int64)

@@ -288,10 +288,11 @@ def test_the_last_step_adds_no_noise(way):
 @STEPS
 def test_empty_batch(way, step):
     x_t, t, pred, third = images((2, 3, 4, 4))
-    for out in take(step, x_t[:0], t[:0], pred[:0], third[:0], implementation="triton"):
-        assert out.shape == (0, 3, 4, 4)
-    for out in take(step, x_t[:0], t[:0], pred[:0], third[:0], implementation="reference"):
-        assert out.shape == (0, 3, 4, 4)
+    nothing = x_t[:0], t[:0], pred[:0], third[:0]
+    for implementation in ("triton", "reference"):
+        for cond_scale in (1.0, 3.0):
+            for out in take(step, *nothing, cond_scale=cond_scale, implementation=implementation):
+                assert out.shape == (0, 3, 4, 4)
 
 
 @STEPS
@@ -390,6 +391,11 @@ def test_wrong_arguments():
         sampling_step.dpm_solver_pp_2m_step(x_t, t, t - 1, pred, t_last=t, **other)
     with pytest.raises(ValueError, match="t_previous must hold one timestep"):
         sampling_step.ddim_step(x_t, t, t[:1], pred, **other)
+    other["sqrt_one_minus_alphas_cumprod"] = other["sqrt_one_minus_alphas_cumprod"][:10]
+    for name in ("auto", "triton", "reference"):
+        message = "sqrt_one_minus_alphas_cumprod must have .*, 100 of them like sqrt_alphas_cumprod; got 10"
+        with pytest.raises(ValueError, match=message):
+            sampling_step.ddim_step(x_t, t, t // 2, pred, **other, implementation=name)
 
 
 def test_gradients_may_be_required_where_none_are_taken():

@@ -286,12 +286,13 @@ def _xformers_attention():
 
 def xformers_reasons(q: torch.Tensor, mask: torch.Tensor | None = None) -> list[str]:
     """Why xFormers cannot attend from such queries, under such a mask."""
-    if q.device.type != "cuda":
-        return [f"the tensors are on {q.device}, not on a CUDA device"]
-    if not XFORMERS_INSTALLED:
-        return ["xformers is not installed"]
     found = []
-    if _xformers_attention() is None:
+    on_cuda = q.device.type == "cuda"
+    if not on_cuda:
+        found.append(f"the tensors are on {q.device}, not on a CUDA device")
+    if not XFORMERS_INSTALLED:
+        found.append("xformers is not installed")
+    elif on_cuda and _xformers_attention() is None:
         found.append("xformers was built without an attention operator for this machine")
     if mask is not None:
         found.append("it is used without a mask")

@@ -1,8 +1,6 @@
 """Attention with a null key: every implementation against the formula, written out with loops."""
 
-import os
-import subprocess
-import sys
+import importlib.util
 
 import pytest
 import torch
@@ -92,9 +90,15 @@ def test_xformers_gets_the_null_key_in_front(shared, monkeypatch):
     assert shapes == [((2, 15, 1, 8), *2 * ((2, 8, 1, 8),)) if shared else ((2, 5, 3, 8), *2 * ((2, 8, 3, 8),))]
 
 
-def test_xformers_is_refused_where_it_cannot_be_used():
-    with pytest.raises(ValueError, match="not on a CUDA device"):
-        null_key_attention(*_case(False), heads=3, implementation="xformers")
+@pytest.mark.parametrize("installed", [False, True])
+def test_xformers_is_refused_with_every_reason(installed, monkeypatch):
+    monkeypatch.setattr(attention, "XFORMERS_INSTALLED", installed)
+    reasons = ["it takes no bias", "the tensors are on cpu, not on a CUDA device"]
+    reasons += [] if installed else ["xformers is not installed"]
+    reasons += ["it is used without a mask", "it does not take float64"]
+    options = {"mask": torch.ones(2, 7).bool(), "bias": torch.ones(8).double()}
+    with pytest.raises(ValueError, match=f"cannot be used here: {'; '.join(reasons)}\\."):
+        null_key_attention(*_case(False), heads=3, **options, implementation="xformers")
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference", "sdpa"])
@@ -294,12 +298,21 @@ def test_the_policy_is_restored_after_an_error():
         pass
 
 
-@pytest.mark.parametrize("value, outcome", [("reference", "reference"), ("", "auto"), ("best", "ValueError")])
-def test_the_environment_sets_the_policy(value, outcome):
-    run = subprocess.run(
-        [sys.executable, "-c", "from minimagen_fast.kernels import implementation; print(implementation())"],
-        env={**os.environ, "MINIMAGEN_FAST_KERNELS": value},
-        capture_output=True,
-        text=True,
-    )
-    assert outcome in run.stdout + run.stderr
+def as_a_new_process_imports(name):
+    """A module made once more, from the environment as it is now."""
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("value, choice", [("reference", "reference"), ("", "auto")])
+def test_the_environment_sets_the_policy(value, choice, monkeypatch):
+    monkeypatch.setenv("MINIMAGEN_FAST_KERNELS", value)
+    assert as_a_new_process_imports(dispatch.__name__).implementation() == choice
+
+
+def test_an_unknown_policy_of_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("MINIMAGEN_FAST_KERNELS", "best")
+    with pytest.raises(ValueError, match="the environment variable MINIMAGEN_FAST_KERNELS must be one of auto, triton"):
+        as_a_new_process_imports(dispatch.__name__)

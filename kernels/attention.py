@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from . import attention_table, dispatch, grouped_attention, null_key_flash, null_key_merge
+from .arguments import autocast_dtype, check_floating_point, check_one_dtype
 
 __all__ = ["null_key_attention"]
 
@@ -43,7 +44,7 @@ def null_key_attention(
         null_key: The key that stands before all others in every head, shape (d,).
         null_value: Its value, shape (d,).
         heads: Number of query heads.
-        mask: Which keys may be attended to, bool, shape (b, m) or (1, m). The null key always may.
+        mask: Which keys may be attended to, bool or integers, shape (b, m) or (1, m). The null key always may.
         bias: Added to the scores, broadcast to (b, heads, n, 1 + m); column 0 belongs to the null key.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
@@ -60,13 +61,13 @@ def null_key_attention(
     ``torch.use_deterministic_algorithms(True)``, and so do ``sdpa`` and ``sdpa_merge``.
 
     Raises:
-        TypeError: if a tensor is not of a floating-point type, or q, k and v are of several and not cast.
+        TypeError: if a tensor is not of a floating-point type, or the mask is, or q, k and v are of several dtypes that
+            autocast does not make one.
         ValueError: if the shapes do not fit together, or an implementation was asked for that cannot do the job.
     """
-    for name, x in (("q", q), ("k", k), ("v", v), ("null_key", null_key), ("null_value", null_value)):
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point type; got {x.dtype}")
-    tensors = {"q": q, "k": k, "v": v, "null_key": null_key, "null_value": null_value, "mask": mask, "bias": bias}
+    tensors = {"q": q, "k": k, "v": v, "null_key": null_key, "null_value": null_value, "bias": bias}
+    check_floating_point(tensors)
+    tensors["mask"] = mask
     devices = {name: x.device for name, x in tensors.items() if x is not None}
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -84,10 +85,7 @@ def null_key_attention(
     for name, null in (("null_key", null_key), ("null_value", null_value)):
         if null.shape != (dim_head,):
             raise ValueError(f"{name} must have shape ({dim_head},), the width of a head; got {tuple(null.shape)}")
-    if mask is not None:
-        if mask.ndim != 2 or mask.shape[0] not in (1, k.shape[0]) or mask.shape[1] != k.shape[1]:
-            raise ValueError(f"mask must have shape {tuple(k.shape[:2])}, (b, m); got {tuple(mask.shape)}")
-        mask = mask.bool().expand(k.shape[:2])
+    mask = checked_mask(mask, k.shape[:2])
     if bias is not None:
         _check_bias(bias, (q.shape[0], heads, q.shape[1], 1 + k.shape[1]))
     q, k, v = _of_one_dtype(q, k, v)
@@ -97,27 +95,31 @@ def null_key_attention(
     return _RUN[choice](q, k, v, null_key, null_value, heads, mask, bias)
 
 
+def checked_mask(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
+    """A mask as bool, shape (b, m).
+
+    Raises:
+        TypeError: if it is of a floating-point type. Masks to be added to scores are, and 0 means the opposite there.
+        ValueError: if it has another shape.
+    """
+    if mask is None:
+        return None
+    if mask.is_floating_point():
+        raise TypeError(f"mask must be bool, True for what may be attended to; got {mask.dtype}: compare it with 0")
+    if mask.ndim != 2 or mask.shape[0] not in (1, shape[0]) or mask.shape[1] != shape[1]:
+        raise ValueError(f"mask must have shape {tuple(shape)}, (b, m); got {tuple(mask.shape)}")
+    return mask.bool().expand(shape)
+
+
 def _of_one_dtype(q, k, v):
-    dtypes = {q.dtype, k.dtype, v.dtype}
-    if _is_autocast(q.device.type) and torch.float64 not in dtypes:
-        # As autocast does for torch's own attention; it leaves float64 alone.
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q, k, v)
+    if dtype is not None:
         return q.to(dtype), k.to(dtype), v.to(dtype)
-    if len(dtypes) > 1:
-        name, other = ("k", k) if k.dtype != q.dtype else ("v", v)
-        raise TypeError(
-            f"{name} must have the dtype of q, {q.dtype}; got {other.dtype}: convert one of the two, or use autocast"
-        )
+    check_one_dtype({"q": q, "k": k, "v": v})
     return q, k, v
 
 
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def _check_bias(bias: torch.Tensor, scores: tuple[int, ...]) -> None:
-    if not bias.is_floating_point():
-        raise TypeError(f"bias must be of a floating-point type; got {bias.dtype}")
     if bias.ndim > 4 or any(size not in (1, of) for size, of in zip(bias.shape[::-1], scores[::-1], strict=False)):
         raise ValueError(f"bias must be broadcastable to (b, heads, n, 1 + m), {scores}; got {tuple(bias.shape)}")
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from .arguments import check_floating_point, check_one_device, check_one_dtype
 from .cpu_products import linear
 
 
@@ -20,7 +21,8 @@ def conv1x1_concat(
     matrices of pixels by channels, and the second product adds to the first in place. All of it is plain torch.
 
     Args:
-        x: Images, shape (b, c1, h, w).
+        x: Images, shape (b, c1, h, w), floating point. The others have its dtype, but under autocast, which casts all
+            of them unless one is float64.
         skip: More channels, shape (b, c2, h, w).
         weight: Shape (c_out, c1 + c2, 1, 1).
         bias: Shape (c_out,), none if not given.
@@ -31,6 +33,7 @@ def conv1x1_concat(
         in that of the inputs.
 
     Raises:
+        TypeError: if a tensor is not floating point, or they are of several dtypes that autocast does not make one.
         ValueError: if the shapes do not fit together, or the tensors are on several devices.
     """
     _check(x, skip, weight, bias)
@@ -69,6 +72,7 @@ def _check(x, skip, weight, bias) -> None:
         raise ValueError(
             f"bias must have shape ({weight.shape[0]},), a value per row of weight; got {tuple(bias.shape)}"
         )
-    for name, tensor in (("skip", skip), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}: move it there")
+    tensors = {"x": x, "skip": skip, "weight": weight, "bias": bias}
+    check_floating_point(tensors)
+    check_one_device(tensors)
+    check_one_dtype(tensors)

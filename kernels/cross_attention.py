@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch, grouped_attention
-from .attention import null_key_attention, visible_keys, weights_of_scores
+from .arguments import check_floating_point, check_one_device, check_one_dtype
+from .attention import checked_mask, null_key_attention, visible_keys, weights_of_scores
 from .cpu_products import linear
 
 __all__ = ["keys_are_worth_keeping", "null_key_cross_attention"]
@@ -30,7 +31,8 @@ def null_key_cross_attention(
     context tokens themselves are keys and values.
 
     Args:
-        x: Tokens, shape (b, n, dim).
+        x: Tokens, shape (b, n, dim), floating point. Context and weights have its dtype, but under autocast, which
+            casts all of them unless one is float64.
         context: Context tokens, shape (b, m, c).
         to_q: Weight of the projection to queries, shape (heads * d, dim).
         to_kv: Weight of the projection to keys (first half) and values, shape (2 * heads * d, c).
@@ -38,12 +40,19 @@ def null_key_cross_attention(
         null_key: The key that stands before all others in every head, shape (d,).
         null_value: Its value, shape (d,).
         heads: Number of heads.
-        mask: Which context tokens may be attended to, bool, shape (b, m).
+        mask: Which context tokens may be attended to, bool or integers, shape (b, m) or (1, m).
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:
         Tokens, shape (b, n, dim_out).
+
+    Raises:
+        TypeError: if a tensor is not of a floating-point type or the mask is, or tokens, context and weights are of
+            several dtypes that autocast does not make one.
+        ValueError: if shapes or devices do not fit together, or an implementation was asked for that cannot do the job.
     """
+    _check(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask)
+    mask = checked_mask(mask, context.shape[:2])
     implementation = dispatch.attention_override(implementation)
     if (
         dispatch.implementation(implementation) == "auto"
@@ -55,6 +64,41 @@ def null_key_cross_attention(
     k, v = linear(context, to_kv).chunk(2, dim=-1)
     out = null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
     return linear(out, to_out)
+
+
+def _check(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask) -> None:
+    products = {"x": x, "context": context, "to_q": to_q, "to_kv": to_kv, "to_out": to_out}
+    tensors = {**products, "null_key": null_key, "null_value": null_value}
+    check_floating_point(tensors)
+    check_one_device({**tensors, "mask": mask})
+    check_one_dtype(products)
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape (b, n, dim); got {tuple(x.shape)}")
+    b, _, dim = x.shape
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    if to_q.ndim != 2 or to_q.shape[1] != dim or to_q.shape[0] == 0 or to_q.shape[0] % heads:
+        raise ValueError(
+            f"to_q must have shape (heads * d, {dim}) with heads = {heads}, to go with x of shape {tuple(x.shape)};"
+            f" got {tuple(to_q.shape)}"
+        )
+    width = to_q.shape[0]
+    if to_kv.ndim != 2 or to_kv.shape[0] != 2 * width:
+        raise ValueError(
+            f"to_kv must have shape ({2 * width}, c), twice the rows of to_q for keys and values; got"
+            f" {tuple(to_kv.shape)}"
+        )
+    if context.ndim != 3 or context.shape[0] != b or context.shape[2] != to_kv.shape[1]:
+        raise ValueError(
+            f"context must have shape ({b}, m, {to_kv.shape[1]}), as many as x and as wide as to_kv's rows; got"
+            f" {tuple(context.shape)}"
+        )
+    if to_out.ndim != 2 or to_out.shape[1] != width:
+        raise ValueError(f"to_out must have shape (dim_out, {width}), as wide as all heads; got {tuple(to_out.shape)}")
+    d = width // heads
+    for name, null in (("null_key", null_key), ("null_value", null_value)):
+        if null.shape != (d,):
+            raise ValueError(f"{name} must have shape ({d},), the width of a head; got {tuple(null.shape)}")
 
 
 def keys_are_worth_keeping(context: torch.Tensor, dim_head: int) -> bool:

@@ -249,6 +249,11 @@ def test_numbers_must_be_floating_point():
         null_key_attention(q, k, v, null_key, null_value, heads=3, bias=torch.ones(5, 8).bool())
 
 
+def test_a_mask_to_be_added_to_scores_is_refused():
+    with pytest.raises(TypeError, match="mask must be bool, .* got torch.float32: compare it with 0"):
+        null_key_attention(*_case(shared=False), heads=3, mask=torch.zeros(2, 7))
+
+
 EVERY = ["auto", "reference", "sdpa", "sdpa_merge", "triton"]
 
 

@@ -87,10 +87,12 @@ def test_autocast(images, memory_format):
     assert all(value.grad.dtype == value.dtype for value in inputs.values())
 
 
-def test_skip_of_another_dtype_under_autocast():
-    inputs = case(1, 8, 8, 4, 3, 3, memory_format=NHWC)
+@FORMATS
+@pytest.mark.parametrize("name", NAMES)
+def test_another_dtype_under_autocast(name, memory_format):
+    inputs = case(1, 8, 8, 4, 3, 3, memory_format=memory_format)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        assert ours(**inputs | {"x": inputs["x"].bfloat16()}).dtype == torch.bfloat16
+        assert ours(**inputs | {name: inputs[name].half()}).dtype == torch.bfloat16
 
 
 @FORMATS
@@ -123,6 +125,24 @@ def test_clear_errors(changes, words):
     inputs = case(2, 8, 4, 6, 3, 3) | changes
     with pytest.raises(ValueError, match=words):
         ours(**{name: value.to(DEVICE) for name, value in inputs.items()})
+
+
+@FORMATS
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
+def test_another_dtype_is_refused_in_both_formats(name, dtype, memory_format):
+    inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
+    inputs[name] = inputs[name].to(dtype)
+    other, one, got = ("skip", dtype, torch.float32) if name == "x" else (name, torch.float32, dtype)
+    message = f"{other} must have the dtype of x, {one}; got {got}: convert one of the two"
+    if dtype == torch.int64:
+        message = f"{name} must be of a floating-point type; got {dtype}"
+    with pytest.raises(TypeError, match=message):
+        ours(**inputs)
+    if dtype != torch.float16:
+        # It casts neither of these.
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16), pytest.raises(TypeError, match=message):
+            ours(**inputs)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

@@ -49,6 +49,93 @@ def test_the_order_is_that_of_queries_keys_values_results():
         torch.testing.assert_close(out[0], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+EVERY = pytest.mark.parametrize("implementation", ["auto", "reference", "sdpa", "sdpa_merge", "triton"])
+NAMES = ("x", "context", "to_q", "to_kv", "to_out", "null_key", "null_value")
+
+
+def named(n=40, c=4, dtype=torch.float32):
+    """So few channels of the context that ``auto`` multiplies the weights first."""
+    given = dict(zip(NAMES, (x.detach() for x in tensors(n, c, dtype)), strict=True))
+    assert cross_attention._fewer_with_products(given["x"], given["context"], given["to_q"], HEADS)
+    return given
+
+
+SHAPES = {
+    "x": ((2, DIM), r"x must have shape \(b, n, dim\); got \(2, 12\)"),
+    "to_q": ((HEADS * D, DIM + 1), r"to_q must have shape \(heads \* d, 12\) with heads = 3, .* got \(24, 13\)"),
+    "rows of to_q": ((HEADS * D + 1, DIM), r"to_q must have shape .* got \(25, 12\)"),
+    "to_kv": ((2 * D, 4), r"to_kv must have shape \(48, c\), twice the rows of to_q .* got \(16, 4\)"),
+    "width of context": ((2, M, 5), r"context must have shape \(2, m, 4\), .* got \(2, 20, 5\)"),
+    "batch of context": ((1, M, 4), r"context must have shape \(2, m, 4\), .* got \(1, 20, 4\)"),
+    "to_out": ((DIM_OUT, D), r"to_out must have shape \(dim_out, 24\), .* got \(10, 8\)"),
+    "null_key": ((HEADS * D,), r"null_key must have shape \(8,\), the width of a head; got \(24,\)"),
+    "null_value": ((1, D), r"null_value must have shape \(8,\), the width of a head; got \(1, 8\)"),
+    "mask": ((2, M + 1), r"mask must have shape \(2, 20\), \(b, m\); got \(2, 21\)"),
+    "batch of mask": ((3, M), r"mask must have shape \(2, 20\), \(b, m\); got \(3, 20\)"),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("what", SHAPES)
+def test_wrong_shapes_are_refused(what, implementation):
+    shape, message = SHAPES[what]
+    name = what.split()[-1]
+    wrong = torch.ones(shape, dtype=torch.bool if name == "mask" else torch.float32)
+    with pytest.raises(ValueError, match=message):
+        null_key_cross_attention(**{**named(), name: wrong}, heads=HEADS, implementation=implementation)
+
+
+@EVERY
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_dtypes_and_devices_are_refused(name, implementation):
+    given = named()
+
+    def refused(error, message, changed):
+        with pytest.raises(error, match=message):
+            null_key_cross_attention(**{**given, name: changed}, heads=HEADS, implementation=implementation)
+
+    refused(TypeError, f"{name} must be of a floating-point type; got torch.int64", given[name].long())
+    if name in NAMES[1:]:
+        refused(ValueError, f"{name} must be on the device of x, cpu; got meta", given[name].to("meta"))
+    if name in NAMES[1:5]:
+        message = f"{name} must have the dtype of x, torch.float32; got torch.float64"
+        refused(TypeError, message, given[name].double())
+        with torch.autocast("cpu", torch.bfloat16):
+            refused(TypeError, message, given[name].double())
+
+
+@EVERY
+def test_other_wrong_arguments(implementation):
+    def refused(error, message, **changed):
+        with pytest.raises(error, match=message):
+            null_key_cross_attention(**{**named(), "heads": HEADS, "implementation": implementation, **changed})
+
+    refused(ValueError, "heads must be at least 1, got 0", heads=0)
+    refused(ValueError, r"to_q must have shape \(heads \* d, 12\) with heads = 5", heads=5)
+    refused(TypeError, "mask must be bool, .* got torch.float32", mask=torch.ones(2, M))
+    refused(ValueError, "mask must be on the device of x, cpu; got meta", mask=torch.ones(2, M, device="meta").bool())
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "sdpa"])
+@pytest.mark.parametrize("mask", [None, torch.ones(1, M).bool()])
+def test_empty_batch(implementation, mask):
+    given = named()
+    given = {name: x.requires_grad_() for name, x in (given | {n: given[n][:0] for n in NAMES[:2]}).items()}
+    out = null_key_cross_attention(**given, heads=HEADS, mask=mask, implementation=implementation)
+    assert out.shape == (0, 40, DIM_OUT)
+    out.sum().backward()
+    assert all(not x.grad.any() for x in given.values() if x.grad is not None)
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_a_mask_for_all_images_or_of_integers(n):
+    given = dict(zip(NAMES, (x.detach() for x in tensors(n, 4)), strict=True))
+    mask = torch.arange(M)[None] % 3 > 0
+    expected = null_key_cross_attention(**given, heads=HEADS, mask=mask.expand(2, M))
+    for same in (mask, mask.long()):
+        assert torch.equal(null_key_cross_attention(**given, heads=HEADS, mask=same), expected)
+
+
 def test_the_cheaper_way_is_taken(monkeypatch):
     taken = []
     monkeypatch.setattr(cross_attention, "_with_products", lambda *_: taken.append("products"))

@@ -135,6 +135,26 @@ def test_tiles_of_channels(channels, memory_format, tiled_plan):
     check(case(1, channels, 5, 4, memory_format=memory_format), 1, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("skip", [0, 8])
+@FORMATS
+def test_inputs_and_small_statistics_are_all_that_is_saved(skip, memory_format):
+    b, groups = 2, 4
+    inputs = {k: v for k, v in case(b, 16, 16, 16, skip=skip, memory_format=memory_format).items() if v is not None}
+    inputs = {k: v.to("meta").requires_grad_() for k, v in inputs.items()}
+    known = {x.untyped_storage()._cdata for x in inputs.values()}
+
+    def bytes_beyond_the_inputs(operation):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            operation(**inputs, groups=groups)
+        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in saved}
+        return sum(size for storage, size in storages.items() if storage not in known)
+
+    assert 0 < bytes_beyond_the_inputs(ours) <= 3 * 4 * b * groups
+    # What torch saves is seen: whole images.
+    assert bytes_beyond_the_inputs(reference) > inputs["x"].untyped_storage().nbytes()
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 5])
 @FORMATS
 def test_chunks(multiprocessors, memory_format, monkeypatch, small_tiles):

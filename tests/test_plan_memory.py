@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from plan_runs import SMALL, SMALL_SUPER, measured_peak
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minimagen_fast.kernels import conv1x1_concat, null_key_cross_attention
 from minimagen_fast.plan_autocast import autocast_as_on_cuda
 from minimagen_fast.plan_memory import largest_batch, memory
 from minimagen_fast.plan_setup import Setup
@@ -87,6 +88,17 @@ CALLS = {
     "concatenation": lambda new: torch.cat((new(2, 4, dtype=torch.bfloat16), new(2, 4))),
     "choice": lambda new: torch.where(new(2, 4, dtype=torch.bool), new(2, 4, dtype=torch.bfloat16), new(2, 4)),
     "mean": lambda new: new(2, 4, dtype=torch.bfloat16).mean(dim=1),
+    "convolution of two images": lambda new: conv1x1_concat(
+        new(2, 8, 4, 4, dtype=torch.bfloat16), new(2, 4, 4, 4), new(6, 12, 1, 1), new(6)
+    ),
+    "cross attention": lambda new: null_key_cross_attention(
+        new(2, 5, 8, dtype=torch.bfloat16),
+        new(2, 3, 4),
+        *(new(128, 8), new(256, 4), new(8, 128)),
+        *(new(64), new(64)),
+        heads=2,
+        implementation="sdpa",
+    ),
 }
 
 

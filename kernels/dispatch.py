@@ -142,7 +142,7 @@ def _found(reasons: Reasons) -> Sequence[str]:
     return reasons() if callable(reasons) else reasons
 
 
-# torch.compile then calls it while it traces, where tracing it would be refused.
+# torch.compile cannot trace a warning: marked so, it is given while the caller is traced.
 @torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
     if message not in _warned:

@@ -4,9 +4,12 @@
 SuperTest can make, and of attention with other head widths, and prints what became of each configuration as a Markdown
 table; ``--all`` compiles all of them, ``--changed`` all of the kernels that changed, or are launched in other ways,
 since the kept table was made, of which the rest is taken; with either ``--write`` keeps the table in
-benchmarks/results/aot.md. tests/test_aot.py holds the representative part to :func:`.aot_code.complaints`, and to the
-kept table, and knows by the kernels' :func:`.fingerprints.fingerprint` and by the :func:`.fingerprints.digests` of what
-is launched whether all were compiled since they were changed last. With ``TRITON_CACHE_DIR`` set to a folder, an
+benchmarks/results/aot.md. It is not written while a kernel has complaints: what one need not meet stands in
+:mod:`.aot_code`, with its reason. Nor is it where a row is worse than the kept one, unless ``--worse`` takes that in.
+
+tests/test_aot.py holds the representative part to :func:`.aot_code.complaints`, and to the kept table, and knows by the
+kernels' :func:`.fingerprints.fingerprint` and by the :func:`.fingerprints.digests` of what is launched whether all were
+compiled since they were changed last. With ``TRITON_CACHE_DIR`` set to a folder, an
 interrupted run goes on where it was.
 
 :mod:`.aot_builds` enumerates what there is to compile, :mod:`.aot_code` compiles and judges it, :mod:`.aot_table`
@@ -24,7 +27,7 @@ import triton
 
 from minimagen_fast.kernels import launch
 
-from .aot_builds import Build, Kind, enumerate_builds, representatives
+from .aot_builds import Build, Key, Kind, enumerate_builds, representatives
 from .aot_code import Row, compile_builds, complaints, regressions
 from .aot_table import overview, parse, parse_overview, table, worst
 from .fingerprints import digests, fingerprint
@@ -46,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="all configurations of kernels that changed, or are launched otherwise, since the kept table was made",
     )
     parser.add_argument("--write", action="store_true", help=f"keep the tables in benchmarks/results/{TABLE.name}")
+    parser.add_argument(
+        "--worse", action="store_true", help="with --write: also where rows are worse than the kept ones"
+    )
     options = parser.parse_args(arguments)
     if options.write and not (options.all or options.changed):
         parser.error("the table is of all configurations: --write needs --all, or --changed")
@@ -55,19 +61,23 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        return _run_changed(options.write) if options.changed else _run(options.all, options.write)
+        if options.changed:
+            return _run_changed(options.write, options.worse)
+        return _run(options.all, options.write, options.worse)
 
 
-def _run(everything: bool, write: bool) -> int:
+def _run(everything: bool, write: bool, worse: bool) -> int:
     builds = enumerate_builds(ALL_SIZES)
     chosen = representatives(enumerate_builds(SOME_SIZES))
-    recorded_text = TABLE.read_text() if TABLE.exists() else ""
+    recorded = TABLE.read_text() if TABLE.exists() else ""
     # Another compiler makes other code: then there is nothing to compare with.
-    recorded = recorded_text if _versions() in recorded_text and not write else None
-    rows, wrong = _compiled(builds, list(builds) if everything else chosen, chosen, recorded)
+    comparable = _versions() in recorded
+    before = parse(recorded) if comparable else {}
+    expected = chosen if comparable and not write else []
+    rows, wrong = _compiled(builds, list(builds) if everything else chosen, before, expected, worse)
     launched = digests(builds)
     text = overview(worst(rows.values()), launched)
-    if recorded is not None:
+    if comparable and not write:
         for kernel, target in sorted(_stale(launched, recorded)):
             wrong = True
             print(f"{kernel} on {target}: code or launches are not those of the table: {_REMEDY}", file=sys.stderr)
@@ -82,7 +92,7 @@ def _stale(launched: dict[Kind, str], text: str) -> set[Kind]:
     return {kind for kind in now.keys() | then.keys() if now.get(kind) != then.get(kind)}
 
 
-def _run_changed(write: bool) -> int:
+def _run_changed(write: bool, worse: bool) -> int:
     """The kept table, with new rows for the kernels that are not the ones it was made of, or launched in other ways."""
     text, builds = TABLE.read_text(), enumerate_builds(ALL_SIZES)
     chosen = representatives(enumerate_builds(SOME_SIZES))
@@ -90,41 +100,39 @@ def _run_changed(write: bool) -> int:
     recorded, launched = parse(text), digests(builds)
     # Other sizes than those of the table may be chosen.
     stale = _stale(launched, text) | {kinds[build] for build in chosen if build.key not in recorded}
-    rows, wrong = _compiled(builds, [build for build in builds if kinds[build] in stale], chosen, None)
+    rows, wrong = _compiled(builds, [build for build in builds if kinds[build] in stale], recorded, [], worse)
     lines = parse_overview(text) | worst(rows.values())
     details = [rows[build] if build in rows else recorded[build.key] for build in chosen]
     return _finish(overview({kind: lines[kind] for kind in launched}, launched), details, len(builds), write, wrong)
 
 
 def _compiled(
-    builds: dict[Build, bool],
-    wanted: list[Build],
-    chosen: list[Build],
-    recorded: str | None,
+    builds: dict[Build, bool], wanted: list[Build], before: dict[Key, Row], expected: list[Build], worse: bool
 ) -> tuple[dict[Build, Row], bool]:
     """The rows of the wanted builds, and whether something is wrong with one, which is said.
 
-    It is also wrong if one of the chosen is worse than in a recorded table.
+    It is also wrong if one is worse than its row ``before``, unless that is wanted, or if an expected one had none.
     """
     print(f"{len(wanted)} of {len(builds)} configurations", file=sys.stderr)
-    rows, wrong, before = {}, False, None if recorded is None else parse(recorded)
+    rows, wrong, steps_back = {}, False, False
     for build, row in zip(wanted, compile_builds(wanted), strict=True):
         rows[build] = row
         found = complaints(row, wide=builds[build])
-        if before is not None and build in chosen:
-            found += regressions(row, before)
-        for complaint in found:
-            wrong = True
+        back = regressions(row, before) if build.key in before or build in expected else []
+        wrong, steps_back = wrong or bool(found), steps_back or bool(back)
+        for complaint in [*found, *back]:
             print(f"{row.kernel} ({row.config}) on {row.target} {complaint}", file=sys.stderr)
-    if wrong and before is not None:
-        print(f"To take this into the table on purpose: {_REMEDY}", file=sys.stderr)
-    return rows, wrong
+    if steps_back and not worse:
+        print(f"To take what is worse, or new, into the table on purpose: {_REMEDY} --worse", file=sys.stderr)
+    return rows, wrong or (steps_back and not worse)
 
 
 def _finish(lines: str, chosen: list[Row], number: int, write: bool, wrong: bool) -> int:
     details = table(chosen)
     print(f"{lines}\n{details}")
-    if write:
+    if write and wrong:
+        print(f"benchmarks/results/{TABLE.name} is left as it was: see above", file=sys.stderr)
+    elif write:
         TABLE.write_text(_HEAD.format(versions=_versions(), number=number, overview=lines, details=details))
     return int(wrong)
 
@@ -141,11 +149,12 @@ SOME_SIZES = tuple(itertools.product((16, 64, 256), (2, 16)))
 _HEAD = """# Machine code of the kernels
 
 Written by `python -m benchmarks.aot --write` with {versions}, no card needed: what the kernels compile to for an
-A100 (sm_80), an H200 (sm_90) and a B200 (sm_100), in bfloat16 and float32, NCHW and channels_last. Registers and spills
-are those of a thread (spills in bytes), shared memory in bytes of a program, occupancy the share of a multiprocessor's
-warps that programs of this kind can fill. The widest global loads and stores are in bytes; narrow ones are those of the
-Test U-Nets, which have 8 channels, of images of a few pixels, and of kernels that sum up vectors. Products: HGMMA,
-UTCMMA and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
+A100 (sm_80), an H200 (sm_90) and a B200 (sm_100), in bfloat16 and float32, NCHW and channels_last. Parameters are
+float32, as under autocast; in bfloat16 attention also has a null key and value of bfloat16, as in the copies that are
+sampled. Registers and spills are those of a thread (spills in bytes), shared memory in bytes of a program, occupancy
+the share of a multiprocessor's warps that programs of this kind can fill. The widest global loads and stores are in
+bytes; narrow ones are those of the Test U-Nets, which have 8 channels, of images of a few pixels, and of kernels that
+sum up vectors. Products: HGMMA, UTCMMA and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
 
 ## The worst of every kernel
 
@@ -153,8 +162,7 @@ All {number} configurations: square images of 8 to 1024 pixels a side in batches
 of 24, 40, 48, 104, 144 and 200 in batches of 3 and 100; attention with all head widths. The fingerprint is that of a
 kernel's code and of the functions it calls, launches that of its configurations; a test fails when one of the two has
 changed since. What is moved, over the floor, is the operation's that the kernel belongs to, at worst, from
-[traffic.md](traffic.md): counted at small shapes, launched as on an H200; a dash where none of these shapes needs the
-kernel, or its operation is partly a library's.
+[traffic.md](traffic.md): counted at small shapes, launched as on an H200.
 
 {overview}
 ## Representative configurations

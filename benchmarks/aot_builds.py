@@ -27,6 +27,8 @@ DTYPES = (torch.bfloat16, torch.float32)
 FORMATS = (torch.channels_last, torch.contiguous_format)
 # What a kernel is known by on a target: its name and the target's.
 Kind = tuple[str, str]
+# And one of its rows: kernel, configuration, target.
+Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Build:
         return dict(self.constexprs)[(names.index("D"),)] if "D" in names else None
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """That of its row: kernel, configuration, target."""
+    def key(self) -> Key:
+        """That of its row."""
         return f"{self.module.rpartition('.')[2]}.{self.kernel}", self.config, f"sm_{self.capability}"
 
 

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .aot_builds import TARGETS, Build
+from .aot_builds import TARGETS, Build, Key
 
 PROCESSES = 2
 # Of one multiprocessor.
@@ -54,7 +54,7 @@ class Row:
     products: str
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         return self.kernel, self.config, self.target
 
 
@@ -118,7 +118,8 @@ def occupancy(capability: int, registers: int, shared: int, num_warps: int) -> f
     return min(by_registers, by_memory, BLOCKS, WARPS // num_warps) * num_warps / WARPS
 
 
-# Kernels whose loads or stores are of vectors and partial sums: a small part of what their operation moves.
+# All that is exempted from a demand. Kernels whose loads or stores are of vectors and partial sums, a small part of
+# what their operation moves, need not make them 16 bytes wide.
 _NARROW: dict[str, tuple[str, ...]] = {
     "group_norm_parameters._parameter_gradients_kernel": ("load", "store"),
     "group_norm_split._moments_kernel": ("store",),
@@ -150,7 +151,7 @@ def complaints(row: Row, *, wide: bool = True) -> list[str]:
     return wrong
 
 
-def regressions(row: Row, recorded: dict[tuple[str, str, str], Row]) -> list[str]:
+def regressions(row: Row, recorded: dict[Key, Row]) -> list[str]:
     """In what a row is worse than its row of the kept table."""
     before = recorded.get(row.key)
     if before is None:

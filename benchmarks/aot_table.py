@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from . import traffic
-from .aot_builds import Kind
+from .aot_builds import Key, Kind
 from .aot_code import Row, percent
 from .fingerprints import fingerprint
 
@@ -31,7 +31,7 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse(text: str) -> dict[tuple[str, str, str], Row]:
+def parse(text: str) -> dict[Key, Row]:
     """The rows of :func:`table` in a text, by their keys."""
     rows = {}
     kinds = {entry.name: entry.type for entry in dataclasses.fields(Row)}

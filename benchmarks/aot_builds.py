@@ -124,10 +124,21 @@ def _binder(kernel, capability: int):
     return create_function_from_signature(kernel.signature, kernel.params, _backend(capability))
 
 
-def launches(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, card: launch.Target):
-    """What a case launches on a card, backward included."""
-    inputs = _meta_inputs(case, dtype, memory_format)
-    wanted = [inputs[name] for name in case.gradients]
+def launches(
+    case: Case,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    card: launch.Target,
+    *,
+    converted: bool = False,
+):
+    """What a case launches on a card, backward included; ``converted`` with its parameters in ``dtype``, no backward.
+
+    A U-Net is sampled from a converted copy; in training its parameters stay float32, under autocast.
+    """
+    parameters = dtype if converted else torch.float32
+    inputs = _meta_inputs(case, dtype, memory_format, parameters)
+    wanted = [] if converted else [inputs[name] for name in case.gradients]
     with launch.record(card) as recorded:
         for implementation in ("triton", *(case.libraries if dtype != torch.float32 else ())):
             out = case.run(inputs, implementation)
@@ -139,8 +150,8 @@ def launches(case: Case, dtype: torch.dtype, memory_format: torch.memory_format,
 
 # The same for all cards.
 @functools.lru_cache(maxsize=1)
-def _meta_inputs(case: Case, dtype: torch.dtype, memory_format: torch.memory_format):
-    return case.inputs("meta", dtype, memory_format, gradients=True)
+def _meta_inputs(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, parameters: torch.dtype):
+    return case.inputs("meta", dtype, memory_format, parameters=parameters, gradients=True)
 
 
 def _cases(sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[Case, bool]]:
@@ -169,12 +180,13 @@ def enumerate_builds(
         first, *_ = case.inputs("meta", torch.float32).values()
         pixels = first.shape[2:].numel() if case.images else None
         formats = FORMATS if case.images else FORMATS[:1]
-        for dtype, memory_format, capability in itertools.product(dtypes, formats, targets):
-            if case.half_only and dtype == torch.float32:
+        ways = itertools.product(dtypes, (False, True), formats, targets)
+        for dtype, converted, memory_format, capability in ways:
+            if dtype == torch.float32 and (case.half_only or converted) or converted and not case.converted:
                 continue
             aligned = memory_format == torch.channels_last or pixels % 16 == 0
             due = wide and (not case.images or (pixels >= 64 and aligned))
-            for recorded in launches(case, dtype, memory_format, TARGETS[capability]):
+            for recorded in launches(case, dtype, memory_format, TARGETS[capability], converted=converted):
                 build = specialise(recorded, capability)
                 builds[build] = builds.get(build, False) or due
     return builds

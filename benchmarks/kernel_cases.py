@@ -48,30 +48,32 @@ class Make:
 
     Attributes:
         device: Where they are; on ``meta`` they have no values.
-        dtype: Of images and tokens. Parameters and schedules are float32, as they are under autocast.
+        dtype: Of images and tokens.
+        parameters: Dtype of parameters: float32 under autocast, that of images and tokens in a converted network.
         memory_format: Of images.
         generator: Of the values, on the device; none on ``meta``.
     """
 
     device: torch.device
     dtype: torch.dtype
+    parameters: torch.dtype
     memory_format: torch.memory_format
     generator: torch.Generator | None
 
     def parameter(self, *shape: int) -> torch.Tensor:
-        if self.generator is None:
-            return torch.empty(shape, device=self.device)
-        return torch.randn(shape, device=self.device, generator=self.generator)
+        return self.picture(*shape).to(self.parameters)
 
     def tokens(self, *shape: int) -> torch.Tensor:
-        return self.parameter(*shape).to(self.dtype)
+        return self.picture(*shape).to(self.dtype)
 
     def image(self, *shape: int) -> torch.Tensor:
         return self.tokens(*shape).contiguous(memory_format=self.memory_format)
 
     def picture(self, *shape: int) -> torch.Tensor:
-        """Float32 and NCHW whatever the network computes in: samplers keep their images so."""
-        return self.parameter(*shape)
+        """Float32 and NCHW whatever the network computes in: samplers keep their images so, files have them so."""
+        if self.generator is None:
+            return torch.empty(shape, device=self.device)
+        return torch.randn(shape, device=self.device, generator=self.generator)
 
     def times(self, batch: int) -> torch.Tensor:
         # With a step before and a step after each.
@@ -138,9 +140,12 @@ class Case:
         gradients: Which inputs get a gradient in training; none if the operation is not differentiable.
         forward: Floor of the operation.
         backward: Floor of its backward, all of ``gradients`` wanted.
-        backward_planes: That in NCHW memory, where it differs.
+        forward_planes: Floor of the operation in NCHW memory, where it differs.
+        backward_planes: The same of its backward.
         small: Whether the interpreter and a CPU do it in a few seconds.
         images: Whether the memory format matters.
+        converted: Whether a U-Net's bfloat16 copy for sampling has the parameters among its inputs in bfloat16, too.
+            Those of norms stay as they are.
         libraries: Further implementations that have kernels of ours besides a library's, in half precision.
         half_only: Whether kernels take it in half precision only.
     """
@@ -151,11 +156,13 @@ class Case:
     make_inputs: Callable[[Make], dict[str, Any]]
     forward: Floor
     backward: Floor | None = None
+    forward_planes: Floor | None = None
     backward_planes: Floor | None = None
     options: dict[str, Any] = field(default_factory=dict)
     gradients: tuple[str, ...] = ()
     small: bool = False
     images: bool = True
+    converted: bool = False
     libraries: tuple[str, ...] = ()
     half_only: bool = False
 
@@ -165,9 +172,9 @@ class Case:
 
     def floor(self, direction: str, memory_format: torch.memory_format = torch.channels_last) -> Floor | None:
         """The floor ``forward`` or ``backward``; none where there is no backward."""
-        if direction == "forward":
-            return self.forward
         planes = memory_format == torch.contiguous_format and self.images
+        if direction == "forward":
+            return self.forward_planes if planes and self.forward_planes is not None else self.forward
         return self.backward_planes if planes and self.backward_planes is not None else self.backward
 
     def inputs(
@@ -176,12 +183,13 @@ class Case:
         dtype: torch.dtype,
         memory_format: torch.memory_format = torch.contiguous_format,
         *,
+        parameters: torch.dtype = torch.float32,
         gradients: bool = False,
     ) -> dict[str, torch.Tensor | None]:
         """The tensor arguments, see :class:`Make`; with ``gradients`` those in ``gradients`` require theirs."""
         device = torch.device(device)
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
-        tensors = self.make_inputs(Make(device, dtype, memory_format, generator))
+        tensors = self.make_inputs(Make(device, dtype, parameters, memory_format, generator))
         wanted = self.gradients if gradients else ()
         return {k: v if v is None else v.detach().requires_grad_(k in wanted) for k, v in tensors.items()}
 
@@ -257,8 +265,32 @@ def attention(b: int, n: int, m: int, *, shared: bool, heads: int = HEADS, d: in
         options={"heads": heads},
         gradients=names,
         images=False,
+        converted=True,
         libraries=("sdpa_merge",),
         half_only=d > 64,
+    )
+
+
+def merged_attention(b: int, n: int, m: int, *, heads: int = HEADS, d: int = ATTN_DIM_HEAD) -> Case:
+    """The null key merged into what a library's kernel has made of the other keys; floors are those of the merge."""
+
+    def merged(*, implementation: str | None, **arguments: Any) -> torch.Tensor:
+        chosen = "sdpa_merge" if implementation == "triton" else implementation
+        return null_key_attention(**arguments, implementation=chosen)
+
+    case = attention(b, n, m, shared=False, heads=heads, d=d)
+    nulls = {"null_key": 1, "null_value": 1}
+    return replace(
+        case,
+        shape=f"{case.shape}+merge",
+        function=merged,
+        forward=Floor({"q": 1, "attended=q": 1, **nulls}, ("output",), why="beside the library's kernel"),
+        backward=Floor(
+            {"q": 1, "grad": 1, "output": 1, "grad_q=q": 1, **nulls},
+            ("grad_q", "grad_null_key", "grad_null_value"),
+            why="beside the library's kernels",
+        ),
+        libraries=(),
     )
 
 
@@ -290,6 +322,7 @@ def channel_norm(b: int, c: int, h: int, w: int, *, gelu: bool = False, residual
         return {**inputs, "residual": make.image(b, c, h, w)} if residual else inputs
 
     images = ("x", "residual") if residual else ("x",)
+    widest = 1024 if residual else 2048
     return Case(
         "channel_layer_norm",
         _image_shape(b, c, h, w) + ("+gelu" if gelu else "") + ("+residual" if residual else ""),
@@ -297,7 +330,8 @@ def channel_norm(b: int, c: int, h: int, w: int, *, gelu: bool = False, residual
         make_inputs,
         Floor({**dict.fromkeys(images, 1), "gain": 1}, ("output",)),
         Floor({"x": 1, "grad": 1, "gain": 1}, ("grad_x", "grad_gain"), why=_residual_gradient(residual)),
-        # Beyond this, registers do not hold all channels of 8 pixels of both images.
+        # Beyond this, registers do not hold all channels of 8 pixels of one image, or of both.
+        Floor({**dict.fromkeys(images, 1), "x": 2, "gain": 1}, ("output",)) if c > widest else None,
         Floor({"x": 2, "grad": 2, "gain": 1}, ("grad_x", "grad_gain")) if c > 1024 else None,
         options={"gelu": gelu},
         gradients=(*images, "gain"),
@@ -328,6 +362,30 @@ def noising(b: int, c: int, h: int, w: int) -> Case:
         Floor({"grad": 1, "t": 1}, ("grad_x_start", "grad_noise")),
         options={"normalize": True},
         gradients=("x_start", "noise"),
+    )
+
+
+def training_noising(
+    b: int, c: int, h: int, w: int, memory_format: torch.memory_format, dtype: torch.dtype | None = None
+) -> Case:
+    """What a training step does with the images that it is given: from NCHW to the network's memory format.
+
+    ``dtype`` is that of the result where it is not float32.
+    """
+    case = noising(b, c, h, w)
+
+    def make_inputs(make: Make) -> dict[str, Any]:
+        return case.make_inputs(replace(make, dtype=torch.float32, memory_format=torch.contiguous_format))
+
+    names = {torch.channels_last: "NHWC", torch.contiguous_format: "NCHW"}
+    return replace(
+        case,
+        shape=f"{case.shape}+pictures-to-{names[memory_format]}" + (f"-{dtype}".replace("torch.", "") if dtype else ""),
+        make_inputs=make_inputs,
+        backward=None,
+        options={**case.options, "memory_format": memory_format, "dtype": dtype},
+        gradients=(),
+        images=False,
     )
 
 
@@ -373,8 +431,12 @@ def posterior_mean(b: int, c: int, h: int, w: int) -> Case:
     )
 
 
-def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = True) -> Case:
-    """A step of a sampler: ``ancestral``, ``ddim`` or ``dpm_solver_pp_2m``, with guidance or without."""
+def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = True, third: bool = True) -> Case:
+    """A step of a sampler: ``ancestral``, ``ddim`` or ``dpm_solver_pp_2m``, with guidance or without.
+
+    The ``third`` input is fresh noise, or the x_0 of the step before: DDIM with eta = 0 has none, and the first step of
+    DPM-Solver++.
+    """
     function = {"ancestral": ancestral_step, "ddim": ddim_step, "dpm_solver_pp_2m": dpm_solver_pp_2m_step}[kind]
     schedules = {
         "ancestral": (
@@ -385,31 +447,36 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
             "posterior_log_variance_clipped",
         )
     }.get(kind, ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
-    third = {"ancestral": "noise", "ddim": "noise", "dpm_solver_pp_2m": "last_x_start"}[kind]
+    name = {"ancestral": "noise", "ddim": "noise", "dpm_solver_pp_2m": "last_x_start"}[kind]
 
     def make_inputs(make: Make) -> dict[str, Any]:
         t = make.times(b)
         times = {"t": t} if kind == "ancestral" else {"t": t, "t_previous": t - 1}
-        if kind == "dpm_solver_pp_2m":
+        if kind == "dpm_solver_pp_2m" and third:
             times["t_last"] = t + 1
         # One call of the network makes both predictions.
         pred = make.image(2 * b if guided else b, c, h, w)
-        inputs = {"x_t": make.picture(b, c, h, w), "pred": pred, third: make.picture(b, c, h, w), **times}
+        inputs = {"x_t": make.picture(b, c, h, w), "pred": pred, **times}
+        if third:
+            inputs[name] = make.picture(b, c, h, w)
         return inputs | make.schedules(*schedules)
 
-    inputs = ("pred", third)
+    inputs = ("pred", name) if third else ("pred",)
     if c * h * w <= 3 * 64 * 64:
         floor = Floor({"x_t": 1, **dict.fromkeys(inputs, 1)}, ("output",), why="an image is held on chip")
     else:
         reads = {"x_t": 2, **dict.fromkeys(inputs, 1), "x_0=x_t": 3}
         floor = Floor(reads, ("x_0=x_t", "output"), why="x_0 is counted three times and then updated")
+    eta = {"eta": 1.0 if third else 0.0} if kind == "ddim" else {}
     return Case(
         f"{kind}_step",
-        _image_shape(b, c, h, w) + ("+guidance" if guided else ""),
+        _image_shape(b, c, h, w)
+        + ("+guidance" if guided else "")
+        + ("" if third else "+eta0" if kind == "ddim" else "+first"),
         function,
         make_inputs,
         floor,
-        options={"percentile": 0.9, "cond_scale": 3.0 if guided else 1.0, **({"eta": 1.0} if kind == "ddim" else {})},
+        options={"percentile": 0.9, "cond_scale": 3.0 if guided else 1.0, **eta},
     )
 
 
@@ -463,9 +530,14 @@ def unet_cases(unet: type[Unet], side: int, batch: int, *, text: bool = True) ->
     yield from block(dim, side)
     for make in (noising, start_from_noise, posterior_mean):
         yield make(batch, 3, side, side)
-    for kind in ("ancestral", "ddim", "dpm_solver_pp_2m"):
-        for guided in (True, False):
-            yield sampling_step(kind, batch, 3, side, side, guided=guided)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        for dtype in (None, torch.bfloat16):
+            yield training_noising(batch, 3, side, side, memory_format, dtype)
+    for guided in (True, False):
+        yield sampling_step("ancestral", batch, 3, side, side, guided=guided)
+        for kind in ("ddim", "dpm_solver_pp_2m"):
+            for third in (True, False):
+                yield sampling_step(kind, batch, 3, side, side, guided=guided, third=third)
 
 
 def attention_cases(side: int, batch: int) -> Iterator[Case]:

@@ -23,6 +23,8 @@ from .launch import tl, triton
 
 # Two 16-byte accesses of float32 for each of 128 threads.
 BLOCK = 1024
+# With fewer pixels in a block the lines of a channel would be short; and no images have so many channels.
+MIN_PIXELS = 16
 
 _FORMATS = {torch.contiguous_format: False, torch.channels_last: True}
 
@@ -33,6 +35,29 @@ def _reference(x, y, t, a, b, normalize, subtract, dtype, channels_last):
     first, second = at(a, t, x) * x, at(b, t, y) * y
     out = (first - second if subtract else first + second).to(dtype)
     return out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@triton.jit
+def _packed(block, lane, channels, n, PIXELS: tl.constexpr):
+    """Where the pixels of a block lie in channels_last memory, side by side with all channels; and which there are."""
+    offset = block * (PIXELS * channels) + lane
+    return offset, (lane < PIXELS * channels) & (offset < n)
+
+
+@triton.jit
+def _planes(block, lane, channels, pixels, PIXELS: tl.constexpr):
+    """The same in contiguous memory, one channel after the other."""
+    channel, pixel = lane // PIXELS, block * PIXELS + lane % PIXELS
+    return channel * pixels + pixel, (channel < channels) & (pixel < pixels)
+
+
+@triton.jit
+def _load(image_ptr, offset, inside, order, SAME: tl.constexpr, PIXELS: tl.constexpr):
+    """Values in the order of the result, loaded in the order in which they lie."""
+    values = tl.load(image_ptr + offset, mask=inside, other=0.0)
+    if PIXELS > 0 and not SAME:
+        values = tl.gather(values, order, 0)
+    return values.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["t_stride", "blocks"])
@@ -52,18 +77,35 @@ def _mix_kernel(
     SUBTRACT: tl.constexpr,
     X_SAME: tl.constexpr,
     Y_SAME: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image = (tl.program_id(0) // blocks).to(tl.int64)
+    """PIXELS of all channels a program where the memory format changes: both sides are accessed in whole lines.
+
+    BLOCK values of the result where it is 0.
+    """
+    image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     t = tl.load(t_ptr + image * t_stride)
     a, b = tl.load(a_ptr + t), tl.load(b_ptr + t)
-    offset = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < n
-    swapped = offset
-    if not (X_SAME and Y_SAME):
-        swapped = other_order(offset, inner, outer)
-    x = tl.load(x_ptr + image * n + (offset if X_SAME else swapped), mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + image * n + (offset if Y_SAME else swapped), mask=inside, other=0.0).to(tl.float32)
+    lane = tl.arange(0, BLOCK)
+    order = lane
+    if PIXELS == 0:
+        offset = block * BLOCK + lane
+        inside = offset < n
+        swapped, there = offset, inside
+        if not (X_SAME and Y_SAME):
+            swapped = other_order(offset, inner, outer)
+    elif LAST:
+        offset, inside = _packed(block, lane, inner, n, PIXELS)
+        swapped, there = _planes(block, lane, inner, outer, PIXELS)
+        order = lane % inner * PIXELS + lane // inner
+    else:
+        offset, inside = _planes(block, lane, outer, inner, PIXELS)
+        swapped, there = _packed(block, lane, outer, n, PIXELS)
+        order = lane % PIXELS * outer + lane // PIXELS
+    x = _load(x_ptr + image * n, offset if X_SAME else swapped, inside if X_SAME else there, order, X_SAME, PIXELS)
+    y = _load(y_ptr + image * n, offset if Y_SAME else swapped, inside if Y_SAME else there, order, Y_SAME, PIXELS)
     if NORMALIZE:
         x = x * 2 - 1
     out = a * x - b * y if SUBTRACT else a * x + b * y
@@ -111,6 +153,12 @@ def _mix_backward_kernel(
         tl.store(dy_ptr + image * n + (offset if Y_SAME else swapped), dy.to(dy_ptr.dtype.element_ty), mask=inside)
 
 
+def _pixels(channels: int) -> int:
+    """Of a block in which images change their memory format; 0 if there are too many channels."""
+    pixels = BLOCK // launch.next_power_of_2(channels)
+    return pixels if pixels >= MIN_PIXELS else 0
+
+
 def _fake_mix(x, y, t, a, b, normalize, subtract, dtype, channels_last):
     return empty_images(x.shape, x, dtype, channels_last)
 
@@ -146,8 +194,10 @@ def _backward(ctx, grad):
 def _mix(x, y, t, a, b, normalize, subtract, dtype, channels_last):
     out = empty_images(x.shape, x, dtype, channels_last)
     x, y = dense(x), dense(y)
+    x_same, y_same = (is_channels_last(z) == channels_last for z in (x, y))
     n, inner, outer = orders(x.shape, channels_last)
-    blocks = launch.ceil_div(n, BLOCK)
+    pixels = 0 if x_same and y_same else _pixels(x.shape[1])
+    blocks = launch.ceil_div(x.shape[2:].numel(), pixels) if pixels else launch.ceil_div(n, BLOCK)
     launch.run(
         _mix_kernel,
         (x.shape[0] * blocks,),
@@ -164,8 +214,10 @@ def _mix(x, y, t, a, b, normalize, subtract, dtype, channels_last):
         outer,
         NORMALIZE=normalize,
         SUBTRACT=subtract,
-        X_SAME=is_channels_last(x) == channels_last,
-        Y_SAME=is_channels_last(y) == channels_last,
+        X_SAME=x_same,
+        Y_SAME=y_same,
+        LAST=channels_last,
+        PIXELS=pixels,
         BLOCK=BLOCK,
         num_warps=4,
     )

@@ -6,12 +6,24 @@ U-Net needs that the enumeration does not have.
 
 import json
 import sys
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
 from benchmarks import aot_builds, aot_code, aot_table
-from minimagen_fast.kernels import launch, use_implementation
+from minimagen_fast.Imagen import Imagen
+from minimagen_fast.kernels import launch
 from minimagen_fast.kernels.launch import tl, triton
+from minimagen_fast.plan_autocast import autocast_as_on_cuda
+from minimagen_fast.Unet import BaseTest
+
+LAYOUTS = ("channels_last", "contiguous")
+SAMPLERS = [
+    {"sampler": "ddpm", "cond_scale": 3.0},
+    {"sampler": "ddim", "steps": 5},
+    {"sampler": "ddim", "steps": 5, "eta": 0.5},
+    {"sampler": "dpmpp_2m", "steps": 5, "cond_scale": 3.0},
+]
 
 
 @triton.jit
@@ -63,23 +75,57 @@ def of_kernels() -> dict[str, dict]:
     }
 
 
+class _EnoughSteps(Exception):
+    """Ends a sampling."""
+
+
+def two_steps(imagen: Imagen, **arguments) -> None:
+    """Of a sampling: the first differs from the others, which are alike."""
+
+    def end(unet_number: int, step: int, images: torch.Tensor) -> None:
+        if step == 1:
+            raise _EnoughSteps
+
+    with suppress(_EnoughSteps):
+        imagen.sample(**arguments, callback=end, progress=False, device="meta")
+
+
 def of_unet(name: str, side: int, arguments: dict) -> dict:
+    """What training steps need, loss and noising included, in float32 and under autocast, and bfloat16 sampling."""
     (unet,) = (unet for unet in aot_builds.UNETS if unet.__name__ == name)
     with torch.device("meta"):
         model = unet(**arguments)
-        condition = {"text_embeds": torch.empty(2, 9, 512), "text_mask": torch.ones(2, 9, dtype=torch.bool)}
-        times, x = torch.zeros(2, dtype=torch.long), torch.empty(2, 3, side, side)
-    if model.lowres_cond:
-        condition |= {"lowres_cond_img": x, "lowres_noise_times": times}
-    needed = set()
-    for memory_format in aot_builds.FORMATS:
-        images = x.to(memory_format=memory_format).requires_grad_()
-        with use_implementation("triton"), launch.record(aot_builds.TARGETS[90]) as recorded:
-            out = model.to(memory_format=memory_format)(images, times, **condition)
-            out.backward(torch.empty_like(out))
-        needed |= {aot_builds.specialise(one, 90) for one in recorded}
-    known = aot_builds.enumerate_builds([(side, 2)], dtypes=[torch.float32], targets=[90])
-    return {"needed": len(needed), "missing": sorted(f"{b.kernel} {b.config}" for b in needed - known.keys())}
+        before = [BaseTest()] if model.lowres_cond else []
+        sizes = (side // 2, side)[-1 - len(before) :]
+        imagen = Imagen([*before, model], text_encoder_name="t5_small", image_sizes=sizes)
+        words = {"text_embeds": torch.empty(2, 9, 512), "text_masks": torch.ones(2, 9, dtype=torch.bool)}
+        images = torch.empty(2, 3, side, side)
+    start = {"start_image": torch.empty(2, 3, side // 2, side // 2, device="meta")} if before else {}
+    needed: set[aot_builds.Build] = set()
+
+    @contextmanager
+    def recorded():
+        with launch.record(aot_builds.TARGETS[90]) as launches:
+            yield
+        needed.update(aot_builds.specialise(one, 90) for one in launches)
+
+    how = {"kernels": "triton", "attention": "triton", "condition_cache": "on"}
+    for layout in LAYOUTS:
+        imagen.accelerate("reference", **how, memory_format=layout)
+        for context in (nullcontext(), autocast_as_on_cuda(model, torch.bfloat16)):
+            with recorded(), context:
+                imagen(images, **words, unet_number=len(sizes)).backward()
+        imagen.accelerate("reference", **how, memory_format=layout, precision="bfloat16")
+        for sampler in SAMPLERS:
+            with recorded():
+                two_steps(imagen, **words, **start, **sampler)
+    # Guidance makes twice as many images.
+    known = aot_builds.enumerate_builds([(side, batch) for batch in (2, 4)], targets=[90])
+    return {
+        "needed": len(needed),
+        "kernels": sorted({one.kernel for one in needed}),
+        "missing": sorted(f"{one.kernel} {one.config}" for one in needed - known.keys()),
+    }
 
 
 if __name__ == "__main__":

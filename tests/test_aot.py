@@ -216,10 +216,8 @@ def test_no_configuration_at_all_spills():
 def test_what_kernels_move_is_that_of_the_traffic_table():
     lines = kept_lines()
     moved = traffic.moved(traffic.TABLE.read_text())
-    assert {kernel: line["moved / floor"] for (kernel, _), line in lines.items()} == {
-        kernel: moved.get(kernel, "-") for kernel, _ in lines
-    }
-    assert moved.keys() <= {kernel for kernel, _ in lines}
+    # Of every kernel: of none it is unknown.
+    assert {kernel: line["moved / floor"] for (kernel, _), line in lines.items()} == moved
 
 
 def build(kernel: str, num_warps: int = 4) -> aot_builds.Build:
@@ -360,7 +358,8 @@ def test_what_a_whole_unet_launches_is_enumerated(name, side, arguments):
     done = run("tests/aot_kernels.py", "unet", name, str(side), json.dumps(arguments), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
-    assert result["needed"] > 10
+    assert result["needed"] > 30
+    assert {"_mix_kernel", "_whole_kernel"} <= set(result["kernels"])
     assert result["missing"] == []
 
 

@@ -105,6 +105,17 @@ def test_q_sample_normalises_casts_and_reorders(dtype, memory_format, x_format):
     parity(diffusion.q_sample, x, noise, dtype=torch.float32, normalize=True, memory_format=memory_format)
 
 
+@pytest.mark.parametrize("channels", [2, 3, 64, 65])
+@pytest.mark.parametrize("to", FORMATS)
+def test_any_number_of_channels_changes_its_format(to, channels):
+    # In blocks of pixels, of which there are fewer the more channels there are; beyond 64 value by value.
+    shape = (2, channels, 19, 31 if channels < 4 else 1)
+    (other,) = set(FORMATS) - {to}
+    x, noise = (randn(name, *shape).to(memory_format=other) for name in "xy")
+    out = both(diffusion.q_sample, x, noise, memory_format=to)
+    assert torch.equal(out, both(diffusion.q_sample, x.to(memory_format=to), noise.to(memory_format=to)))
+
+
 def test_reference_is_the_formula_of_the_model():
     x, y, t = randn("x", 4, 3, 8, 8), randn("y", 4, 3, 8, 8), torch.tensor([0, 1, 50, 99], device=DEVICE)
     a, b = (getattr(PROCESS, name)[t].reshape(-1, 1, 1, 1) for name in NAMES[diffusion.q_sample][2:])

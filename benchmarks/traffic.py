@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.traffic`` runs small cases of :mod:`.kernel_cases`, forward and backward, in Triton's
 interpreter, which executes every load and store of every program, and prints a Markdown table; ``--write`` keeps it in
-benchmarks/results/traffic.md. tests/test_traffic.py holds every row to its floor's limit.
+benchmarks/results/traffic.md, if no row is above its limit. tests/test_traffic.py holds every row to its floor's limit,
+and to what it moved when the table was made.
 
 Counted are the bytes of all elements that a load or store touches: those that its mask leaves out are not. What
 several programs or loop turns read again counts again, be it in a cache or not, and partial sums on their way from one
@@ -265,6 +266,23 @@ def parse(text: str) -> list[dict[str, str]]:
     return [dict(zip(_COLUMNS, line, strict=True)) for line in lines[1:]]
 
 
+def regressions(row: Row, text: str) -> list[str]:
+    """In what a row is worse than its row of the :func:`table` in a text, but for what the table rounds."""
+    columns = "operation", "", "shape", "format"
+    wanted = row.operation, row.direction, row.shape, row.memory_format
+    before = next((cells for cells in parse(text) if tuple(cells[column] for column in columns) == wanted), None)
+    if before is None:
+        return ["is not in the table"]
+    wrong = []
+    if row.launches > int(before["launches"]):
+        wrong.append(f"makes {row.launches} launches, {before['launches']} in the table")
+    for what in ("moved", "distinct"):
+        most = int(before["floor, bytes"].replace(",", "")) * (float(before[f"{what} / floor"]) + 0.0005)
+        if getattr(row, what) > most:
+            wrong.append(f"{what} {getattr(row, what):,} bytes, at most {most:,.0f} in the table")
+    return wrong
+
+
 def moved(text: str) -> dict[str, str]:
     """For every kernel in a :func:`table`, the most that an operation it belongs to moves in multiples of its floor."""
     most: dict[str, str] = {}
@@ -290,9 +308,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{row.name}: {row.moved / row.floor:.3f} x floor", *row.complaints, file=sys.stderr)
     text = table(rows)
     print(text)
-    if options.write:
+    wrong = any(row.complaints for row in rows)
+    if options.write and wrong:
+        print(f"benchmarks/results/{TABLE.name} is left as it was: see above", file=sys.stderr)
+    elif options.write:
         TABLE.write_text(_HEAD + text)
-    return int(any(row.complaints for row in rows))
+    return int(wrong)
 
 
 _HEAD = f"""# Memory traffic of the kernels

@@ -1,5 +1,7 @@
 """What the kernels load and store, against what their operations must move."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -100,9 +102,34 @@ def test_counting_ends_with_its_block():
     "case, memory_format",
     [pytest.param(case, f, id=f"{case.name}-{traffic.FORMATS[f]}") for case, f in traffic.runs(traffic.SMALL)],
 )
-def test_no_operation_moves_more_than_its_limit(case, memory_format):
+def test_no_operation_moves_more_than_its_limit_or_than_before(case, memory_format):
+    kept = traffic.TABLE.read_text()
     rows = traffic.measure(case, memory_format)
-    assert not [f"{row.name} {complaint}" for row in rows for complaint in row.complaints]
+    assert not [f"{row.name} {said}" for row in rows for said in (*row.complaints, *traffic.regressions(row, kept))]
+
+
+def test_moving_more_than_the_table_says_is_found_out():
+    (row,) = traffic.measure(make_case())
+    kept = traffic.table([row])
+    assert traffic.regressions(row, kept) == []
+    # Within its limit all the same, and in multiples of a floor that someone has raised no more than before.
+    worse = dataclasses.replace(row, moved=row.moved + 24, floor=2 * row.floor)
+    assert worse.complaints == []
+    assert traffic.regressions(worse, kept) == ["moved 12,030 bytes, at most 12,008 in the table"]
+    assert traffic.regressions(dataclasses.replace(row, launches=2), kept) == ["makes 2 launches, 1 in the table"]
+    (said,) = traffic.regressions(dataclasses.replace(row, distinct=2 * row.distinct), kept)
+    assert said.startswith("distinct 24,004 bytes")
+    assert traffic.regressions(dataclasses.replace(row, shape="3x2000"), kept) == ["is not in the table"]
+
+
+def test_no_table_is_written_of_what_is_above_its_limit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(traffic, "TABLE", tmp_path / "traffic.md")
+    monkeypatch.setattr(traffic, "SMALL", [make_case(times=2)])
+    assert traffic.main(["--write"]) == 1
+    assert not traffic.TABLE.exists() and "traffic.md is left as it was" in capsys.readouterr().err
+    monkeypatch.setattr(traffic, "SMALL", [make_case()])
+    assert traffic.main(["--write"]) == 0
+    assert traffic.TABLE.exists()
 
 
 def test_the_kept_table_is_of_the_cases_that_are_measured():

@@ -27,7 +27,9 @@ ROWS = 64
 def _merge_reference(q, out, lse, null_key, null_value):
     """All (b, heads, n, d) and (b, heads, n), in plain torch."""
     null_scores = torch.einsum("b h n d, d -> b h n", q.float(), null_key.float()) * q.shape[-1] ** -0.5
-    merged = torch.logaddexp(lse, null_scores)
+    # As the kernel has it, and unlike logaddexp: NaN, as softmax is, where the null key's score is infinite.
+    highest = torch.maximum(lse, null_scores)
+    merged = highest + torch.log(torch.exp(lse - highest) + torch.exp(null_scores - highest))
     kept, null_weights = (torch.exp(x - merged)[..., None] for x in (lse, null_scores))
     return (out * kept + null_weights * null_value.float()).to(out.dtype), merged
 

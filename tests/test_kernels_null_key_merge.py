@@ -10,7 +10,11 @@ from kernel_parity import DEVICE, assert_near, check_parity, randn
 
 from minimagen_fast.kernels import launch, null_key_attention, null_key_merge
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    # The interpreter computes in numpy, which warns of NaNs and overflows.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 
 NAMES = ("q", "k", "v", "null_key", "null_value")
 # On CUDA the library takes half precision only.
@@ -123,9 +127,47 @@ def test_a_null_key_that_counts_for_nothing_or_for_all(scale, merged_by):
     check(inputs, 1, factor=10, gradients_of=("v", "null_value"))
 
 
-def test_nan_goes_where_it_does_in_torch(merged_by):
-    inputs = case(1, 2, 9, 9, 32)
-    inputs["q"][0, 3, 5] = torch.nan
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_and_infinity_go_where_they_do_in_torch(name, value, merged_by):
+    inputs = case(2, 2, 9, 9, 32)
+    inputs[name].view(-1, 32)[1 if inputs[name].ndim == 3 else 0, 3] = value
+    check(inputs, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_nan_in_the_gradient_goes_where_it_does_in_torch(shared, merged_by):
+    def cotangent(out):
+        gradient = randn("cotangent", *out.shape, dtype=out.dtype)
+        gradient[1, 3, 5] = torch.nan
+        return gradient
+
+    check(case(2, 2, 9, 9, 32, shared=shared), 2, cotangent=cotangent)
+
+
+@pytest.mark.parametrize("n", [63, 64, 65])
+def test_tails(n):
+    """A program takes 64 queries."""
+    check(case(1, 1, n, 5, 32), 1)
+
+
+def test_large_values_with_small_differences(merged_by):
+    inputs = case(2, 2, 9, 9, 32)
+    for name in ("v", "null_value"):
+        inputs[name] = (randn(name, *inputs[name].shape, scale=0.1, shift=10000.0)).to(inputs[name].dtype)
+    # The others' gradients are differences of products with 10000, of which float32 has two digits.
+    check(inputs, 2, gradients_of=("v", "null_value"))
+
+
+def test_the_largest_values_of_float16(merged_by):
+    inputs = case(1, 2, 9, 9, 32, dtype=torch.float16)
+    inputs["v"] = 60000 + 5504 * randn("v", 1, 9, 64).sigmoid().half()
+    inputs["null_value"] = torch.full((32,), 65504.0, device=DEVICE)
+    out = check(inputs, 2, gradients_of=("v", "null_value"))
+    assert out.isfinite().all()
+    # Scores that float16 could not hold.
+    inputs = case(1, 2, 9, 9, 32, dtype=torch.float16)
+    inputs["q"], inputs["k"] = 200 * inputs["q"], 200 * inputs["k"]
     check(inputs, 2, gradients_of=())
 
 

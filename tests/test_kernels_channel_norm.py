@@ -262,6 +262,21 @@ def test_nan_and_infinity_stay_in_their_pixel(value, wide, gelu, memory_format, 
     assert out[1, :, 2, 1].isnan().all() and out.isnan().sum() == 100
 
 
+@FORMATS
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_gradient_that_is_nan_stays_in_its_pixel(wide, memory_format, request):
+    if wide:
+        request.getfixturevalue("every_width_is_wide")
+
+    def cotangent(out):
+        gradient = randn("dy", *out.shape)
+        gradient[1, 3, 2, 1] = float("nan")
+        return gradient
+
+    inputs = case(2, 100, 3, 5, memory_format=memory_format, residual=True)
+    check(inputs, dtype=torch.float32, cotangent=cotangent)
+
+
 def test_gelu_is_the_exact_one():
     x = torch.linspace(-12, 12, 4096, device=DEVICE).reshape(1, 4096, 1, 1)
     for shape in ((1, 4096, 1, 1), (1, 64, 8, 8)):
@@ -285,7 +300,10 @@ def test_two_runs_are_identical(wide, memory_format, request):
 
 @FORMATS
 @GELU
-def test_finite_differences(gelu, memory_format):
+@pytest.mark.parametrize("wide", [False, True])
+def test_finite_differences(wide, gelu, memory_format, request):
+    if wide:
+        request.getfixturevalue("every_width_is_wide")
     inputs, weight = case(2, 12, 2, 2, memory_format=memory_format), randn("weight", 2, 12, 2, 2)
     x, gain = (inputs[name].requires_grad_() for name in ("x", "gain"))
     (ours(x=x, gain=gain, gelu=gelu) * weight).sum().backward()

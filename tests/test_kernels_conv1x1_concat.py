@@ -69,6 +69,17 @@ def test_layouts(one, other):
 
 
 @FORMATS
+def test_a_gradient_that_is_nan_stays_in_its_pixel_and_channel(memory_format):
+    def cotangent(out):
+        gradient = randn("g", *out.shape)
+        gradient[1, 3, 2, 1] = float("nan")
+        return gradient
+
+    inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
+    check_parity(ours, reference, inputs, dtype=torch.float32, cotangent=cotangent)
+
+
+@FORMATS
 def test_empty_batch(memory_format):
     inputs = case(0, 4, 4, 6, 3, 3, memory_format=memory_format)
     assert check_parity(ours, reference, inputs, dtype=torch.float32).shape == (0, 6, 3, 3)

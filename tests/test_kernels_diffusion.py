@@ -144,14 +144,37 @@ def test_one_graph_for_all_timesteps(operation):
 
 
 @OPERATIONS
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 def test_extreme_values(operation):
     x, y = randn("x", 2, 3, 8, 8), randn("y", 2, 3, 8, 8)
     x[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    y[0, 0, 0, 2:5] = torch.tensor([torch.inf, torch.nan, 3e38])
+    y[0, 0, 0, 2:4] = torch.tensor([torch.inf, torch.nan])
     both(operation, x, y)
     both(operation, 10_000 + x / 10, y)
+    # Some leave float32.
+    both(operation, randn("x", 2, 3, 8, 8), randn("y", 2, 3, 8, 8).sign() * 3e38)
     large = torch.full((2, 3, 4, 4), 65504.0, dtype=torch.float16, device=DEVICE)
     assert both(operation, large, -large).isfinite().all()
+
+
+@OPERATIONS
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+def test_extreme_gradients(operation):
+    """Each goes where its value came from, whatever the images hold."""
+    x, y = randn("x", 2, 3, 8, 8), randn("y", 2, 3, 8, 8)
+    x[0, 1, 0, :2], y[1, 0, 0, :2] = torch.nan, torch.inf
+
+    def cotangent(out):
+        gradient = 10_000 + randn("gradient", *out.shape) / 10
+        gradient[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        gradient[1] *= 1e30
+        return gradient
+
+    parity(operation, x, y, dtype=torch.float32, cotangent=cotangent)
+    # Close to the largest of float16, from which a and b take away.
+    x, y = (randn(name, 2, 3, 4, 4, dtype=torch.float16) for name in "xy")
+    first = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    parity(operation, x, y, dtype=torch.float16, t=first, cotangent=lambda out: torch.full_like(out, 60_000.0))
 
 
 def test_a_gradient_reaches_noise_that_is_half_as_wide():

@@ -199,6 +199,15 @@ def test_nan_and_infinity_stay_in_their_row(value):
     check_parity(ours, reference, case(4, 40) | {"residual": residual}, dtype=torch.float32)
 
 
+def test_a_gradient_that_is_nan_stays_in_its_row():
+    def cotangent(out):
+        gradient = randn("dy", *out.shape)
+        gradient[1, 3] = float("nan")
+        return gradient
+
+    check_parity(ours, reference, case(4, 40, residual=True), dtype=torch.float32, cotangent=cotangent)
+
+
 def test_two_runs_are_identical():
     def run():
         inputs = {k: v.requires_grad_() for k, v in case(300, 100, residual=True).items()}

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from kernel_parity import assert_near
 
 from minimagen_fast.kernels import (
     attention,
@@ -51,12 +52,11 @@ def test_matches_the_formula(choice, shared, masked):
     mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(1)) < 0.5 if masked else None
     out = null_key_attention(*tensors, heads=3, mask=mask, implementation=choice)
     expected = _by_hand(*tensors, heads=3, mask=mask)
-    # The reference's softmax is float32 whatever the input.
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert_near(out, expected, dtype=torch.float64)
     weight = torch.randn_like(out)
     gradients = torch.autograd.grad((out * weight).sum(), tensors)
     for gradient, by_hand in zip(gradients, torch.autograd.grad((expected * weight).sum(), tensors), strict=True):
-        torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-5)
+        assert_near(gradient, by_hand, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference", "sdpa", "sdpa_merge", "triton"])
@@ -65,13 +65,14 @@ def test_every_implementation_is_the_same_formula(choice, shared):
     if choice == "triton" and not launch.INTERPRETED:
         pytest.skip("on a card: see the kernels' own tests")
     tensors = [x.detach().float().requires_grad_() for x in _case(shared, heads=2, d=32)]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
     out = null_key_attention(*tensors, heads=2, implementation=choice)
-    expected = _by_hand(*tensors, heads=2)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    expected = _by_hand(*exact, heads=2)
+    assert_near(out, expected, dtype=torch.float32)
     weight = torch.randn_like(out)
     gradients = torch.autograd.grad((out * weight).sum(), tensors)
-    for gradient, by_hand in zip(gradients, torch.autograd.grad((expected * weight).sum(), tensors), strict=True):
-        torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-5)
+    for gradient, by_hand in zip(gradients, torch.autograd.grad((expected * weight).sum(), exact), strict=True):
+        assert_near(gradient, by_hand, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -202,7 +203,7 @@ def test_bias():
     tensors = _case(shared=True)
     bias = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     out = null_key_attention(*tensors, heads=3, bias=bias)
-    torch.testing.assert_close(out, _by_hand(*tensors, heads=3, bias=bias), rtol=1e-5, atol=1e-5)
+    assert_near(out, _by_hand(*tensors, heads=3, bias=bias), dtype=torch.float64)
     # As under autocast, which leaves a bias as it is.
     lower = [x.detach().bfloat16() for x in tensors]
     assert null_key_attention(*lower, heads=3, bias=bias.float()).dtype == torch.bfloat16
@@ -282,7 +283,7 @@ def test_autocast_makes_them_one(choice, lower):
     with torch.autocast("cpu", torch.float16):
         out = null_key_attention(**tensors, heads=3, implementation=choice)
     assert out.dtype == torch.float16
-    torch.testing.assert_close(out.float(), null_key_attention(**exact, heads=3), rtol=2e-2, atol=2e-2)
+    assert_near(out, null_key_attention(**exact, heads=3), dtype=torch.float16, wider="rounded inputs")
     out.sum().backward()
     assert all(x.grad.dtype == x.dtype for x in tensors.values())
 

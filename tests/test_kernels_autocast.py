@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_parity import DEVICE, randn
+from kernel_parity import DEVICE, SHARE_OF_NORM, randn
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.kernels import (
@@ -21,8 +21,6 @@ from minimagen_fast.kernels import (
 )
 
 B, HEADS, D, DIM = 2, 2, 32, 64
-# How far half precision may be away from float32, as a share of the norm.
-NEAR = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
 def _images():
@@ -117,7 +115,7 @@ def _outcome(family, name, dtype=None):
     return {"output": out.detach()} | {key: x.grad for key, x in inputs.items()}
 
 
-@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("dtype", SHARE_OF_NORM)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__[1:])
 def test_dtypes_and_values(family, dtype):
     actual, plain = (_outcome(family, name, dtype) for name in ("triton", "reference"))
@@ -129,11 +127,11 @@ def test_dtypes_and_values(family, dtype):
         return  # The interpreter cuts bfloat16 off, and its products of it are wrong.
     exact = _outcome(family, "reference")
     for name, x in actual.items():
-        assert (x.float() - exact[name]).norm() < NEAR[dtype] * exact[name].norm(), name
+        assert (x.float() - exact[name]).norm() < SHARE_OF_NORM[dtype] * exact[name].norm(), name
 
 
 @pytest.mark.parametrize("name", ["triton", "reference"])
-@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("dtype", SHARE_OF_NORM)
 def test_images_on_their_way_stay_in_float32(name, dtype):
     process, t = GaussianDiffusion(timesteps=20).to(DEVICE), torch.tensor([3, 19], device=DEVICE)
     x, noise = randn("x", B, 3, 4, 4), randn("noise", B, 3, 4, 4)

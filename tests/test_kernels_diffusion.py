@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_parity import DEVICE, DTYPES, check_parity, randn
+from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
@@ -87,10 +87,7 @@ def both(operation, *args, **options):
     inputs = inputs_of(operation, *args)
     out, expected = (operation(**inputs, **options, implementation=name) for name in ("triton", "reference"))
     assert out.dtype == expected.dtype and out.stride() == expected.stride()
-    # A product and a sum rounded once instead of twice.
-    scale = max(1.0, expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0)
-    tolerances = {"rtol": 1e-6, "atol": 2e-7 * scale} if out.dtype == torch.float32 else {}
-    torch.testing.assert_close(out, expected, equal_nan=True, **tolerances)
+    assert_near(out, expected, dtype="a product and a sum" if out.dtype == torch.float32 else out.dtype)
     return out
 
 

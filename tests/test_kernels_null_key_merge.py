@@ -42,8 +42,7 @@ def case(b, heads, n, m, d, *, shared=False, dtype=DTYPES[-1], null_dtype=torch.
 def check(inputs, heads, **options):
     ours, reference = (implementation(name, heads) for name in ("sdpa_merge", "reference"))
     if inputs["q"].dtype == torch.bfloat16:
-        # delta is made from the rounded output: where few keys share the weight, the queries' gradient is a difference.
-        options["factor"] = 3
+        options["wider"] = "a rounded delta"
     return check_parity(ours, reference, inputs, dtype=inputs["q"].dtype, **options)
 
 
@@ -104,7 +103,7 @@ def test_finite_differences(name, merged_by):
 @settings(derandomize=True, deadline=None, max_examples=8)
 @given(b=st.integers(1, 2), heads=st.integers(1, 3), n=st.integers(1, 70), m=st.integers(1, 40), shared=st.booleans())
 def test_any_shape(b, heads, n, m, shared):
-    check(case(b, heads, n, m, 32, shared=shared), heads, factor=3)
+    check(case(b, heads, n, m, 32, shared=shared), heads)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -123,8 +122,7 @@ def test_a_null_key_that_counts_for_nothing_or_for_all(scale, merged_by):
     inputs = case(1, 1, 20, 30, 32)
     inputs["q"] = inputs["q"].abs()
     inputs["null_key"] = torch.full((32,), scale, device=DEVICE)
-    # Scores of 150 have a rounding of 1e-5.
-    check(inputs, 1, factor=10, gradients_of=("v", "null_value"))
+    check(inputs, 1, gradients_of=("v", "null_value"))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

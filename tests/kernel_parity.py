@@ -46,8 +46,6 @@ WIDER = {
     "scores in the thousands": 4,
     # Two or three values per group or row: what is left of them, and their gradients, nearly cancel.
     "few values": 50,
-    # Statistics are taken from distances to the first values, here far from all others.
-    "first values unlike the others": 4,
     # A product with few terms that nearly cancel keeps the rounding of the larger one; there are two products.
     "two products": 4,
     # Queries, keys and values are rounded to float16 before they meet.

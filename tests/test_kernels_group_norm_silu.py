@@ -358,7 +358,7 @@ def test_first_values_unlike_the_others(tiled_plan):
     # They are what distances are taken from.
     x = randn("x", 1, 8, 10, 10)
     x[:, :, 0] += 1000
-    check(case(1, 8, 10, 10, x=x), 2, dtype=torch.float32, wider="first values unlike the others")
+    check(case(1, 8, 10, 10, x=x), 2, dtype=torch.float32)
 
 
 def test_a_first_pixel_unlike_the_others(tiled_plan):

@@ -28,7 +28,8 @@ def test_every_parity_test_says_that_it_runs_on_the_device():
         text = path.read_text(encoding="utf-8")
         for names in re.findall(r"^from kernel_parity import (.*)$", text, re.M):
             marked = "\npytestmark = pytest.mark.gpu\n" in text
-            assert marked or "DEVICE" in names.replace(",", " ").split(), path.name
+            # Tests of what is for CPUs have the tolerances alone from there.
+            assert marked or names == "assert_near" or "DEVICE" in names.replace(",", " ").split(), path.name
 
 
 def test_a_marker_given_at_collection_is_selected(request):

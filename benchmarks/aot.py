@@ -150,11 +150,11 @@ _HEAD = """# Machine code of the kernels
 
 Written by `python -m benchmarks.aot --write` with {versions}, no card needed: what the kernels compile to for an
 A100 (sm_80), an H200 (sm_90) and a B200 (sm_100), in bfloat16 and float32, NCHW and channels_last. Parameters are
-float32, as under autocast; in bfloat16 attention also has a null key and value of bfloat16, as in the copies that are
-sampled. Registers and spills are those of a thread (spills in bytes), shared memory in bytes of a program, occupancy
-the share of a multiprocessor's warps that programs of this kind can fill. The widest global loads and stores are in
-bytes; narrow ones are those of the Test U-Nets, which have 8 channels, of images of a few pixels, and of kernels that
-sum up vectors. Products: HGMMA, UTCMMA and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
+float32, as under autocast; for sampling, in bfloat16, they are also bfloat16. Registers and spills are those of a
+thread (spills in bytes), shared memory in bytes of a program, occupancy the share of a multiprocessor's warps that
+programs of this kind can fill. The widest global loads and stores are in bytes; narrow ones are those of the Test
+U-Nets, which have 8 channels, of images of a few pixels, and of kernels that sum up vectors. Products: HGMMA, UTCMMA
+and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
 
 ## The worst of every kernel
 

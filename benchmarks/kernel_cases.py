@@ -144,8 +144,7 @@ class Case:
         backward_planes: The same of its backward.
         small: Whether the interpreter and a CPU do it in a few seconds.
         images: Whether the memory format matters.
-        converted: Whether a U-Net's bfloat16 copy for sampling has the parameters among its inputs in bfloat16, too.
-            Those of norms stay as they are.
+        converted: Whether there are parameters among its inputs, which a U-Net that is sampled may have in bfloat16.
         libraries: Further implementations that have kernels of ours besides a library's, in half precision.
         half_only: Whether kernels take it in half precision only.
     """
@@ -234,6 +233,7 @@ def group_norm(b: int, c: int, h: int, w: int, *, skip: int = 0, scale: bool = F
         ),
         options={"groups": RESNET_GROUPS, "skip_scale": SKIP_CONNECT_SCALE if skip else 1.0},
         gradients=(*images, *vectors),
+        converted=True,
     )
 
 
@@ -311,6 +311,7 @@ def row_norm(b: int, n: int, c: int, *, residual: bool = False) -> Case:
         Floor({"x": 1, "grad": 1, "gain": 1}, ("grad_x", "grad_gain"), why=_residual_gradient(residual)),
         gradients=(*images, "gain"),
         images=False,
+        converted=True,
     )
 
 
@@ -335,6 +336,7 @@ def channel_norm(b: int, c: int, h: int, w: int, *, gelu: bool = False, residual
         Floor({"x": 2, "grad": 2, "gain": 1}, ("grad_x", "grad_gain")) if c > 1024 else None,
         options={"gelu": gelu},
         gradients=(*images, "gain"),
+        converted=True,
     )
 
 

@@ -117,4 +117,8 @@ def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: 
     """See :func:`.run_forward`."""
     # Twice as much for each thread needs fewer registers in channels_last memory, and more in NCHW.
     most = 16 if operands.channels_last else 32
-    run_forward(_forward_kernel, config(operands, most), operands, y, statistics, eps)
+    options = config(operands, most)
+    if operands.channels_last and options["BLOCK_C"] == 1:
+        # A channel's values are far from each other, each with an address of its own.
+        options["num_warps"] = min(2 * options["num_warps"], most)
+    run_forward(_forward_kernel, options, operands, y, statistics, eps)

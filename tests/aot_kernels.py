@@ -107,6 +107,7 @@ def of_unet(name: str, side: int, arguments: dict) -> dict:
     def recorded():
         with launch.record(aot_builds.TARGETS[90]) as launches:
             yield
+        # Now, while weights have the dtype that they were launched with.
         needed.update(aot_builds.specialise(one, 90) for one in launches)
 
     how = {"kernels": "triton", "attention": "triton", "condition_cache": "on"}
@@ -119,6 +120,12 @@ def of_unet(name: str, side: int, arguments: dict) -> dict:
         for sampler in SAMPLERS:
             with recorded():
                 two_steps(imagen, **words, **start, **sampler)
+    # Weights that a user has converted: gains and biases, too.
+    imagen.to(torch.bfloat16)
+    for layout in LAYOUTS:
+        imagen.accelerate("reference", **how, memory_format=layout)
+        with recorded():
+            two_steps(imagen, **words, **start)
     # Guidance makes twice as many images.
     known = aot_builds.enumerate_builds([(side, batch) for batch in (2, 4)], targets=[90])
     return {

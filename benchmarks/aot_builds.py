@@ -195,7 +195,8 @@ def enumerate_builds(
 def representatives(builds: dict[Build, bool], each: int = 2) -> list[Build]:
     """Of every kernel, dtype, target and head width, those of the smallest tiles and of the largest, ``each`` in all.
 
-    Of builds where 16-byte accesses are not due, and of head widths that no built-in U-Net has, only the largest.
+    Only the largest of builds in float32, of those where 16-byte accesses are not due, and of head widths that no
+    built-in U-Net has.
     """
     kinds: dict[tuple, list[Build]] = {}
     for build, wide in builds.items():
@@ -205,7 +206,9 @@ def representatives(builds: dict[Build, bool], each: int = 2) -> list[Build]:
     for kind in kinds.values():
         kind.sort(key=lambda build: (_volume(build), build.num_warps, build.config))
         last = len(kind) - 1
-        usual = builds[kind[0]] and kind[0].head_width in (None, ATTN_DIM_HEAD)
+        usual = (
+            builds[kind[0]] and kind[0].head_width in (None, ATTN_DIM_HEAD) and "fp32" not in kind[0].signature[0][1]
+        )
         number = min(each, len(kind)) if usual else 1
         chosen += [kind[last - round(i * last / max(number - 1, 1))] for i in reversed(range(number))]
     return chosen

@@ -1,5 +1,6 @@
 """What holds for all tests: no network, no traces outside pytest's own folders, GPU tests only where there is a GPU."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import sys
 import tempfile
 
 import pytest
+from interpreter import remember_builtins
 
 
 def pytest_configure(config):
@@ -26,6 +28,8 @@ def pytest_configure(config):
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        remember_builtins()
     # The text encoders look for files on the Hugging Face hub; tests that want that serve one themselves.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

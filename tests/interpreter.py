@@ -2,7 +2,7 @@
 
 import inspect
 
-# What was written for: elsewhere the interpreter stays as it is.
+# The version that this was written for has these; any other stays as it is.
 _PARAMETERS = ["pkg", "builder", "scope"]
 
 

@@ -461,6 +461,8 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
         inputs = {"x_t": make.picture(b, c, h, w), "pred": pred, **times}
         if third:
             inputs[name] = make.picture(b, c, h, w)
+        if guided:
+            inputs["cond_scale"] = torch.full((1,), 3.0, device=make.device)
         return inputs | make.schedules(*schedules)
 
     inputs = ("pred", name) if third else ("pred",)
@@ -478,7 +480,7 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
         function,
         make_inputs,
         floor,
-        options={"percentile": 0.9, "cond_scale": 3.0 if guided else 1.0, **eta},
+        options={"percentile": 0.9, **eta},
     )
 
 

@@ -5,13 +5,19 @@ from collections.abc import Mapping
 import torch
 
 
+@torch.compiler.assume_constant_result
+def has_autocast(device_type: str) -> bool:
+    """Whether torch has autocast for such devices; not traced, which torch.compile of torch 2.11 cannot do."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_dtype(*tensors: torch.Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts these tensors, None if it is off or leaves them alone: one of them is float64.
 
     torch casts for its own products in this way.
     """
     device_type = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not (has_autocast(device_type) and torch.is_autocast_enabled(device_type)):
         return None
     return None if any(x.dtype == torch.float64 for x in tensors) else torch.get_autocast_dtype(device_type)
 

@@ -96,7 +96,7 @@ def _whole_kernel(
     below,
     step,
     weight,
-    scale,
+    scale_ptr,
     eta,
     KIND: tl.constexpr,
     PRED_SAME: tl.constexpr,
@@ -115,6 +115,7 @@ def _whole_kernel(
     t = tl.load(t_ptr + image)
     first, second = _start_weights(a_ptr, b_ptr, t, KIND)
     x = tl.load(x_ptr + image * n + offset, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr) if NULL > 0 else 1.0
     pred = _predicted(pred_ptr + image * n, null_ptr + image * n, by_four, swapped, inside, scale, PRED_SAME, NULL)
     start = first * x - second * pred
     start = threshold.clamp_scale(
@@ -159,7 +160,7 @@ def _start_kernel(
     outer,
     parts,
     part_size,
-    scale,
+    scale_ptr,
     KIND: tl.constexpr,
     PRED_SAME: tl.constexpr,
     NULL: tl.constexpr,
@@ -172,6 +173,7 @@ def _start_kernel(
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     threshold.zero_shared(shared_ptr, image, part, parts, SHARED)
     first, second = _start_weights(a_ptr, b_ptr, tl.load(t_ptr + image), KIND)
+    scale = tl.load(scale_ptr) if NULL > 0 else 1.0
     counts = tl.zeros((ROWS * COLUMNS,), tl.int32)
     largest, largest_up_to_1 = 0, 0
     begin = part * part_size
@@ -263,7 +265,7 @@ def _fake_step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedul
 
 @launch.define(
     "sampling_step(int kind, Tensor x_t, Tensor t, Tensor t_previous, Tensor t_last, Tensor pred, Tensor? null_pred,"
-    " Tensor? extra, Tensor[] schedules, float percentile, float cond_scale, float eta) -> (Tensor, Tensor)",
+    " Tensor? extra, Tensor[] schedules, float percentile, Tensor? cond_scale, float eta) -> (Tensor, Tensor)",
     _fake_step,
 )
 def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, percentile, cond_scale, eta):
@@ -276,6 +278,7 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
     # Where there is none a kernel gets another tensor, and does not look at it.
     null = pred if null_pred is None else dense(null_pred)
     third = x_t if extra is None else dense(extra)
+    scale = x_t if null_pred is None else cond_scale
     has_null = 0 if null_pred is None else 1 if is_channels_last(null) == last else 2
     pred_same = is_channels_last(pred) == last
     t, t_previous, t_last = (times.contiguous() for times in (t, t_previous, t_last))
@@ -304,7 +307,7 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             below,
             following,
             weight,
-            cond_scale,
+            scale,
             eta,
             KIND=kind,
             PRED_SAME=pred_same,
@@ -335,7 +338,7 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             outer,
             selection.parts,
             selection.part_size,
-            cond_scale,
+            scale,
             KIND=kind,
             PRED_SAME=pred_same,
             NULL=has_null,

@@ -61,10 +61,13 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
     # Of no images the predictions of both kinds are none, too.
     if null_pred is None and x_t.ndim and pred.ndim == x_t.ndim and pred.shape[0] == 2 * x_t.shape[0]:
         pred, null_pred = pred.chunk(2)
-    if null_pred is None and cond_scale != 1:
+    weighted = isinstance(cond_scale, torch.Tensor)
+    if weighted:
+        _check_weight(cond_scale, x_t)
+    if null_pred is None and (weighted or cond_scale != 1):
         raise ValueError(
-            f"cond_scale is {cond_scale}, which needs a prediction without text: give null_pred, or pred with the"
-            " conditional predictions of all images and then the others, shape (2 b, ...)"
+            f"cond_scale is {'a tensor' if weighted else cond_scale}, which needs a prediction without text: give"
+            " null_pred, or pred with the conditional predictions of all images and then the others, shape (2 b, ...)"
         )
     (name, extra), *_ = extras.items()
     given = {"x_t": x_t, "pred": pred, "null_pred": null_pred, name: extra}
@@ -80,7 +83,13 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
     reasons = dispatch.triton_reasons(*given.values(), *schedules.values()) + too_large(x_t)
     chosen = dispatch.select(operation, {"triton": reasons, "reference": []}, x_t.device, implementation)
     t, t_previous, t_last = (*times.values(), *(times["t"],) * (3 - len(times)))
-    run = sampling_kernels.step if chosen == "triton" else _reference
+    run = _reference
+    if chosen == "triton":
+        run = sampling_kernels.step
+        if null_pred is None:
+            cond_scale = None
+        elif not weighted:
+            cond_scale = torch.full((1,), cond_scale, dtype=torch.float32, device=x_t.device)
     return run(
         kind,
         x_t,
@@ -92,9 +101,24 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
         extra,
         list(schedules.values()),
         float(percentile),
-        float(cond_scale),
+        cond_scale,
         float(eta),
     )
+
+
+def _check_weight(cond_scale: torch.Tensor, x_t: torch.Tensor) -> None:
+    if cond_scale.dtype != torch.float32:
+        raise TypeError(f"cond_scale must be a number or float32, got {cond_scale.dtype}; convert it with .float()")
+    if cond_scale.shape != (1,):
+        raise ValueError(
+            f"cond_scale must be a number, or a tensor of shape (1,), the weight of all images; got"
+            f" {tuple(cond_scale.shape)}"
+        )
+    if cond_scale.device != x_t.device:
+        raise ValueError(
+            f"cond_scale must be on {x_t.device} like x_t, it is on {cond_scale.device}; move it there, or give a"
+            " number"
+        )
 
 
 def ancestral_step(
@@ -110,7 +134,7 @@ def ancestral_step(
     *,
     percentile: float,
     null_pred: torch.Tensor | None = None,
-    cond_scale: float = 1.0,
+    cond_scale: float | torch.Tensor = 1.0,
     implementation: str | None = None,
 ) -> torch.Tensor:
     """From x_t to x_{t-1}: algorithm 2 of the DDPM paper, with guidance and dynamic thresholding.
@@ -132,7 +156,8 @@ def ancestral_step(
         posterior_log_variance_clipped: Logarithm of the posterior variance, likewise.
         percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
         null_pred: The prediction without text, if it is not the second half of ``pred``.
-        cond_scale: Guidance weight w in null + (conditional - null) w.
+        cond_scale: Guidance weight w in null + (conditional - null) w: a number; or float32, shape (1,), on the device
+            of ``x_t``, which a CUDA graph reads anew at every replay.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:
@@ -177,7 +202,7 @@ def ddim_step(
     eta: float = 0.0,
     noise: torch.Tensor | None = None,
     null_pred: torch.Tensor | None = None,
-    cond_scale: float = 1.0,
+    cond_scale: float | torch.Tensor = 1.0,
     implementation: str | None = None,
 ) -> torch.Tensor:
     """From any timestep to any earlier one, with dynamic thresholding.
@@ -198,7 +223,7 @@ def ddim_step(
         eta: Share of the noise of ancestral sampling that is added anew, in [0, 1]; 0 makes the step deterministic.
         noise: Fresh standard normal noise, floating point, shape of ``x_t``; needed for ``eta`` above 0.
         null_pred: The prediction without text, if it is not the second half of ``pred``.
-        cond_scale: Guidance weight w in null + (conditional - null) w.
+        cond_scale: Guidance weight, see :func:`ancestral_step`.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:
@@ -242,7 +267,7 @@ def dpm_solver_pp_2m_step(
     last_x_start: torch.Tensor | None = None,
     t_last: torch.Tensor | None = None,
     null_pred: torch.Tensor | None = None,
-    cond_scale: float = 1.0,
+    cond_scale: float | torch.Tensor = 1.0,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From any timestep to any earlier one by DPM-Solver++(2M) with dynamic thresholding.
@@ -263,7 +288,7 @@ def dpm_solver_pp_2m_step(
         last_x_start: The x_0 that the step before returned, shape of ``x_t``; none in the first step.
         t_last: The ``t`` of that step, greater than ``t``; given together with ``last_x_start``.
         null_pred: The prediction without text, if it is not the second half of ``pred``.
-        cond_scale: Guidance weight w in null + (conditional - null) w.
+        cond_scale: Guidance weight, see :func:`ancestral_step`.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:

@@ -19,6 +19,7 @@ import torch
 from . import host_memory
 from .blocks import use_blocks
 from .kernels import dispatch, launch
+from .kernels.arguments import has_autocast
 from .kernels.attention import xformers_reasons
 
 ENVIRONMENT_VARIABLE = "MINIMAGEN_FAST_ACCELERATION"
@@ -130,7 +131,7 @@ class Acceleration:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in on a device; None where it is not in force."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from .kernels.arguments import has_autocast
+
 PAD_MODES = ("constant", "edge", "reflect", "symmetric")
 _SUPPORT = 4  # pixels of the source that the cubic kernel reaches at scale 1
 
@@ -68,8 +70,8 @@ def resize_matrix(old: int, new: int, pad_mode: str, device: torch.device) -> to
 def resize(image: torch.Tensor, height: int, width: int, pad_mode: str) -> torch.Tensor:
     """Resize (b, c, h, w) to (b, c, height, width); computed in float32, returned in the image's dtype."""
     # Under autocast, which not every device has, a matrix product would round the picture to bfloat16.
-    has_autocast = torch.amp.is_autocast_available(image.device.type)
-    with torch.autocast(image.device.type, enabled=False) if has_autocast else nullcontext():
+    device_type = image.device.type
+    with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():
         out = image.float()
         if image.shape[-2] != height:
             out = resize_matrix(image.shape[-2], height, pad_mode, image.device) @ out

@@ -116,20 +116,30 @@ class Update:
             with torch.inference_mode(False):
                 self._schedules = _limited(*self._schedules, *visited[-3:])
             self._last[-2] = scheduler.num_timesteps
+        self._common: dict[str, Any] = {"percentile": percentile}
         # With a scale of 0 or 1 there is one prediction, and nothing to combine it with.
-        self._common: dict[str, Any] = {"percentile": percentile, "cond_scale": 1.0 if cond_scale == 0 else cond_scale}
+        if cond_scale not in (0, 1):
+            # In memory, so that a captured step can be replayed with another one.
+            with torch.inference_mode(False):
+                self._common["cond_scale"] = torch.full((1,), cond_scale, dtype=torch.float32, device=device)
 
     @property
     def signature(self) -> tuple:
         """Equal for two that do the same with the same tensors."""
         tensors = (value.data_ptr() for value in self._scheduler.buffers())
-        return self._kind, self._eta, tuple(self._common.items()), self._visited, *tensors
+        return self._kind, self._eta, self._common["percentile"], "cond_scale" in self._common, self._visited, *tensors
 
     def load(self, other: "Update") -> None:
-        """Take over what another of the same signature has worked out of its scheduler's values, in place."""
-        for own, new in zip(self._schedules, other._schedules, strict=True):
+        """Take over the values of another of the same signature, in place: guidance weight and what it has worked out
+        of its scheduler's."""
+        for own, new in zip(self._tensors, other._tensors, strict=True):
             if own.data_ptr() != new.data_ptr():
                 own.copy_(new)
+
+    @property
+    def _tensors(self) -> list[torch.Tensor]:
+        """What :meth:`load` writes to, in an order that the signature settles."""
+        return [*self._schedules, *(value for value in self._common.values() if isinstance(value, torch.Tensor))]
 
     @property
     def multistep(self) -> bool:

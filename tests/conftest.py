@@ -6,9 +6,10 @@ import shutil
 import signal
 import sys
 import tempfile
+from importlib.metadata import version
 
 import pytest
-from interpreter import remember_builtins
+from interpreter import count_with_arrays_of_one_value, remember_builtins
 
 
 def pytest_configure(config):
@@ -30,6 +31,8 @@ def pytest_configure(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         remember_builtins()
+        if version("triton").startswith("3.6."):
+            count_with_arrays_of_one_value()
     # The text encoders look for files on the Hugging Face hub; tests that want that serve one themselves.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

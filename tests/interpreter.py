@@ -1,4 +1,4 @@
-"""Triton's interpreter, made quicker."""
+"""Triton's interpreter, made quicker, and fit for NumPy."""
 
 import inspect
 
@@ -28,3 +28,16 @@ def remember_builtins():
                 interpreter._patch_attr(pkg, name, member, builder, scope)
 
     interpreter._patch_builtin = patch_builtin
+
+
+def count_with_arrays_of_one_value():
+    """Have kernels use scalars as bounds of loops: NumPy 2.4 gave up the conversion by which Triton 3.6 does that."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor

@@ -50,6 +50,10 @@ def images(shape, dtype=torch.float32):
     return x_t, torch.tensor([3, 50, 90, 20], device=DEVICE)[: shape[0]], pred, third
 
 
+def weight(value):
+    return torch.tensor([value], device=DEVICE)
+
+
 @pytest.fixture
 def split(monkeypatch):
     """The way of large images for small ones, many parts and tiles each."""
@@ -158,6 +162,8 @@ def test_guidance_from_one_doubled_tensor(way, step, memory_format):
     x_t, t, pred, third = images((3, 3, 6, 4))
     doubled = torch.cat((pred, randn("null", 3, 3, 6, 4))).to(memory_format=memory_format)
     outs = check(step, x_t, t, doubled, third, cond_scale=3.0)
+    for out, same in zip(check(step, x_t, t, doubled, third, cond_scale=weight(3.0)), outs, strict=True):
+        assert torch.equal(out, same)
     guided = doubled[3:] + (doubled[:3] - doubled[3:]) * 3.0
     for out, same in zip(outs, take(step, x_t, t, guided, third, implementation="reference"), strict=True):
         assert_near(out, same, dtype="a sampling step")
@@ -400,6 +406,10 @@ def test_wrong_arguments():
     refused(ValueError, r"percentile must lie in \[0, 1\], got 1.5", percentile=1.5)
     refused(ValueError, "percentile", percentile=math.nan)
     refused(ValueError, "cond_scale is 3.0, which needs a prediction without text", cond_scale=3.0)
+    refused(ValueError, "cond_scale is a tensor, which needs a prediction without text", cond_scale=weight(1.0))
+    refused(TypeError, "cond_scale must be a number or float32, got torch.float64", cond_scale=weight(1.0).double())
+    refused(ValueError, r"cond_scale must be .* of shape \(1,\).*got \(3,\)", cond_scale=torch.ones(3))
+    refused(ValueError, "cond_scale must be on .* it is on meta", cond_scale=weight(1.0).to("meta"))
     refused(ValueError, "pred must be on .* it is on meta", pred=pred.to("meta"))
     refused(ValueError, "is not differentiable", pred=pred.clone().requires_grad_())
     refused(ValueError, "must have values in each image", x_t=x_t[:, :0], pred=pred[:, :0], third=noise[:, :0])

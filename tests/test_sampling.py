@@ -477,11 +477,23 @@ def test_a_noise_level_and_a_start_image_are_taken_over(graphs, monkeypatch):
     assert len(graphs) == 2
 
 
+@every_sampler
+def test_another_guidance_weight_is_taken_over(graphs, monkeypatch, arguments):
+    imagen = make_imagen()
+    seen = []
+    for cond_scale in (3.0, 1.5, -2.0, 3.0):
+        images = run(imagen, arguments={**arguments, "cond_scale": cond_scale})
+        with nothing_replayed(monkeypatch):
+            assert torch.equal(images, run(imagen, arguments={**arguments, "cond_scale": cond_scale}))
+        seen.append(images)
+    assert len(graphs) == 1 and torch.equal(seen[0], seen[3])
+    assert distance(seen[0], seen[1]) > 1e-3 and distance(seen[1], seen[2]) > 1e-3
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"words": make_words(3)},
-        {"arguments": {**FEW, "cond_scale": 2.0}},
         {"arguments": {**FEW, "cond_scale": 1.0}},
         {"arguments": {**FEW, "cond_scale": 0.0}},
         {"arguments": {**FEW, "steps": 5}},

@@ -68,9 +68,8 @@ def null_key_attention(
     tensors = {"q": q, "k": k, "v": v, "null_key": null_key, "null_value": null_value, "bias": bias}
     check_floating_point(tensors)
     tensors["mask"] = mask
-    devices = {name: x.device for name, x in tensors.items() if x is not None}
-    if len(set(devices.values())) > 1:
-        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    if any(x is not None and x.device != q.device for x in tensors.values()):
+        where = ", ".join(f"{name} on {x.device}" for name, x in tensors.items() if x is not None)
         raise ValueError(f"all tensors must be on one device; got {where}")
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
@@ -115,7 +114,8 @@ def _of_one_dtype(q, k, v):
     dtype = autocast_dtype(q, k, v)
     if dtype is not None:
         return q.to(dtype), k.to(dtype), v.to(dtype)
-    check_one_dtype({"q": q, "k": k, "v": v})
+    if not q.dtype == k.dtype == v.dtype:
+        check_one_dtype({"q": q, "k": k, "v": v})
     return q, k, v
 
 

@@ -152,12 +152,19 @@ def _warn_once(message: str) -> None:
 
 def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
     """Why Triton kernels cannot take these tensors (None among them is ignored): devices, dtypes, what is installed."""
+    # In every call of every operation: one loop, without generators.
     given = [tensor for tensor in tensors if tensor is not None]
     device = given[0].device
+    on_several, wrong = False, set()
+    for tensor in given:
+        if tensor.device != device:
+            on_several = True
+        if tensor.dtype not in KERNEL_DTYPES and tensor.is_floating_point():
+            wrong.add(str(tensor.dtype))
     reasons = []
     if missing := launch.missing(device):
         reasons.append(missing)
-    if any(tensor.device != device for tensor in given):
+    if on_several:
         reasons.append(f"the tensors are on several devices, {', '.join(sorted({str(t.device) for t in given}))}")
     elif device.type == "cuda":
         capability = launch.capability(device)
@@ -165,8 +172,6 @@ def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
             reasons.append(f"{device} has compute capability {capability}, less than {OLDEST_CAPABILITY}")
     elif device.type != "meta" and not (device.type == "cpu" and launch.INTERPRETED):
         reasons.append(f"the tensors are on {device}, not on a CUDA device")
-    dtypes = {tensor.dtype for tensor in given if tensor.is_floating_point()}
-    wrong = sorted(str(dtype) for dtype in dtypes if dtype not in KERNEL_DTYPES)
     if wrong:
-        reasons.append(f"it computes in float32 from float32, float16 or bfloat16, not from {', '.join(wrong)}")
+        reasons.append(f"it computes in float32 from float32, float16 or bfloat16, not from {', '.join(sorted(wrong))}")
     return reasons

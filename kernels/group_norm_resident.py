@@ -4,6 +4,8 @@ It reads and writes the images once: the floor. One program computes one group o
 :mod:`.group_norm_resident_backward`.
 """
 
+import functools
+
 import torch
 
 from . import launch
@@ -18,6 +20,7 @@ LARGEST_TILE, BYTES_PER_THREAD = 32768, 32
 LARGEST_PADDED_PLANES, LARGEST_PADDED_PAIR, LARGEST_PADDED_ROWS = 8192, 4096, 8192
 
 
+@functools.cache
 def tile(pixels: int, group_width: int) -> tuple[int, int]:
     """Pixels and channels of the tile that holds a group."""
     return launch.next_power_of_2(pixels), launch.next_power_of_2(group_width)
@@ -25,7 +28,7 @@ def tile(pixels: int, group_width: int) -> tuple[int, int]:
 
 def padded(operands: Operands) -> bool:
     """Whether its tile has more pixels than the images."""
-    return launch.next_power_of_2(operands.pixels) != operands.pixels
+    return tile(operands.pixels, operands.group_width)[0] != operands.pixels
 
 
 def fits(operands: Operands) -> bool:

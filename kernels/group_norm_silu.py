@@ -107,6 +107,8 @@ def _plan(operands: Operands):
 def _setup_context(ctx, inputs, output):
     *tensors, groups, _, skip_scale, silu = inputs
     ctx.save_for_backward(*tensors, output[1])
+    # The statistics have no gradients, which would be filled with zeros for nothing.
+    ctx.set_materialize_grads(False)
     ctx.options = groups, skip_scale, silu
 
 

@@ -4,7 +4,7 @@ A tile is [pixels, channels] in either memory format; the compiler lays it over 
 contiguous.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +26,7 @@ def empty_like(x: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.empty((b, channels, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """The inputs of one call, dense, in one memory format.
 
     Attributes:
@@ -40,6 +39,11 @@ class Operands:
         groups: Number of groups.
         skip_scale: Factor of ``skip``.
         silu: Whether SiLU follows.
+        channels_last: Whether that is the memory format.
+        batch: Number of images.
+        channels: Of both images.
+        pixels: Of an image.
+        group_width: Channels of a group.
     """
 
     x: torch.Tensor
@@ -51,6 +55,11 @@ class Operands:
     groups: int
     skip_scale: float
     silu: bool
+    channels_last: bool
+    batch: int
+    channels: int
+    pixels: int
+    group_width: int
 
     @classmethod
     def of(cls, x, skip, weight, bias, scale, shift, groups, skip_scale, silu) -> "Operands":
@@ -60,27 +69,25 @@ class Operands:
         weight, bias = (vector if vector is None else vector.contiguous() for vector in (weight, bias))
         # Halves of a chunk stay where they are.
         scale, shift = (rows if rows is None or rows.stride(1) == 1 else rows.contiguous() for rows in (scale, shift))
-        return cls(x, skip, weight, bias, scale, shift, groups, skip_scale, silu)
-
-    @property
-    def batch(self) -> int:
-        return self.x.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.x.shape[1] + (0 if self.skip is None else self.skip.shape[1])
-
-    @property
-    def pixels(self) -> int:
-        return self.x.shape[2] * self.x.shape[3]
-
-    @property
-    def group_width(self) -> int:
-        return self.channels // self.groups
-
-    @property
-    def channels_last(self) -> bool:
-        return memory_format(self.x) == torch.channels_last
+        batch, channels, height, width = x.shape
+        if skip is not None:
+            channels += skip.shape[1]
+        return cls(
+            x,
+            skip,
+            weight,
+            bias,
+            scale,
+            shift,
+            groups,
+            skip_scale,
+            silu,
+            layout == torch.channels_last,
+            batch,
+            channels,
+            height * width,
+            channels // groups,
+        )
 
     @property
     def images(self) -> tuple[torch.Tensor, torch.Tensor]:

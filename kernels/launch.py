@@ -181,7 +181,8 @@ def define(
     """Register a function that launches kernels as an operator: opaque to torch.compile, with fake and autograd.
 
     Registered by hand and not through ``torch.library.custom_op``, whose checks cost every call more host time than the
-    launch itself.
+    launch itself. Where nothing looks at operators, what is given back does not go through torch's dispatcher either:
+    it calls Python, which calls it, and then Python again.
 
     Args:
         schema: Name and signature, as in ``"norm(Tensor x, float eps) -> Tensor"``.
@@ -190,7 +191,7 @@ def define(
         setup_context: ``setup_context(ctx, inputs, output)``.
 
     Returns:
-        A decorator that replaces the function by the operator.
+        A decorator that replaces the function by one that calls it, directly or as the operator.
     """
 
     def register(function: Callable) -> Callable:
@@ -209,9 +210,53 @@ def define(
         torch.library.register_fake(qualified, fake_or_recorded, lib=_library)
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+        direct = None if backward is None else _differentiable(name, function, backward, setup_context)
+
+        @functools.wraps(function)
+        def call(*args):
+            if not _nothing_looks(args):
+                return operator(*args)
+            if not torch.is_grad_enabled() or not any(map(_needs_gradient, args)):
+                return function(*args)
+            return operator(*args) if direct is None else direct.apply(*args)
+
+        return call
 
     return register
+
+
+def _differentiable(name: str, function: Callable, backward: Callable, setup_context: Callable | None) -> Any:
+    """What the operator is to autograd, without the operator."""
+
+    def forward(ctx, *args):
+        output = function(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _nothing_looks(args: tuple) -> bool:
+    """Whether nothing traces, transforms or counts operators, and all tensors are torch's own, with values."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    ):
+        return False
+    return all(not isinstance(arg, torch.Tensor) or (type(arg) in _PLAIN and not arg.is_meta) for arg in args)
+
+
+def _needs_gradient(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor) and arg.requires_grad
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
 
-from minimagen_fast.kernels import channel_norm, channel_norm_planes, launch, layer_norm_rows
+from minimagen_fast.kernels import channel_norm_planes, launch, layer_norm_rows
 from minimagen_fast.kernels.channel_norm import channel_layer_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -351,10 +351,12 @@ def test_registration(strided, memory_format):
         inputs["x"] = randn("x", 2, 16, 3, 4).contiguous(memory_format=memory_format)[:, ::2]
         inputs["residual"] = randn("residual", 2, 8, 4, 3).transpose(2, 3)
     x, gain, residual = (value.requires_grad_() for value in inputs.values())
-    torch.library.opcheck(channel_norm._channel_layer_norm, (x, gain, residual, EPS, True))
+    torch.library.opcheck(torch.ops.minimagen_fast.channel_layer_norm.default, (x, gain, residual, EPS, True))
     x, gain, dy = x.detach(), gain.detach(), randn("dy", 2, 8, 3, 4)
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(channel_norm._channel_layer_norm_backward, (dy, x, gain, EPS, True, *needs))
+        torch.library.opcheck(
+            torch.ops.minimagen_fast.channel_layer_norm_backward.default, (dy, x, gain, EPS, True, *needs)
+        )
 
 
 @FORMATS

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from fast_path import Counts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimagen_fast.kernels import (
@@ -168,3 +169,34 @@ def test_choices_of_threads_that_end_in_any_order():
     assert implementation() == "sdpa"
     other.__exit__(None, None, None)
     assert implementation() == before, "a choice was left behind"
+
+
+def operators_of(run):
+    """The operators of this package that torch's dispatcher is asked for."""
+    with torch.autograd.profiler.profile() as profile:
+        run()
+    return {event.name for event in profile.function_events if event.name.startswith(launch.NAMESPACE)}
+
+
+def test_operators_are_called_where_something_looks_at_them():
+    x, gain = torch.randn(3, 8), torch.randn(8)
+
+    def forward_and_backward():
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, gain)]
+        layer_norm(*leaves, implementation="triton").square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    names = {forward := f"{launch.NAMESPACE}::layer_norm", f"{forward}_backward"}
+    assert operators_of(forward_and_backward) == set()
+    direct = forward_and_backward()
+    with Counts() as seen:
+        assert operators_of(forward_and_backward) == names
+        through_operators = forward_and_backward()
+    assert {name.removesuffix(".default") for name in seen.names} >= names
+    assert all(map(torch.equal, direct, through_operators))
+
+    class Own(torch.Tensor):
+        pass
+
+    own = x.as_subclass(Own)
+    assert operators_of(lambda: layer_norm(own, gain, implementation="triton")) == {forward}

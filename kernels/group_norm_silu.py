@@ -40,10 +40,14 @@ def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, sil
     if skip is not None:
         x = torch.cat((x, skip * skip_scale), dim=1)
     dtype = x.dtype
-    if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # Half precision is slower there, and less exact.
-        x = x.float()
-        weight, bias = (None if vector is None else vector.float() for vector in (weight, bias))
+    wide = dtype
+    for vector in (weight, bias):
+        wide = wide if vector is None else torch.promote_types(wide, vector.dtype)
+    if x.device.type == "cpu" and wide in (torch.bfloat16, torch.float16):
+        # Slower there than float32, and less exact.
+        wide = torch.float32
+    # On CUDA torch takes vectors of the images' dtype only.
+    x, weight, bias = (tensor if tensor is None else tensor.to(wide) for tensor in (x, weight, bias))
     if weight is None and bias is not None:
         # On a CPU torch has no gradients for a bias alone.
         weight = torch.ones_like(bias)

@@ -365,5 +365,7 @@ def test_what_a_whole_unet_launches_is_enumerated(name, side, arguments):
 
 @pytest.mark.slow
 def test_launches_are_those_of_the_table_and_representatives_compile_and_are_no_worse():
+    if f"with {aot._versions()}," not in aot.TABLE.read_text():
+        pytest.skip("the table is of another version of Triton, whose compiler may spill where this one does not")
     done = run("-m", "benchmarks.aot", timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]

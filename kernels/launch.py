@@ -181,14 +181,14 @@ def define(
     """Register a function that launches kernels as an operator: opaque to torch.compile, with fake and autograd.
 
     Registered by hand and not through ``torch.library.custom_op``, whose checks cost every call more host time than the
-    launch itself. Where nothing looks at operators, what is given back does not go through torch's dispatcher either:
-    it calls Python, which calls it, and then Python again.
+    launch itself. Where nothing looks at operators, what is given back does not go through torch's dispatcher either,
+    and the operator goes through it once, not for autograd and then again.
 
     Args:
         schema: Name and signature, as in ``"norm(Tensor x, float eps) -> Tensor"``.
         fake: Takes the same arguments and returns empty outputs: same shapes, dtypes and strides.
-        backward: ``backward(ctx, *grads)``, for ``torch.library.register_autograd``; none if not differentiable.
-        setup_context: ``setup_context(ctx, inputs, output)``.
+        backward: ``backward(ctx, *grads)`` as in ``torch.autograd.Function``; none if not differentiable.
+        setup_context: ``setup_context(ctx, inputs, output)`` likewise.
 
     Returns:
         A decorator that replaces the function by one that calls it, directly or as the operator.
@@ -208,27 +208,45 @@ def define(
             return (fake if _recorded is None else function)(*args, **kwargs)
 
         torch.library.register_fake(qualified, fake_or_recorded, lib=_library)
-        if backward is not None:
-            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
         operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-
-        direct = None if backward is None else _differentiable(name, function, backward, setup_context)
+        # Without a formula the operator says so.
+        apply = operator
+        if backward is not None:
+            apply = _differentiable(name, function, backward, setup_context).apply
+            _library.impl(name, _autograd_of(name, operator, function, backward, setup_context), "Autograd")
 
         @functools.wraps(function)
         def call(*args):
             if not _nothing_looks(args):
                 return operator(*args)
-            if not torch.is_grad_enabled() or not any(map(_needs_gradient, args)):
-                return function(*args)
-            return operator(*args) if direct is None else direct.apply(*args)
+            return (apply if _needs_gradients(args) else function)(*args)
 
         return call
 
     return register
 
 
+def _autograd_of(
+    name: str, operator: Any, function: Callable, backward: Callable, setup_context: Callable | None
+) -> Callable:
+    """What torch's dispatcher calls for autograd: compiled code calls operators, and needs no gradients of them."""
+
+    def below(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    apply = _differentiable(name, below, backward, setup_context).apply
+
+    def autograd(*args):
+        if _needs_gradients(args):
+            return apply(*args)
+        return (function if _nothing_looks(args) else below)(*args)
+
+    return autograd
+
+
 def _differentiable(name: str, function: Callable, backward: Callable, setup_context: Callable | None) -> Any:
-    """What the operator is to autograd, without the operator."""
+    """What is to autograd what the operator is, but calls this function."""
 
     def forward(ctx, *args):
         output = function(*args)
@@ -255,8 +273,8 @@ def _nothing_looks(args: tuple) -> bool:
     return all(not isinstance(arg, torch.Tensor) or (type(arg) in _PLAIN and not arg.is_meta) for arg in args)
 
 
-def _needs_gradient(arg: Any) -> bool:
-    return isinstance(arg, torch.Tensor) and arg.requires_grad
+def _needs_gradients(args: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
 
 
 def ceil_div(a: int, b: int) -> int:

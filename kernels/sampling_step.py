@@ -107,7 +107,7 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
 
 
 def _check_weight(cond_scale: torch.Tensor, x_t: torch.Tensor) -> None:
-    if cond_scale.dtype != torch.float32:
+    if cond_scale.dtype not in (torch.float32, x_t.dtype):
         raise TypeError(f"cond_scale must be a number or float32, got {cond_scale.dtype}; convert it with .float()")
     if cond_scale.shape != (1,):
         raise ValueError(
@@ -156,8 +156,8 @@ def ancestral_step(
         posterior_log_variance_clipped: Logarithm of the posterior variance, likewise.
         percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
         null_pred: The prediction without text, if it is not the second half of ``pred``.
-        cond_scale: Guidance weight w in null + (conditional - null) w: a number; or float32, shape (1,), on the device
-            of ``x_t``, which a CUDA graph reads anew at every replay.
+        cond_scale: Guidance weight w in null + (conditional - null) w: a number; or float32 (float64 if ``x_t`` is),
+            shape (1,), on the device of ``x_t``, which a CUDA graph reads anew at every replay.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:

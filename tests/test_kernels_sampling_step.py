@@ -73,7 +73,8 @@ def check(step, x_t, t, pred, third, **options):
     outs, expected = (
         take(step, x_t, t, pred, third, **options, implementation=name) for name in ("triton", "reference")
     )
-    exact = take(step, x_t.double(), t, pred, third, **options, implementation="reference")
+    wide = {key: x.double() if key == "cond_scale" and isinstance(x, torch.Tensor) else x for key, x in options.items()}
+    exact = take(step, x_t.double(), t, pred, third, **wide, implementation="reference")
     for out, same, far in zip(outs, expected, exact, strict=True):
         assert out.dtype == torch.float32 and out.shape == x_t.shape
         assert out.is_contiguous(memory_format=FORMATS[1]) or not x_t.is_contiguous(memory_format=FORMATS[1])

@@ -1,10 +1,13 @@
 """How the blocks of a U-Net are run: as they are, compiled, or so that the backward pass computes them again."""
 
 import functools
+import itertools
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -75,13 +78,31 @@ def _then_and_again() -> tuple[AbstractContextManager, AbstractContextManager]:
 def _run_compiled(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     limits = {"recompile_limit": _MOST_SHAPES, "accumulated_recompile_limit": _MOST_SHAPES}
     with torch._dynamo.config.patch(limits):
-        return _compiled_call()(block, *args, **kwargs)
+        return _compiled_call(_kind(block))(block, *args, **kwargs)
+
+
+# Of each block that was compiled.
+_kinds: "WeakKeyDictionary[nn.Module, tuple]" = WeakKeyDictionary()
+
+
+def _kind(block: nn.Module) -> tuple:
+    """Equal for blocks that are compiled together: their type, and the shapes and dtypes that they began with."""
+    kind = _kinds.get(block)
+    if kind is None:
+        parameters = tuple((name, x.shape, x.dtype) for name, x in block.named_parameters())
+        kind = _kinds[block] = type(block), parameters
+    return kind
 
 
 @functools.cache
-def _compiled_call() -> Callable[..., torch.Tensor]:
-    # One function for all modules, so that what is compiled for one serves all that are alike.
-    return torch.compile(_call, dynamic=False)
+def _compiled_call(kind: tuple) -> Callable[..., torch.Tensor]:
+    # One function for all blocks of a kind, so that what is compiled for one serves all that are alike. And one for
+    # each kind, of code of its own: Dynamo goes through all that it has compiled of one code until something fits.
+    code = _call.__code__.replace(co_name=f"{kind[0].__name__}_{next(_numbers)}")
+    return torch.compile(FunctionType(code, globals()), dynamic=False)
+
+
+_numbers = itertools.count()
 
 
 def _call(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -26,7 +26,7 @@ def compiled():
     torch._dynamo.reset()
     function = torch.compile(blocks._call, dynamic=False, backend=backend)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_compiled_call", lambda: function)
+        patch.setattr(blocks, "_compiled_call", lambda kind: function)
         yield graphs
     torch._dynamo.reset()
 

@@ -29,7 +29,7 @@ def sampled() -> dict:
         return graph.forward
 
     function = torch.compile(blocks._call, dynamic=False, fullgraph=True, backend=keep)
-    blocks._compiled_call = lambda: function
+    blocks._compiled_call = lambda kind: function
     imagen = make_imagen().to(torch.bfloat16).to("meta").accelerate(compile="blocks")
     with use_implementation("triton"):
         imagen.sample(

@@ -83,6 +83,7 @@ def _run_compiled(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 # Of each block that was compiled.
 _kinds: "WeakKeyDictionary[nn.Module, tuple]" = WeakKeyDictionary()
+_numbers = itertools.count()
 
 
 def _kind(block: nn.Module) -> tuple:
@@ -100,9 +101,6 @@ def _compiled_call(kind: tuple) -> Callable[..., torch.Tensor]:
     # each kind, of code of its own: Dynamo goes through all that it has compiled of one code until something fits.
     code = _call.__code__.replace(co_name=f"{kind[0].__name__}_{next(_numbers)}")
     return torch.compile(FunctionType(code, globals()), dynamic=False)
-
-
-_numbers = itertools.count()
 
 
 def _call(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -157,7 +157,8 @@ def ancestral_step(
         percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
         null_pred: The prediction without text, if it is not the second half of ``pred``.
         cond_scale: Guidance weight w in null + (conditional - null) w: a number; or float32 (float64 if ``x_t`` is),
-            shape (1,), on the device of ``x_t``, which a CUDA graph reads anew at every replay.
+            shape (1,), on the device of ``x_t``, which a CUDA graph reads anew at every replay. A number costs one
+            launch more, which puts it there.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:

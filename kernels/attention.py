@@ -114,8 +114,7 @@ def _of_one_dtype(q, k, v):
     dtype = autocast_dtype(q, k, v)
     if dtype is not None:
         return q.to(dtype), k.to(dtype), v.to(dtype)
-    if not q.dtype == k.dtype == v.dtype:
-        check_one_dtype({"q": q, "k": k, "v": v})
+    check_one_dtype({"q": q, "k": k, "v": v})
     return q, k, v
 
 

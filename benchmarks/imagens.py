@@ -133,7 +133,8 @@ SWITCHES: dict[str, dict[str, str]] = {
     "freed_memory": {"freed_memory": "kept"},
     "bfloat16": {"precision": "bfloat16"},
     "compile": {"compile": "blocks"},
-    "cuda_graphs": {"cuda_graphs": "on"},
+    # A switch that training heeds needs one that it does not.
+    "cuda_graphs": {"condition_cache": "on", "cuda_graphs": "on"},
 }
 
 

@@ -15,8 +15,8 @@ from .results import Identity
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 SAMPLING = ablation("kernels", "channels_last", "condition_cache", "freed_memory", "bfloat16", "compile", "cuda_graphs")
-# A step of training has no conditions to keep, and is not captured.
-TRAINING = ablation("kernels", "channels_last", "freed_memory", "bfloat16", "compile")
+# A step of training has no conditions to keep.
+TRAINING = ablation("kernels", "channels_last", "freed_memory", "bfloat16", "compile", "cuda_graphs")
 
 Prepare = Callable[[Network, ImagenVariant, int, Context], Prepared]
 

@@ -217,7 +217,7 @@ def define(
 
         @functools.wraps(function)
         def call(*args):
-            if not _nothing_looks(args):
+            if not nothing_looks(args):
                 return operator(*args)
             return (apply if _needs_gradients(args) else function)(*args)
 
@@ -240,7 +240,7 @@ def _autograd_of(
     def autograd(*args):
         if _needs_gradients(args):
             return apply(*args)
-        return (function if _nothing_looks(args) else below)(*args)
+        return (function if nothing_looks(args) else below)(*args)
 
     return autograd
 
@@ -261,7 +261,7 @@ def _differentiable(name: str, function: Callable, backward: Callable, setup_con
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _nothing_looks(args: tuple) -> bool:
+def nothing_looks(args: tuple) -> bool:
     """Whether nothing traces, transforms or counts operators, and all tensors are torch's own, with values."""
     if (
         torch.compiler.is_compiling()

@@ -16,6 +16,7 @@ from torch import nn
 
 from .acceleration import Acceleration, checked_request, resolve
 from .arguments import finite_number, whole_number
+from .captured_training import losses_of
 from .diffusion_model import GaussianDiffusion
 from .helpers import (
     cast_tuple,
@@ -26,6 +27,7 @@ from .helpers import (
     maybe,
     module_device,
     normalize_neg_one_to_one,
+    prob_mask_like,
     resize_image_to,
     unnormalize_zero_to_one,
     usable_device,
@@ -406,28 +408,56 @@ class Imagen(nn.Module):
             forget(unet)
         acceleration = self._resolved(self._acceleration, x_start.device, unet)
         layout = acceleration.layout
-        with acceleration.training(x_start.device, unet.dtype):
-            noise = default(noise, lambda: noise_for(x_start, resized=False))
-            x_noisy = noise_scheduler.q_sample(
-                x_start, times, noise, normalize=self.auto_normalize_img, memory_format=layout
+        # All that is random comes first, for the rest may be replayed.
+        noise = default(noise, lambda: noise_for(x_start, resized=False))
+        if exists(lowres_cond_img):
+            lowres_aug_times = default(lowres_aug_times, times)
+            lowres_noise = default(lowres_noise, lambda: noise_for(lowres_cond_img, resized=True))
+        if exists(text_embeds):
+            keep_text = default(
+                keep_text, lambda: prob_mask_like(times.shape, 1 - self.cond_drop_prob, device=times.device)
             )
-            if exists(lowres_cond_img):
-                lowres_aug_times = default(lowres_aug_times, times)
-                lowres_noise = default(lowres_noise, lambda: noise_for(lowres_cond_img, resized=True))
-                lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise, layout)
-            pred = unet(
-                x_noisy,
-                times,
-                text_embeds=text_embeds,
-                text_mask=text_mask,
-                lowres_noise_times=lowres_aug_times,
-                lowres_cond_img=lowres_cond_img,
-                cond_drop_prob=self.cond_drop_prob,
-                keep_text=keep_text,
-            )
-        if per_image:
-            return self.loss_fn(pred.float(), noise.float(), reduction="none").flatten(1).mean(dim=1)
-        return self.loss_fn(pred.float(), noise.float())
+            if acceleration.cuda_graphs == "on":
+                # Nor may it depend on the longest text of a batch.
+                text_embeds, text_mask = unet.padded_text(text_embeds, text_mask)
+
+        def losses(
+            *, x_start, times, noise, lowres_cond_img, lowres_aug_times, lowres_noise, text_embeds, text_mask, keep_text
+        ) -> torch.Tensor:
+            with acceleration.training(x_start.device, unet.dtype):
+                x_noisy = noise_scheduler.q_sample(
+                    x_start, times, noise, normalize=self.auto_normalize_img, memory_format=layout
+                )
+                if exists(lowres_cond_img):
+                    lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise, layout)
+                pred = unet(
+                    x_noisy,
+                    times,
+                    text_embeds=text_embeds,
+                    text_mask=text_mask,
+                    lowres_noise_times=lowres_aug_times,
+                    lowres_cond_img=lowres_cond_img,
+                    cond_drop_prob=self.cond_drop_prob,
+                    keep_text=keep_text,
+                )
+            if per_image:
+                return self.loss_fn(pred.float(), noise.float(), reduction="none").flatten(1).mean(dim=1)
+            return self.loss_fn(pred.float(), noise.float())
+
+        inputs = {
+            "x_start": x_start,
+            "times": times,
+            "noise": noise,
+            "lowres_cond_img": lowres_cond_img,
+            "lowres_aug_times": lowres_aug_times,
+            "lowres_noise": lowres_noise,
+            "text_embeds": text_embeds,
+            "text_mask": text_mask,
+            "keep_text": keep_text,
+        }
+        schedules = (*noise_scheduler.buffers(), *self.lowres_noise_schedule.buffers())
+        what = self.loss_fn, self.auto_normalize_img, per_image, tuple(each.data_ptr() for each in schedules)
+        return losses_of(unet, losses, inputs, acceleration, what)
 
     def _noise_lowres(
         self, images: torch.Tensor, times: torch.Tensor, noise: torch.Tensor, layout: torch.memory_format | None = None

@@ -10,7 +10,7 @@ from torch import nn
 
 from .blocks import run_block
 from .helpers import cast_tuple, default, exists, prob_mask_like
-from .kept import forget
+from .kept import KEPT, forget_all
 from .layers import (
     Attention,
     CrossEmbedLayer,
@@ -272,10 +272,8 @@ class Unet(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # What sampling keeps belongs to these very tensors: it goes into no copy and no file.
-        state = super().__getstate__()
-        state.pop("_kept", None)
-        return state
+        # What is kept belongs to these very tensors: it goes into no copy and no file.
+        return {name: value for name, value in super().__getstate__().items() if name not in KEPT}
 
     def _apply(self, *args, **kwargs):
         # All that moves or converts a module comes through here. What is kept would go on filling the memory that it is
@@ -283,7 +281,7 @@ class Unet(nn.Module):
         before = self.null_text_embed.device, self.dtype
         result = super()._apply(*args, **kwargs)
         if (self.null_text_embed.device, self.dtype) != before:
-            forget(self)
+            forget_all(self)
         return result
 
     @property
@@ -529,6 +527,17 @@ class Unet(nn.Module):
             keep = prob_mask_like((len(text_embeds),), 1 - cond_drop_prob, device=text_embeds.device)
         hidden, tokens = self._text_tokens(text_embeds, text_mask, keep)
         return t + hidden, self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
+
+    def padded_text(
+        self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same text as embeddings (b, 256, text_embed_dim) and mask (b, 256), whatever its length."""
+        text_embeds = text_embeds[:, : self.max_text_len]
+        if not exists(text_mask):
+            text_mask = torch.ones(text_embeds.shape[:2], dtype=torch.bool, device=text_embeds.device)
+        padding = self.max_text_len - text_embeds.shape[1]
+        text_mask = F.pad(text_mask[:, : self.max_text_len].bool(), (0, padding), value=False)
+        return F.pad(text_embeds, (0, 0, 0, padding)), text_mask
 
     def _text_tokens(
         self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None, keep: torch.Tensor

@@ -47,3 +47,14 @@ def capturing(
         finally:
             # torch leaves its own in force if the capture cannot be ended.
             torch.cuda.set_stream(before)
+
+
+def library_settings() -> tuple:
+    """What torch's own operations heed when they choose how to compute."""
+    return (
+        torch.backends.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+    )

@@ -1,4 +1,4 @@
-"""What sampling keeps with a U-Net from one call to the next: its working copy, and captured steps.
+"""What is kept with a U-Net from one call to the next: a working copy for sampling, captured steps for both.
 
 It lives and dies with the U-Net. A copy of the U-Net, and what is read from a file, begin without it.
 """
@@ -17,20 +17,60 @@ if TYPE_CHECKING:
     from .Unet import Unet
 
 
-class Kept:
-    """What is kept with one U-Net.
+# Attributes of a U-Net.
+KEPT = ("_kept", "_kept_by_training")
+
+
+class InOrder:
+    """The order of what writes to the same tensors from several streams of a device."""
+
+    def __init__(self) -> None:
+        self._last_use: torch.cuda.Event | None = None
+
+    @contextmanager
+    def __call__(self, device: torch.device) -> Iterator[None]:
+        """Have what a block of code launches wait for what an earlier one launched in another stream of the device."""
+        if device.type != "cuda":
+            yield
+            return
+        if self._last_use is not None:
+            torch.cuda.current_stream(device).wait_event(self._last_use)
+        try:
+            yield
+        finally:
+            self._last_use = torch.cuda.current_stream(device).record_event()
+
+
+class KeptGraphs:
+    """Captured steps of one U-Net.
 
     Attributes:
-        graphs: Captured steps, by what they were captured for, the last used at the end.
-        lock: Held by whom runs a captured step: its tensors serve one sampling at a time.
+        in_order: Use of the tensors that they read and write.
+        graphs: By what they were captured for, the last used at the end.
+        lock: Held by whom runs a captured step: its tensors serve one sampling, or one training, at a time.
     """
 
     def __init__(self) -> None:
-        self._copy: WorkingCopy | None = None
-        self._graphs_of: tuple = ()
-        self._last_use: torch.cuda.Event | None = None
+        self.in_order = InOrder()
         self.graphs: OrderedDict[tuple, Any] = OrderedDict()
         self.lock = threading.Lock()
+
+    def forget_graphs(self) -> None:
+        """Drop what was captured, unless it is in use: it holds memory that something else may need."""
+        if self.lock.acquire(blocking=False):
+            try:
+                self.graphs.clear()
+            finally:
+                self.lock.release()
+
+
+class Kept(KeptGraphs):
+    """What sampling keeps with one U-Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copy: WorkingCopy | None = None
+        self._graphs_of: tuple = ()
 
     def working_copy(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format) -> "Unet":
         """The U-Net with the values that its weights have now, in this dtype and layout: a copy, if it is in others."""
@@ -58,36 +98,18 @@ class Kept:
             self.graphs.clear()
         self._graphs_of = now
 
-    def forget_graphs(self) -> None:
-        """Drop what was captured, unless it is in use: it holds memory that a sampling which does without may need."""
-        if self.lock.acquire(blocking=False):
-            try:
-                self.graphs.clear()
-            finally:
-                self.lock.release()
-
-    @contextmanager
-    def used_in_order(self, device: torch.device) -> Iterator[None]:
-        """Have what a block of code launches wait for what an earlier one launched in another stream of the device.
-
-        Both write to the same tensors: the copy's weights, the captured steps' images and conditions.
-        """
-        if device.type != "cuda":
-            yield
-            return
-        if self._last_use is not None:
-            torch.cuda.current_stream(device).wait_event(self._last_use)
-        try:
-            yield
-        finally:
-            self._last_use = torch.cuda.current_stream(device).record_event()
-
 
 def kept_with(unet: "Unet") -> Kept:
-    """What is kept with a U-Net."""
+    """What sampling keeps with a U-Net."""
     return vars(unet).setdefault("_kept", Kept())
 
 
 def forget(unet: "Unet") -> None:
-    """Free what is kept with a U-Net."""
+    """Free what sampling keeps with a U-Net."""
     vars(unet).pop("_kept", None)
+
+
+def forget_all(unet: "Unet") -> None:
+    """Free what is kept with a U-Net."""
+    for name in KEPT:
+        vars(unet).pop(name, None)

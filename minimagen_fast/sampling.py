@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .acceleration import Acceleration, autocast_dtype
 from .conditioning import can_be_conditioned_ahead
-from .cuda_capture import capturing
+from .cuda_capture import capturing, library_settings
 from .kept import Kept, kept_with
 from .kernels import dispatch
 from .plain import is_untouched
@@ -241,7 +241,7 @@ def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator
             " imagen.accelerate(precision='bfloat16') instead",
         )
     kept = kept_with(task.unet)
-    with kept.used_in_order(x.device), _steps_of(kept, task, x, acceleration, autocast, customised) as steps:
+    with kept.in_order(x.device), _steps_of(kept, task, x, acceleration, autocast, customised) as steps:
         yield steps
 
 
@@ -281,7 +281,7 @@ def _replayed(
 ) -> _ReplayedSteps:
     """The captured step for this task, or one to be captured."""
     in_force = dispatch.implementation(), dispatch.attention_override(None)
-    settings = acceleration, in_force, _library_settings()
+    settings = acceleration, in_force, library_settings()
     key = (*settings, unet.dtype, x.shape, task.signature, task.update.signature)
     if key in graphs:
         graphs.move_to_end(key)
@@ -306,14 +306,3 @@ def _replayed(
     steps.find_other = lambda: next((other.graph for other in graphs.values() if other.graph is not None), None)
     graphs[key] = steps
     return steps
-
-
-def _library_settings() -> tuple:
-    """What torch's own operations heed when they choose how to compute."""
-    return (
-        torch.backends.fp32_precision,  # type: ignore[attr-defined]
-        torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        torch.backends.cudnn.deterministic,
-        torch.are_deterministic_algorithms_enabled(),
-    )

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minimagen_fast import acceleration, cuda_capture, sampling
+from minimagen_fast import acceleration, captured_training, cuda_capture, sampling
 from minimagen_fast.ema import EMA
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.Unet import BaseTest, SuperTest
@@ -196,4 +196,6 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"before on {device}")
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: FakeGraph.streams.append(stream))
     monkeypatch.setattr(sampling._Steps, "advance", run_or_capture)
+    # Training has a stand-in of its own.
+    monkeypatch.setattr(captured_training, "_may_be_replayed", lambda inputs: False)
     return FakeGraph.made

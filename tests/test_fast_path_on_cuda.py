@@ -40,7 +40,7 @@ def replays(monkeypatch):
 @pytest.fixture(autouse=True)
 def every_capture_succeeds():
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="a step of sampling could not be captured")
+        warnings.filterwarnings("error", message="a step of .* could not be captured")
         yield
 
 
@@ -332,11 +332,11 @@ def test_an_offloaded_u_net_leaves_nothing_behind():
 # Training
 
 
-def loss_and_gradients(imagen):
-    torch.manual_seed(3)
-    images = torch.rand(4, 3, 8, 8, device="cuda")
+def loss_and_gradients(imagen, seed=3, *, unet_number=1):
+    torch.manual_seed(seed)
+    images = torch.rand(4, 3, 20, 20, device=imagen.device)
     imagen.zero_grad()
-    loss = imagen(images, **make_words(4, device="cuda"))
+    loss = imagen(images, **make_words(4, device=imagen.device), unet_number=unet_number)
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in imagen.parameters() if p.grad is not None])
 
@@ -360,7 +360,7 @@ def test_200_steps_follow_the_reference(settings):
 
 @pytest.mark.parametrize("settings", [EXACT, EAGER])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_training_step_waits_for_nothing(settings, stage):
+def test_a_training_step_waits_for_nothing(replays, settings, stage):
     imagen = on_card(stages=2, **settings)
     images, words = torch.rand(4, 3, 20, 20, device="cuda"), make_words(4, device="cuda")
     parameters = list(imagen.unets[stage - 1].parameters())
@@ -372,12 +372,88 @@ def test_a_training_step_waits_for_nothing(settings, stage):
         optimizer.step()
         optimizer.zero_grad()
 
+    def steps_without_waiting():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    imagen.accelerate(**settings, cuda_graphs="off")
+    steps_without_waiting()
+    assert not replays
+    imagen.accelerate(**settings)
+    for _ in range(3):
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    replays.clear()
+    steps_without_waiting()
+    assert len(replays) == 4, "forward and backward passes"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EXACT,
+        EAGER,
+        {**EAGER, "checkpoint_levels": [0, 1]},
+        pytest.param({}, marks=pytest.mark.slow, id="compiled"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_replayed_training_steps_are_those_that_are_launched(replays, settings, stage):
+    imagen, launched = on_card(stages=2, **settings), on_card(stages=2, **settings, cuda_graphs="off")
+    most = 1e-4 if settings is EXACT else 0.02
+    for seed in range(6):
+        expected = loss_and_gradients(launched, seed, unet_number=stage)
+        actual = loss_and_gradients(imagen, seed, unet_number=stage)
+        assert distance(actual[0], expected[0]) < most
+        assert (actual[1] - expected[1]).norm() <= most * expected[1].norm()
+        with torch.no_grad():
+            for parameter in (*imagen.parameters(), *launched.parameters()):
+                parameter.mul_(1.01)
+    assert len(replays) == 2 * 4
+
+
+def test_training_in_two_streams(replays):
+    imagen, launched = on_card(**EXACT), on_card(**EXACT, cuda_graphs="off")
+    expected = [loss_and_gradients(launched, seed) for seed in range(8)]
+    streams, results = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for seed in range(8):
+        with torch.cuda.stream(streams[seed % 2]):
+            # So that the next step could overtake this one.
+            torch.cuda._sleep(10_000_000)
+            results.append(loss_and_gradients(imagen, seed))
+    torch.cuda.synchronize()
+    for actual, (loss, gradients) in zip(results, expected, strict=True):
+        assert distance(actual[0], loss) < 1e-4 and (actual[1] - gradients).norm() < 1e-3 * gradients.norm()
+    assert replays
+
+
+def test_what_training_keeps_does_not_grow_and_goes_with_the_model(replays):
+    loss_and_gradients(on_card(**EAGER))
+    gc.collect()
+    before, sizes = torch.cuda.memory_allocated(), []
+    imagen = on_card(**EAGER)
+    for seed in range(8):
+        loss_and_gradients(imagen, seed)
+        sizes.append(torch.cuda.memory_allocated())
+    assert replays and len(set(sizes[4:])) == 1, sizes
+    del imagen
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_training_on_a_device_that_is_not_the_current_one(replays):
+    imagen, launched = on_card(device="cuda:1", **EXACT), on_card(device="cuda:1", **EXACT, cuda_graphs="off")
+    for seed in range(5):
+        actual, expected = loss_and_gradients(imagen, seed), loss_and_gradients(launched, seed)
+        assert (actual[1] - expected[1]).norm() < 1e-4 * expected[1].norm()
+    assert replays and torch.cuda.current_device() == 0
 
 
 def test_sampling_between_training_steps_follows():

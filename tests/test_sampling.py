@@ -637,7 +637,7 @@ def test_uses_of_what_is_kept_wait_for_one_another(monkeypatch):
     kept, device = Kept(), torch.device("cuda", 0)
     for name in ("first", "second"):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
-        with contextlib.suppress(KeyboardInterrupt), kept.used_in_order(device):
+        with contextlib.suppress(KeyboardInterrupt), kept.in_order(device):
             seen.append((name, "runs"))
             raise KeyboardInterrupt
     assert seen == [("first", "runs"), ("second", "waits for", "the end of first"), ("second", "runs")]

@@ -1,0 +1,61 @@
+"""Whether a module is still the one of which something was captured."""
+
+from operator import is_
+
+import torch
+from torch import nn
+
+from .plain import is_untouched
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Classes of which it is known that a call does nothing but compute on the device.
+_KNOWN = ("torch.nn.", "minimagen_fast.")
+
+
+class ModuleWatch:
+    """What a module and its parts are now: their attributes, and where their tensors lie, but not the values there.
+
+    It is looked at before every step of a training: so it is in a hurry, and compares objects by identity.
+
+    Args:
+        module: The module.
+        besides: Names of attributes of the module itself that do not count.
+    """
+
+    def __init__(self, module: nn.Module, besides: tuple[str, ...] = ()):
+        self._besides = besides
+        # Not the module: it may keep this watch, and would not go at once when it is let go.
+        self._below = [vars(part) for part in module.modules() if part is not module]
+        self._objects = self._objects_of(module)
+        self._hooks = [part[name] for part in (vars(module), *self._below) for name in _HOOKS]
+        self._tensors = [*module.parameters(), *module.buffers()]
+        self._places = _places(self._tensors)
+
+    def _objects_of(self, module: nn.Module) -> list[object]:
+        objects: list[object] = [value for name, value in vars(module).items() if name not in self._besides]
+        for part in (vars(module), *self._below):
+            objects += part["_modules"].values()
+            objects += part["_parameters"].values()
+            objects += part["_buffers"].values()
+        for part in self._below:
+            objects += part.values()
+        return objects
+
+    def unchanged(self, module: nn.Module) -> bool:
+        """Whether the module is as it was, and no part of it has hooks."""
+        if any(self._hooks):
+            return False
+        now, before = self._objects_of(module), self._objects
+        return len(now) == len(before) and all(map(is_, now, before)) and _places(self._tensors) == self._places
+
+
+def only_computes(module: nn.Module) -> bool:
+    """Whether nothing in a module but known classes computes, on tensors of torch's own, without hooks."""
+    for part in module.modules():
+        if not f"{type(part).__module__}.".startswith(_KNOWN) or not is_untouched(part):
+            return False
+    return all(type(value) in (torch.Tensor, nn.Parameter) for value in (*module.parameters(), *module.buffers()))
+
+
+def _places(tensors: list[torch.Tensor]) -> list[tuple]:
+    return [(x.data_ptr(), x.stride(), x.dtype, x.requires_grad) for x in tensors]

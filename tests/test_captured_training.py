@@ -1,0 +1,381 @@
+"""Replayed steps of training, on a CPU with a stand-in for CUDA graphs."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from fast_path import distance, make_imagen, make_words
+from recorded_graph import record_cuda_graphs
+from torch.utils.flop_counter import FlopCounterMode
+
+from minimagen_fast import captured_training
+from minimagen_fast.acceleration import ASKED_FOR
+from minimagen_fast.kept import KEPT
+
+BATCH = 3
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    return record_cuda_graphs(monkeypatch)
+
+
+def replays(graphs):
+    """How often each pair of graphs was replayed: (forward, backward)."""
+    return [(forward.replays, backward.replays) for forward, backward in zip(graphs[::2], graphs[1::2], strict=True)]
+
+
+def loss_of(imagen, seed=0, *, batch=BATCH, tokens=5, stage=None, **options):
+    torch.manual_seed(seed)
+    images = torch.rand(batch, 3, 20, 20)
+    return imagen(images, **make_words(batch, tokens, seed=seed), unet_number=stage, **options)
+
+
+def gradients_of(imagen):
+    return [None if p.grad is None else p.grad.clone() for p in imagen.parameters()]
+
+
+def step(imagen, seed=0, **options):
+    """Loss and gradients of a step."""
+    imagen.zero_grad()
+    loss = loss_of(imagen, seed, **options)
+    loss.backward()
+    return loss.detach(), gradients_of(imagen)
+
+
+def assert_same(one, other):
+    assert torch.equal(one[0], other[0])
+    for mine, theirs in zip(one[1], other[1], strict=True):
+        assert (mine is None) == (theirs is None) and (mine is None or torch.equal(mine, theirs))
+
+
+def eager(monkeypatch, imagen, seed=0, **options):
+    """The step as it is, of a copy."""
+    with monkeypatch.context() as patched:
+        patched.setattr(captured_training, "_may_be_replayed", lambda inputs: False)
+        return step(copy.deepcopy(imagen), seed, **options)
+
+
+def warm(imagen, **options):
+    """Until the next step is captured."""
+    for seed in range(captured_training._BACKWARD_PASSES_FIRST):
+        step(imagen, seed, **options)
+
+
+OPTIONS = [{}, {"seeds": [5, 6, 7]}, {"min_snr_gamma": 5.0}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_replayed_steps_are_the_same_to_the_bit(graphs, monkeypatch, stage, options):
+    imagen = make_imagen(stages=2)
+    for seed in range(6):
+        # Texts of other lengths, other images, noise, times and dropped texts, and other weights.
+        options = {**options, "tokens": 3 + 50 * seed, "stage": stage}
+        expected = eager(monkeypatch, imagen, seed, **options)
+        assert_same(step(imagen, seed, **options), expected)
+        with torch.no_grad():
+            for parameter in imagen.parameters():
+                parameter.mul_(1.01)
+    assert replays(graphs) == [(4, 4)]
+
+
+# Passes that overlap
+
+
+def test_gradients_accumulate(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    expected = [eager(monkeypatch, imagen, seed)[1] for seed in (5, 6)]
+    imagen.zero_grad()
+    for seed in (5, 6):
+        loss_of(imagen, seed).backward()
+    for mine, *theirs in zip(gradients_of(imagen), *expected, strict=True):
+        assert mine is None or distance(mine, sum(theirs)) < 1e-6
+    assert replays(graphs) == [(2, 2)]
+
+
+def test_losses_whose_backward_pass_has_not_run_keep_what_they_need(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    expected = [eager(monkeypatch, imagen, seed) for seed in (5, 6)]
+    first, second = loss_of(imagen, 5), loss_of(imagen, 6)
+    for loss, (value, gradients) in ((second, expected[1]), (first, expected[0])):
+        imagen.zero_grad()
+        loss.backward()
+        assert_same((loss.detach(), gradients_of(imagen)), (value, gradients))
+    assert replays(graphs) == [(1, 1)]
+    # Also one of another shape, whose graphs share the memory.
+    warm(imagen, batch=2)
+    step(imagen, batch=2)
+    loss = loss_of(imagen, 5)
+    step(imagen, batch=2)
+    assert replays(graphs) == [(2, 1), (1, 1)]
+    imagen.zero_grad()
+    loss.backward()
+    assert_same((loss.detach(), gradients_of(imagen)), expected[0])
+
+
+def test_losses_that_are_dropped_are_waited_for_no_more(graphs):
+    imagen = make_imagen()
+    warm(imagen)
+    for seed in range(3):
+        loss_of(imagen, seed)
+    assert replays(graphs) == [(3, 0)]
+
+
+def test_the_losses_of_two_u_nets_in_one_backward_pass(graphs, monkeypatch):
+    imagen = make_imagen(stages=2)
+    for stage in (1, 2):
+        warm(imagen, stage=stage)
+    expected = [eager(monkeypatch, imagen, 5, stage=stage)[1] for stage in (1, 2)]
+    imagen.zero_grad()
+    (loss_of(imagen, 5, stage=1) + loss_of(imagen, 5, stage=2)).backward()
+    for mine, *theirs in zip(gradients_of(imagen), *expected, strict=True):
+        (one,) = [each for each in theirs if each is not None] or [None]
+        assert mine is one or torch.equal(mine, one)
+    assert replays(graphs) == [(1, 1), (1, 1)]
+
+
+def test_a_second_backward_pass_is_refused(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    loss = loss_of(imagen, 5)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="retain_graph=True say imagen.accelerate"):
+        loss.backward()
+    assert_same(step(imagen, 6), eager(monkeypatch, imagen, 6))
+    # As it says, without graphs there may be two.
+    imagen.accelerate("reference")
+    loss = loss_of(imagen, 5)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def test_weights_that_change_before_the_backward_pass_are_noticed(graphs):
+    imagen = make_imagen()
+    warm(imagen)
+    loss = loss_of(imagen)
+    with torch.no_grad():
+        imagen.unets[0].final_conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between"):
+        loss.backward()
+
+
+# What is captured anew, or not at all
+
+
+def test_weights_that_lie_elsewhere_are_captured_anew(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    weight = imagen.unets[0].final_conv.weight
+    weight.data = weight.data * 2
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert replays(graphs) == [(1, 1), (2, 2)]
+
+
+def freeze(unet):
+    for parameter in unet.downs.parameters():
+        parameter.requires_grad_(False)
+
+
+def replace(unet):
+    unet.final_conv = copy.deepcopy(unet.final_conv)
+
+
+def other_eps(unet):
+    unet.mid_block1.block1.groupnorm.eps = 0.1
+
+
+@pytest.mark.parametrize("change", [freeze, replace, other_eps, torch.nn.Module.eval])
+def test_a_u_net_that_changes_is_captured_anew(graphs, monkeypatch, change):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    change(imagen.unets[0])
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert replays(graphs) == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bfloat16"}, {"memory_format": "contiguous"}, {"checkpoint_levels": [0, 1]}], ids=str
+)
+def test_other_settings_are_captured_anew(graphs, monkeypatch, settings):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    imagen.accelerate(**settings)
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert replays(graphs) == [(1, 1), (2, 2)]
+
+
+def test_autocast_of_the_caller_is_followed(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    expected = step(imagen, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        for seed in range(4):
+            # What autocast has converted must not be read in a replay, when the weights are others.
+            with torch.no_grad():
+                imagen.unets[0].mid_block1.block1.project.weight.mul_(1.5)
+            torch.clear_autocast_cache()
+            assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert replays(graphs) == [(1, 1), (2, 2)]
+    with torch.no_grad():
+        imagen.unets[0].mid_block1.block1.project.weight.div_(1.5**4)
+    assert distance(step(imagen, 5)[0], expected[0]) < 1e-5
+    assert replays(graphs) == [(2, 2), (2, 2)]
+
+
+def test_few_kinds_are_kept(graphs):
+    imagen = make_imagen()
+    for batch in range(1, 7):
+        warm(imagen, batch=batch)
+        step(imagen, batch=batch)
+    kept = vars(imagen.unets[0])[KEPT[1]]
+    assert len(kept.graphs) == captured_training._MOST_KINDS
+    assert {each.memory for each in graphs} == {graphs[0]}, "graphs of one U-Net share their memory"
+
+
+def hooked(imagen, called):
+    imagen.unets[0].mid_block1.register_forward_hook(lambda *_: called.append(1))
+
+
+class Own(torch.nn.Conv2d):
+    pass
+
+
+def of_another_class(imagen, called):
+    def forward(x):
+        called.append(1)
+        return torch.nn.Conv2d.forward(own, x)
+
+    own = Own(imagen.unets[0].final_conv.in_channels, 3, 1)
+    own.forward = forward
+    imagen.unets[0].final_conv = own
+
+
+@pytest.mark.parametrize("interfere", [hooked, of_another_class])
+def test_what_does_more_than_compute_is_called(graphs, interfere):
+    imagen, called = make_imagen(), []
+    warm(imagen)
+    interfere(imagen, called)
+    for number in range(1, 6):
+        step(imagen)
+        assert len(called) == number
+    assert not graphs
+
+
+def test_modes_and_hooks_of_saved_tensors_see_the_step(graphs):
+    imagen, saved = make_imagen(), []
+    warm(imagen)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(1) or x, lambda x: x):
+        step(imagen)
+    with FlopCounterMode(display=False) as counter:
+        step(imagen)
+    with torch.no_grad():
+        loss_of(imagen)
+    assert saved and counter.get_total_flops() and not graphs
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_hooks_of_parameters_are_called_once(graphs, monkeypatch, early):
+    imagen, seen = make_imagen(), []
+    expected = eager(monkeypatch, imagen)
+    warm(imagen)
+    if not early:
+        step(imagen)
+    weight = imagen.unets[0].final_conv.weight
+    weight.register_hook(lambda gradient: seen.append("hook") or gradient * 2)
+    weight.register_post_accumulate_grad_hook(lambda _: seen.append("accumulated"))
+    actual = step(imagen)
+    index = [id(parameter) for parameter in imagen.parameters()].index(id(weight))
+    expected[1][index] *= 2
+    assert_same(actual, expected)
+    assert seen == ["hook", "accumulated"] and replays(graphs) == [(1, 1) if early else (2, 2)]
+
+
+def test_large_steps_are_not_captured(graphs, monkeypatch):
+    sizes = iter(range(0, 10 * 2**30, 2**30))
+    monkeypatch.setattr(captured_training, "_allocated", lambda device: next(sizes))
+    imagen = make_imagen()
+    for _ in range(4):
+        step(imagen)
+    assert not graphs
+
+
+def test_several_processes_capture_nothing(graphs, monkeypatch):
+    imagen = make_imagen()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for _ in range(4):
+        step(imagen)
+    assert not graphs
+
+
+def refuse(graph, **_):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_capture_that_fails_is_said_once(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.warns(UserWarning, match="a step of training could not be captured.*cuda_graphs='off'") as said:
+        for seed in range(3):
+            assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert len(said) == 1
+
+
+def test_a_capture_that_was_asked_for_and_fails(monkeypatch):
+    record_cuda_graphs(monkeypatch, reason=ASKED_FOR)
+    imagen = make_imagen()
+    warm(imagen)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        step(imagen)
+
+
+# Where it is kept
+
+
+def test_copies_and_files_begin_without_it(graphs):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    unet = imagen.unets[0]
+    for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert not any(name in vars(other) for name in KEPT)
+    unet.double()
+    assert not any(name in vars(unet) for name in KEPT)
+
+
+def test_it_goes_with_the_u_net(graphs):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    kept = weakref.ref(vars(imagen.unets[0])[KEPT[1]])
+    gc.disable()
+    try:
+        del imagen
+        assert kept() is None, "it waits for the collector of cycles, which does not know how much memory a graph holds"
+    finally:
+        gc.enable()
+
+
+def test_sampling_between_steps_takes_nothing_away(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    imagen.accelerate("reference")
+    imagen.sample(**make_words(), progress=False, steps=2, sampler="ddim")
+    imagen.accelerate()
+    assert_same(step(imagen, 7), eager(monkeypatch, imagen, 7))
+    assert replays(graphs) == [(2, 2)]

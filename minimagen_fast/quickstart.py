@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import platform
 import shutil
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
@@ -19,6 +20,8 @@ from .judge import Scores, score
 from .pictures import captioned_grid, loss_curve
 from .quickstart_training import Losses, Recipe, train_unet
 from .shapes import BACKGROUNDS, COLORS, SHAPES, caption
+from .train_command import DIVERGED
+from .trainer import TrainingDiverged
 
 DEFAULT_MINUTES = 4.0
 # What is not for training is for starting, sampling and judging.
@@ -48,7 +51,7 @@ def run_quickstart(out: Path, seed: int, minutes: float = DEFAULT_MINUTES, *, re
         recipe: Sizes of the cascade and its training; those of :class:`.Recipe` if not given.
 
     Returns:
-        0, the exit status of the command.
+        The exit status of the command: 0, or that of a training that diverged.
 
     Raises:
         FileExistsError: if the folder has something in it.
@@ -66,7 +69,11 @@ def run_quickstart(out: Path, seed: int, minutes: float = DEFAULT_MINUTES, *, re
     directory = out / "training"
 
     print(f"Training two U-Nets on pictures of {' and '.join(map(str, recipe.image_sizes))} pixels, drawn on the spot.")
-    losses = _train(recipe, directory, seed, minutes, started)
+    try:
+        losses = _train(recipe, directory, seed, minutes, started)
+    except TrainingDiverged as error:
+        print(f"minimagen-fast quickstart: {error}; or choose another seed", file=sys.stderr)
+        return DIVERGED
     trained = time.time()
 
     pictures = wanted_pictures()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from minimagen_fast import quickstart, quickstart_training
+from minimagen_fast import cli, quickstart, quickstart_training
 from minimagen_fast.generate import load_minimagen
 from minimagen_fast.quickstart_training import Recipe
 from minimagen_fast.shapes import BACKGROUNDS, COLORS, SHAPES
+from minimagen_fast.train_command import DIVERGED
+from minimagen_fast.trainer import TrainingDiverged
 
 TINY = dict(dim=8, dim_mults=(1, 2), layer_attns=False, layer_cross_attns=False)
 SHORT = Recipe(timesteps=(20, 20), unets=(TINY, TINY), batch_sizes=(2, 2), steps_per_minute=(80, 50))
@@ -77,6 +79,17 @@ def test_an_error_in_the_second_process_is_raised_here(tmp_path):
     broken = replace(SHORT, batch_sizes=(2, 0))
     with pytest.raises(ValueError, match="length is 0"):
         quickstart.run_quickstart(tmp_path / "out", seed=0, minutes=0.5, recipe=broken)
+
+
+def test_a_training_that_diverges_is_said_without_a_traceback(tmp_path, capsys, monkeypatch):
+    def diverge(*_):
+        raise TrainingDiverged("the gradients were not finite")
+
+    monkeypatch.setattr(quickstart, "_train", diverge)
+    assert cli.main(["quickstart", "--out", str(tmp_path / "out")]) == DIVERGED
+    assert capsys.readouterr().err == (
+        "minimagen-fast quickstart: the gradients were not finite; or choose another seed\n"
+    )
 
 
 def test_every_pair_is_wanted_once_and_backgrounds_alternate():

@@ -35,7 +35,8 @@ def use_blocks(*, compiled: bool, checkpoint_levels: Collection[int] = ()) -> Ab
 
     Args:
         compiled: Whether through torch.compile: blocks of the same kind and shape are compiled once, together. Not a
-            block in which a module has hooks, or another ``forward`` than its class's.
+            block in which a module has hooks, or another ``forward`` than its class's; hooks of the block itself, such
+            as gather the weights of one that is sharded, are called before and after.
         checkpoint_levels: Levels of the U-Net, 0 the one of the highest resolution, whose blocks keep nothing but their
             inputs for the backward pass; Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
     """
@@ -49,7 +50,7 @@ def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.
         return block(*args, **kwargs)
     call: Callable[..., torch.Tensor] = block
     way = _way.value
-    if way.compiled and not torch.compiler.is_compiling() and _is_untouched_throughout(block):
+    if way.compiled and not torch.compiler.is_compiling() and _is_untouched_within(block):
         call = functools.partial(_run_compiled, block)
     if level in way.checkpoint_levels and torch.is_grad_enabled():
         # Nothing in a block is random, and to save the state of the random numbers would wait for the device.
@@ -59,14 +60,18 @@ def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.
     return call(*args, **kwargs)
 
 
-def _is_untouched_throughout(block: nn.Module) -> bool:
-    """Whether no module of a block was given hooks, which what is compiled would not notice."""
+def _is_untouched_within(block: nn.Module) -> bool:
+    """Whether no module in a block was given hooks, which what is compiled would not notice."""
+    if "forward" in vars(block) or block._compiled_call_impl is not None:
+        return False
     # In every call, so quicker than `modules` is.
     parts = [block]
     for part in parts:
-        if not is_untouched(part):
-            return False
-        parts += [inner for inner in part._modules.values() if inner is not None]
+        for inner in part._modules.values():
+            if inner is not None:
+                if not is_untouched(inner):
+                    return False
+                parts.append(inner)
     return True
 
 
@@ -75,10 +80,22 @@ def _then_and_again() -> tuple[AbstractContextManager, AbstractContextManager]:
     return nullcontext(), dispatch.as_now()
 
 
+# Without guards one sharded block would be taken for another of its kind.
+_DYNAMO = {"recompile_limit": _MOST_SHAPES, "accumulated_recompile_limit": _MOST_SHAPES, "skip_fsdp_guards": False}
+
+
 def _run_compiled(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-    limits = {"recompile_limit": _MOST_SHAPES, "accumulated_recompile_limit": _MOST_SHAPES}
-    with torch._dynamo.config.patch(limits):
-        return _compiled_call(_kind(block))(block, *args, **kwargs)
+    forward = _compiled_forward(_kind(block))
+    with torch._dynamo.config.patch(_DYNAMO):
+        if is_untouched(block):
+            return forward(block, *args, **kwargs)
+        # The call, with the block's hooks, stays as it is, and finds what is compiled in it.
+        vars(block)["forward"] = functools.partial(forward, block)
+        try:
+            return block(*args, **kwargs)
+        finally:
+            # Another thread may have run this block meanwhile.
+            vars(block).pop("forward", None)
 
 
 # Of each block that was compiled.
@@ -96,12 +113,12 @@ def _kind(block: nn.Module) -> tuple:
 
 
 @functools.cache
-def _compiled_call(kind: tuple) -> Callable[..., torch.Tensor]:
+def _compiled_forward(kind: tuple) -> Callable[..., torch.Tensor]:
     # One function for all blocks of a kind, so that what is compiled for one serves all that are alike. And one for
     # each kind, of code of its own: Dynamo goes through all that it has compiled of one code until something fits.
-    code = _call.__code__.replace(co_name=f"{kind[0].__name__}_{next(_numbers)}")
+    code = _forward.__code__.replace(co_name=f"{kind[0].__name__}_{next(_numbers)}")
     return torch.compile(FunctionType(code, globals()), dynamic=False)
 
 
-def _call(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return block(*args, **kwargs)
+def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return type(block).forward(block, *args, **kwargs)

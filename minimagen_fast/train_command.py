@@ -189,11 +189,10 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     numbers = _unet_numbers(args, len(imagen.unets), ranks)
     settings = _settings(args, numbers)
     sharded = ranks.size > 1 and args.PARALLEL != "ddp"
-    # What is not said here is left to the environment variable. Gathering the weights of a block is not for
-    # torch.compile to trace.
-    asked: dict[str, Any] = {"compile": "off"} if sharded else {}
-    if args.CHECKPOINT_LEVELS is not None:
-        asked["checkpoint_levels"] = _levels(args.CHECKPOINT_LEVELS)
+    # What is not said here is left to the environment variable.
+    asked: dict[str, Any] = (
+        {} if args.CHECKPOINT_LEVELS is None else {"checkpoint_levels": _levels(args.CHECKPOINT_LEVELS)}
+    )
     levels = imagen.accelerate(**asked).acceleration.checkpoint_levels
     train_loader, valid_loader = _loaders(args, train_data, valid_data, device, ranks)
     sample = None

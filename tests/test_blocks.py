@@ -32,10 +32,10 @@ def compiled_calls(monkeypatch):
         made.append(options)
         return lambda block, *args, **kwargs: called.append(block) or function(block, *args, **kwargs)
 
-    blocks._compiled_call.cache_clear()
+    blocks._compiled_forward.cache_clear()
     monkeypatch.setattr(torch, "compile", compile)
     yield made, called
-    blocks._compiled_call.cache_clear()
+    blocks._compiled_forward.cache_clear()
 
 
 def loss_and_gradients(imagen, unet_number=1):
@@ -87,6 +87,30 @@ def test_what_is_compiled_of_a_u_net(compiled_calls):
     assert kinds.count(_OverPixels) == 1 and len(kinds) == len(unet.resnet_blocks) + 3, kinds
 
 
+def test_hooks_of_a_block_are_called_around_what_is_compiled(compiled_calls):
+    _, called = compiled_calls
+    imagen, seen = make_imagen(), []
+    expected = loss_and_gradients(imagen)
+    imagen.accelerate(compile="blocks")
+    block = imagen.unets[0].mid_block1
+    block.register_forward_pre_hook(lambda *_: seen.append("before"))
+    hook = block.register_forward_hook(lambda *_: seen.append("after"))
+    block.register_full_backward_hook(lambda *_: seen.append("backward"))
+    loss, gradients = loss_and_gradients(imagen)
+    assert seen == ["before", "after", "backward"] and called.count(block) == 1
+    # The backward hook changes the order in which gradients are summed.
+    assert torch.equal(loss, expected[0]) and largest(gradients, expected[1]) < 1e-5
+    assert "forward" not in vars(block)
+    hook.remove()
+    block.register_forward_hook(lambda module, args, out: 2 * out)
+    assert distance(loss_and_gradients(imagen)[0], loss) > 1e-4
+    # Of what is compiled itself no hook would be called.
+    called.clear()
+    block.block1.register_forward_hook(lambda *_: seen.append("within"))
+    loss_and_gradients(imagen)
+    assert seen[-2:] == ["within", "backward"] and block not in called
+
+
 def test_not_compiled_within_a_compilation(compiled_calls, monkeypatch):
     _, called = compiled_calls
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -109,7 +133,7 @@ def test_blocks_that_are_alike_are_compiled_once(monkeypatch):
         functions.append(function)
         return compile(function, backend=backend, fullgraph=True, **options)
 
-    blocks._compiled_call.cache_clear()
+    blocks._compiled_forward.cache_clear()
     monkeypatch.setattr(torch, "compile", compile_for_counting)
     torch._dynamo.reset()
     first, second, wider = (ResnetBlock(dim, dim, time_cond_dim=32).requires_grad_(False) for dim in (8, 8, 16))
@@ -131,7 +155,7 @@ def test_blocks_that_are_alike_are_compiled_once(monkeypatch):
     # Dynamo would go through the one's before it came to the other's.
     assert len({function.__code__ for function in functions}) == len(functions) == 2
     torch._dynamo.reset()
-    blocks._compiled_call.cache_clear()
+    blocks._compiled_forward.cache_clear()
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ def compiled():
         return graph.forward
 
     torch._dynamo.reset()
-    function = torch.compile(blocks._call, dynamic=False, backend=backend)
+    function = torch.compile(blocks._forward, dynamic=False, backend=backend)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_compiled_call", lambda kind: function)
+        patch.setattr(blocks, "_compiled_forward", lambda kind: function)
         yield graphs
     torch._dynamo.reset()
 

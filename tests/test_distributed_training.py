@@ -1,5 +1,6 @@
 """Training on several ranks: the same as on one, however the work is shared out."""
 
+import functools
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from rank_processes import run_ranks
 from training_runs import Pictures, make_imagen, state_of
 
+from minimagen_fast import blocks
 from minimagen_fast.loading import ShardedLoader
 from minimagen_fast.parallel import full, shard
 from minimagen_fast.ranks import open_ranks
@@ -20,13 +22,24 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def train(
-    folder, *, how="ddp", epochs=2, missing=(), spoiled=(), restart=None, stages=1, batch_size=8, levels=(), **settings
+    folder,
+    *,
+    how="ddp",
+    epochs=2,
+    missing=(),
+    spoiled=(),
+    restart=None,
+    stages=1,
+    batch_size=8,
+    levels=(),
+    compile="off",
+    **settings,
 ):
     """Trains; returns the losses of all steps, the weights, and what this rank holds of the optimizer's states."""
     folder.mkdir(exist_ok=True)
     with open_ranks(CPU) as ranks:
         imagen = make_imagen(stages)
-        imagen.accelerate(checkpoint_levels=levels)
+        imagen.accelerate(checkpoint_levels=levels, compile=compile)
         if how != "ddp":
             for unet in imagen.unets:
                 shard(unet, ranks, CPU, how, torch.bfloat16 if "precision" in settings else None)
@@ -101,9 +114,24 @@ def all_ways(folder):
         "hybrid": train(folder / "hybrid", how="hybrid"),
         "bfloat16": train(folder / "bfloat16", how="fsdp", precision="bfloat16"),
         "checkpointed": train(folder / "checkpointed", how="fsdp", levels=(0, 1), epochs=1),
+        "compiled": compiled(folder / "compiled"),
         "spoiled": train(folder / "spoiled", how="fsdp", spoiled=(3,), epochs=1),
         "both": train(folder / "both", stages=2, epochs=1, min_snr_gamma=5.0),
     }
+
+
+def compiled(folder):
+    """A sharded training through Dynamo, with a backend that runs what it is given; and how often it was given some."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(compile, backend=backend, fullgraph=True))
+        result = train(folder, how="fsdp", epochs=1, compile="blocks", levels=(1,))
+    return result, len(graphs), len(blocks._kinds)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +193,14 @@ def test_images_that_could_not_be_had_leave_the_mean_right(four, tmp_path, how):
 
 def test_sharded_weights_are_gathered_again_for_what_is_computed_twice(four):
     assert four[1]["checkpointed"][0] == pytest.approx(four[1]["half"][0], rel=1e-5)
+
+
+def test_sharded_blocks_are_compiled(four):
+    for (losses, weights, *_), graphs, compiled_blocks in (result["compiled"] for result in four):
+        assert losses == pytest.approx(four[0]["half"][0], rel=1e-5)
+        for name, value in four[0]["half"][1].items():
+            torch.testing.assert_close(torch.from_numpy(weights[name]), torch.from_numpy(value), **CLOSE)
+        assert compiled_blocks > 3 and 3 < graphs <= 2 * compiled_blocks, "once with gradients and once without"
 
 
 def test_a_step_whose_gradients_are_not_finite_is_left_out_on_all_ranks(four, tmp_path):

@@ -28,8 +28,8 @@ def sampled() -> dict:
         inputs.update(node.name for node in graph.graph.nodes if node.op == "placeholder")
         return graph.forward
 
-    function = torch.compile(blocks._call, dynamic=False, fullgraph=True, backend=keep)
-    blocks._compiled_call = lambda kind: function
+    function = torch.compile(blocks._forward, dynamic=False, fullgraph=True, backend=keep)
+    blocks._compiled_forward = lambda kind: function
     imagen = make_imagen().to(torch.bfloat16).to("meta").accelerate(compile="blocks")
     with use_implementation("triton"):
         imagen.sample(

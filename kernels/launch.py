@@ -41,6 +41,7 @@ __all__ = [
     "define",
     "missing",
     "next_power_of_2",
+    "nothing_looks",
     "record",
     "run",
     "target",

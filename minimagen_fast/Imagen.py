@@ -33,7 +33,7 @@ from .helpers import (
     usable_device,
 )
 from .image_random import ImageRandom
-from .kept import forget
+from .kept import forget, forget_training
 from .pictures import PIL_MODES, to_pil_images
 from .predictions import Task
 from .resize import noise_for
@@ -50,6 +50,10 @@ def _one_for_each(name: str, value, number: int) -> tuple:
     if len(values) != number:
         raise ValueError(f"{name} must be one value or {number}, one for each U-Net; got {len(values)} in {value!r}")
     return values
+
+
+def _is_plain_scheduler(scheduler: GaussianDiffusion) -> bool:
+    return type(scheduler) is GaussianDiffusion and "q_sample" not in vars(scheduler)
 
 
 class Imagen(nn.Module):
@@ -211,6 +215,8 @@ class Imagen(nn.Module):
         for unet in self.unets:
             self._resolved(request, self.device, unet)
         self._acceleration = request
+        for unet in self.unets:
+            forget_training(unet)
         return self
 
     def _resolved(self, request: dict[str, Any], device: torch.device, unet: Unet) -> Acceleration:
@@ -417,12 +423,22 @@ class Imagen(nn.Module):
             keep_text = default(
                 keep_text, lambda: prob_mask_like(times.shape, 1 - self.cond_drop_prob, device=times.device)
             )
-            if acceleration.cuda_graphs == "on":
-                # Nor may it depend on the longest text of a batch.
+            if acceleration.cuda_graphs == "on" and exists(text_mask):
+                # Or a step would be of another kind wherever the longest text of a batch is of another length.
                 text_embeds, text_mask = unet.padded_text(text_embeds, text_mask)
 
         def losses(
-            *, x_start, times, noise, lowres_cond_img, lowres_aug_times, lowres_noise, text_embeds, text_mask, keep_text
+            unet,
+            *,
+            x_start,
+            times,
+            noise,
+            lowres_cond_img,
+            lowres_aug_times,
+            lowres_noise,
+            text_embeds,
+            text_mask,
+            keep_text,
         ) -> torch.Tensor:
             with acceleration.training(x_start.device, unet.dtype):
                 x_noisy = noise_scheduler.q_sample(
@@ -455,7 +471,10 @@ class Imagen(nn.Module):
             "text_mask": text_mask,
             "keep_text": keep_text,
         }
-        schedules = (*noise_scheduler.buffers(), *self.lowres_noise_schedule.buffers())
+        schedulers = noise_scheduler, self.lowres_noise_schedule
+        if not (self.loss_fn in _LOSSES.values() and all(map(_is_plain_scheduler, schedulers))):
+            return losses(unet, **inputs)
+        schedules = (buffer for scheduler in schedulers for buffer in scheduler.buffers())
         what = self.loss_fn, self.auto_normalize_img, per_image, tuple(each.data_ptr() for each in schedules)
         return losses_of(unet, losses, inputs, acceleration, what)
 

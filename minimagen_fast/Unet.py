@@ -528,16 +528,11 @@ class Unet(nn.Module):
         hidden, tokens = self._text_tokens(text_embeds, text_mask, keep)
         return t + hidden, self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
 
-    def padded_text(
-        self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded_text(self, text_embeds: torch.Tensor, text_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same text as embeddings (b, 256, text_embed_dim) and mask (b, 256), whatever its length."""
-        text_embeds = text_embeds[:, : self.max_text_len]
-        if not exists(text_mask):
-            text_mask = torch.ones(text_embeds.shape[:2], dtype=torch.bool, device=text_embeds.device)
+        text_embeds, text_mask = text_embeds[:, : self.max_text_len], text_mask[:, : self.max_text_len].bool()
         padding = self.max_text_len - text_embeds.shape[1]
-        text_mask = F.pad(text_mask[:, : self.max_text_len].bool(), (0, padding), value=False)
-        return F.pad(text_embeds, (0, 0, 0, padding)), text_mask
+        return F.pad(text_embeds, (0, 0, 0, padding)), F.pad(text_mask, (0, padding), value=False)
 
     def _text_tokens(
         self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None, keep: torch.Tensor

@@ -9,30 +9,33 @@ A step is captured once two backward passes of its kind have run as they are, wh
 done what they do at first. Steps of one kind have the same shapes, parameters that lie where they did, and the same
 settings. A step runs as it is, without a word, where
 
-- it is large: what it keeps for its backward pass, and its gradients, take more than :data:`MOST_MEMORY` of the
-  device's memory, which a graph holds on to for good; then the host is not what it waits for;
+- it is large: what it keeps for its backward pass and its gradients, or in the end its graphs, take more than
+  :data:`MOST_MEMORY` of the device's memory, which graphs hold on to; then the host is not what it waits for;
 - the losses of an earlier one are still there and their backward pass has not run: its activations would be lost;
 - several processes train together: gradients are exchanged while the backward pass goes on;
 - something else has a part in it: hooks of the U-Net, modules of other classes than torch's and ours, hooks of saved
-  tensors, a mode that sees operators, ``torch.func``, another capture.
+  tensors, a mode that sees functions or operators, ``torch.func``, another capture.
 """
 
+import copy
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .acceleration import Acceleration, autocast_dtype
 from .cuda_capture import capturing, library_settings
-from .kept import KEPT, InOrder, KeptGraphs
+from .kept import KEPT, TRAINING, InOrder, KeptGraphs
 from .kernels import dispatch
 from .kernels.launch import nothing_looks
 from .module_watch import ModuleWatch, only_computes
-from .stand_ins import stand_ins
 
 if TYPE_CHECKING:
     from .Unet import Unet
@@ -52,31 +55,25 @@ def losses_of(unet: "Unet", compute: Compute, inputs: Inputs, acceleration: Acce
 
     Args:
         unet: The U-Net; no other parameters take part.
-        compute: The computation: from ``inputs``, by name, to losses. It draws no random numbers and does not wait for
-            the device.
+        compute: The computation: of a U-Net and of ``inputs``, by name, to losses. It does not wait for the device.
         inputs: Tensors on one device.
         acceleration: How to run the U-Net.
         what: What else the computation depends on: where two are equal, the same is computed.
     """
-    if acceleration.cuda_graphs != "on":
-        vars(unet).pop(KEPT[1], None)
-        return compute(**inputs)
-    if not _may_be_replayed(inputs):
-        return compute(**inputs)
-    kept: _Kept = vars(unet).setdefault(KEPT[1], _Kept())
+    if acceleration.cuda_graphs != "on" or not _may_be_replayed(inputs):
+        return compute(unet, **inputs)
+    kept = _kept_with(unet)
     # Another thread may train this U-Net.
     if not kept.lock.acquire(blocking=False):
-        return compute(**inputs)
+        return compute(unet, **inputs)
     try:
         if kept.awaits_backward() or not kept.is_of(unet):
-            return compute(**inputs)
-        in_force = (
-            dispatch.implementation(),
-            dispatch.attention_override(None),
-            autocast_dtype(unet.null_text_embed.device),
-        )
-        shapes = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in inputs.values())
-        return kept.step((acceleration, in_force, library_settings(), what, shapes)).losses(kept, unet, compute, inputs)
+            return compute(unet, **inputs)
+        autocast = autocast_dtype(unet.null_text_embed.device)
+        settings = dispatch.implementation(), dispatch.attention_override(None), autocast, library_settings()
+        shapes = tuple(None if x is None else (x.shape, x.dtype) for x in inputs.values())
+        step = kept.step((acceleration, settings, what, shapes))
+        return step.losses(kept, unet, compute, inputs, required=acceleration.asks_for("cuda_graphs"))
     finally:
         kept.lock.release()
 
@@ -86,8 +83,10 @@ def _may_be_replayed(inputs: Inputs) -> bool:
     return (
         torch.is_grad_enabled()
         and nothing_looks(tensors)
-        and not torch._C._len_torch_function_stack()
+        # What `torch.set_default_device` puts there does not look either.
+        and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and not _has_any_global_hook()
         and not torch.is_anomaly_enabled()
         and not torch.cuda.is_current_stream_capturing()
         and all(value.numel() and not value.requires_grad for value in tensors)
@@ -101,6 +100,10 @@ def _several_processes() -> bool:
         and torch.distributed.is_initialized()
         and torch.distributed.get_world_size() > 1
     )
+
+
+def _copies(inputs: Inputs) -> Inputs:
+    return {name: None if x is None else x.clone(memory_format=torch.contiguous_format) for name, x in inputs.items()}
 
 
 class _Pass:
@@ -132,7 +135,7 @@ class _Kept(KeptGraphs):
         if key not in self.graphs:
             while len(self.graphs) >= _MOST_KINDS:
                 self.graphs.popitem(last=False)
-            self.graphs[key] = _Step(key[0])
+            self.graphs[key] = _Step()
         self.graphs.move_to_end(key)
         return self.graphs[key]
 
@@ -151,6 +154,12 @@ class _Kept(KeptGraphs):
         return last is not None and not last.finished
 
 
+def _kept_with(unet: "Unet") -> _Kept:
+    if TRAINING not in vars(unet):
+        vars(unet)[TRAINING] = _Kept()
+    return vars(unet)[TRAINING]
+
+
 class _Step:
     """Steps of one kind: they run as they are at first, are then captured, and then replayed.
 
@@ -158,70 +167,95 @@ class _Step:
         captured: What was captured, if it was.
     """
 
-    def __init__(self, acceleration: Acceleration):
-        self._required = acceleration.asks_for("cuda_graphs")
+    def __init__(self) -> None:
         self._backward_passes = 0
-        self._may_capture = True
+        self._is_large = self._has_failed = self._has_large_graphs = False
         self.captured: _Captured | None = None
 
-    def losses(self, kept: _Kept, unet: "Unet", compute: Compute, inputs: Inputs) -> torch.Tensor:
-        if self.captured is None and self._may_capture and self._backward_passes >= _BACKWARD_PASSES_FIRST:
-            self.captured = self._capture(kept, unet, compute, inputs)
+    def losses(self, kept: _Kept, unet: "Unet", compute: Compute, inputs: Inputs, *, required: bool) -> torch.Tensor:
+        if self.captured is None and self._is_due(required):
+            self.captured = self._capture(kept, unet, compute, inputs, required)
         if self.captured is not None:
             return _Replay.apply(self.captured, kept.begin(), inputs, *self.captured.parameters)
         device = unet.null_text_embed.device
         before = _allocated(device)
-        losses = compute(**inputs)
+        # Of copies, as in the capture: by then what depends on where and how tensors lie is compiled.
+        losses = compute(unet, **_copies(inputs))
         holds = _allocated(device) - before + sum(x.nbytes for x in unet.parameters() if x.requires_grad)
-        self._may_capture = self._may_capture and holds <= MOST_MEMORY * _memory(device)
+        self._is_large = holds > MOST_MEMORY * _memory(device)
         if losses.requires_grad:
             losses.register_hook(self._count)
         return losses
 
+    def _is_due(self, required: bool) -> bool:
+        if self._is_large or self._has_large_graphs or self._backward_passes < _BACKWARD_PASSES_FIRST:
+            return False
+        return required or not self._has_failed
+
     def _count(self, _: torch.Tensor) -> None:
         self._backward_passes += 1
 
-    def _capture(self, kept: _Kept, unet: "Unet", compute: Compute, inputs: Inputs) -> "_Captured | None":
+    def _capture(
+        self, kept: _Kept, unet: "Unet", compute: Compute, inputs: Inputs, required: bool
+    ) -> "_Captured | None":
+        device = unet.null_text_embed.device
+        before = _reserved(device)
         try:
-            return _Captured(kept, unet, compute, inputs)
+            captured = _Captured(kept, unet, compute, inputs)
         except RuntimeError as error:
-            if self._required:
+            if required:
                 raise
-            self._may_capture = False
+            self._has_failed = True
             warnings.warn(
                 f"a step of training could not be captured in CUDA graphs and is launched anew each time: {error}."
                 " To do without: imagen.accelerate(cuda_graphs='off')",
                 stacklevel=2,
             )
             return None
+        # Only now is it known what the backward pass takes that computes activations again.
+        self._has_large_graphs = _reserved(device) - before > MOST_MEMORY * _memory(device)
+        return None if self._has_large_graphs else captured
 
 
 class _Captured:
-    """Both passes of a step as graphs, and the tensors that they read and write."""
+    """Both passes of a step as graphs, and the tensors that they read and write.
+
+    Attributes:
+        forward, backward: The graphs.
+        parameters: Those that have gradients.
+    """
 
     def __init__(self, kept: _Kept, unet: "Unet", compute: Compute, inputs: Inputs):
-        self.parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        # A backward pass may come after the U-Net has got others.
-        self._alive = [value.detach() for value in (*unet.parameters(), *unet.buffers())]
         self._in_order: InOrder = kept.in_order
         self._device = device = unet.null_text_embed.device
-        self._inputs = {name: None if value is None else value.clone() for name, value in inputs.items()}
+        self._inputs = _copies(inputs)
+        # It also keeps the tensors alive for a backward pass that comes when the U-Net has got others.
+        self._twin = _twin_of(unet)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Autocast keeps what it converts while it is in force: from outside it would be out of date in a replay, and
         # what is converted in the capture has no values outside.
         torch.clear_autocast_cache()
         try:
-            with stand_ins(unet) as parameters:
-                with capturing(self.forward, device, kept.other_graph()):
-                    losses = compute(**self._inputs)
-                self._gradient = torch.empty_like(losses)
-                trained = [parameter for parameter in parameters if parameter.requires_grad]
-                with capturing(self.backward, device, self.forward):
-                    gradients = torch.autograd.grad(losses, trained, self._gradient, allow_unused=True)
-                    self._gradients = list(map(_laid_out_like, trained, gradients))
+            with capturing(self.forward, device, kept.other_graph()):
+                losses = compute(self._twin, **self._inputs)
+            self._gradient = torch.empty_like(losses)
+            pairs = zip(unet.parameters(), self._twin.parameters(), strict=True)
+            trained = [(own, twin) for own, twin in pairs if own.requires_grad]
+            with capturing(self.backward, device, self.forward):
+                found = torch.autograd.grad(losses, [twin for _, twin in trained], self._gradient, allow_unused=True)
+                used = [
+                    (own, gradient) for (own, _), gradient in zip(trained, found, strict=True) if gradient is not None
+                ]
+                self._gradients = [_laid_out_like(own, gradient) for own, gradient in used]
         finally:
             torch.clear_autocast_cache()
         self._losses = losses.detach()
+        self.parameters = [own for own, _ in used]
+        self._tensors = [*unet.parameters(), *unet.buffers()]
+
+    def versions(self) -> list[int]:
+        """Those of the U-Net's tensors: they rise with every change in place."""
+        return [value._version for value in self._tensors]
 
     def run_forward(self, inputs: Inputs) -> torch.Tensor:
         """From inputs, of its kind, to losses, which are the caller's."""
@@ -232,19 +266,30 @@ class _Captured:
             self.forward.replay()
             return self._losses.clone()
 
-    def run_backward(self, gradient: torch.Tensor) -> list[torch.Tensor | None]:
+    def run_backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """From the losses' gradient to those of the parameters, which are the caller's."""
         with self._in_order(self._device):
             self._gradient.copy_(gradient)
             self.backward.replay()
             # The caller accumulates in them, and the next replay writes to these.
-            own = iter(torch._foreach_mul([each for each in self._gradients if each is not None], 1.0))
-        return [None if each is None else next(own) for each in self._gradients]
+            return torch._foreach_mul(self._gradients, 1.0)
 
 
-def _laid_out_like(parameter: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient as autograd would lay it out for a parameter that has none yet."""
-    if gradient is None or gradient.stride() == parameter.stride():
+def _twin_of(unet: "Unet") -> "Unet":
+    """The same U-Net with other parameters, in the same memory.
+
+    What autograd knows of the U-Net's own is not met there: hooks, which autograd will call after the replay, and the
+    stream in which their gradients were last accumulated, which must not wait for one whose work is being captured.
+    """
+    memo: dict[int, object] = {id(value): value for value in unet.buffers()}
+    for own in unet.parameters():
+        memo[id(own)] = nn.Parameter(own.detach(), own.requires_grad)
+    return copy.deepcopy(unet, memo)
+
+
+def _laid_out_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient as autograd would lay it out, in one more operation, for a parameter that has none yet."""
+    if gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
 
@@ -254,32 +299,40 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, captured, begun, inputs, *parameters):
-        ctx.captured, ctx.begun, ctx.versions = captured, begun, _versions(parameters)
+        ctx.captured, ctx.begun, ctx.versions = captured, begun, captured.versions()
         return captured.run_forward(inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
         if ctx.begun.finished:
             raise RuntimeError(
                 "the backward pass of these losses has run, and what it needs is gone: a replayed step has one. For"
                 " retain_graph=True say imagen.accelerate(cuda_graphs='off')"
             )
-        if _versions(ctx.captured.parameters) != ctx.versions:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradients of a replayed step have no gradients. For create_graph=True say"
+                " imagen.accelerate(cuda_graphs='off', kernels='reference', attention='reference')"
+            )
+        if ctx.captured.versions() != ctx.versions:
             raise RuntimeError(
                 "the U-Net's weights were changed in place between these losses and their backward pass, which needs"
                 " them as they were: call backward first"
             )
+        gradients = ctx.captured.run_backward(gradient)
+        # Not before: another thread would replay its step.
         ctx.begun.finished = True
-        return None, None, None, *ctx.captured.run_backward(gradient)
-
-
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [value._version for value in tensors]
+        return None, None, None, *gradients
 
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
+
+
+def _reserved(device: torch.device) -> int:
+    """Memory that is in use or belongs to graphs."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Attributes of a U-Net.
-KEPT = ("_kept", "_kept_by_training")
+KEPT = SAMPLING, TRAINING = "_kept", "_kept_by_training"
 
 
 class InOrder:
@@ -55,14 +55,6 @@ class KeptGraphs:
         self.graphs: OrderedDict[tuple, Any] = OrderedDict()
         self.lock = threading.Lock()
 
-    def forget_graphs(self) -> None:
-        """Drop what was captured, unless it is in use: it holds memory that something else may need."""
-        if self.lock.acquire(blocking=False):
-            try:
-                self.graphs.clear()
-            finally:
-                self.lock.release()
-
 
 class Kept(KeptGraphs):
     """What sampling keeps with one U-Net."""
@@ -98,18 +90,31 @@ class Kept(KeptGraphs):
             self.graphs.clear()
         self._graphs_of = now
 
+    def forget_graphs(self) -> None:
+        """Drop what was captured, unless it is in use: it holds memory that something else may need."""
+        if self.lock.acquire(blocking=False):
+            try:
+                self.graphs.clear()
+            finally:
+                self.lock.release()
+
 
 def kept_with(unet: "Unet") -> Kept:
     """What sampling keeps with a U-Net."""
-    return vars(unet).setdefault("_kept", Kept())
+    return vars(unet).setdefault(SAMPLING, Kept())
 
 
 def forget(unet: "Unet") -> None:
     """Free what sampling keeps with a U-Net."""
-    vars(unet).pop("_kept", None)
+    vars(unet).pop(SAMPLING, None)
+
+
+def forget_training(unet: "Unet") -> None:
+    """Free what training keeps with a U-Net."""
+    vars(unet).pop(TRAINING, None)
 
 
 def forget_all(unet: "Unet") -> None:
     """Free what is kept with a U-Net."""
-    for name in KEPT:
-        vars(unet).pop(name, None)
+    forget(unet)
+    forget_training(unet)

@@ -4,6 +4,7 @@ from operator import is_
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .plain import is_untouched
 
@@ -52,7 +53,8 @@ class ModuleWatch:
 def only_computes(module: nn.Module) -> bool:
     """Whether nothing in a module but known classes computes, on tensors of torch's own, without hooks."""
     for part in module.modules():
-        if not f"{type(part).__module__}.".startswith(_KNOWN) or not is_untouched(part):
+        # A parametrised weight may be one that was computed before, and kept.
+        if not f"{type(part).__module__}.".startswith(_KNOWN) or not is_untouched(part) or is_parametrized(part):
             return False
     return all(type(value) in (torch.Tensor, nn.Parameter) for value in (*module.parameters(), *module.buffers()))
 

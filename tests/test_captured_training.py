@@ -1,8 +1,12 @@
 """Replayed steps of training, on a CPU with a stand-in for CUDA graphs."""
 
+import contextlib
 import copy
+import dataclasses
 import gc
+import itertools
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -28,10 +32,12 @@ def replays(graphs):
     return [(forward.replays, backward.replays) for forward, backward in zip(graphs[::2], graphs[1::2], strict=True)]
 
 
-def loss_of(imagen, seed=0, *, batch=BATCH, tokens=5, stage=None, **options):
+def loss_of(imagen, seed=0, *, batch=BATCH, tokens=5, masked=True, stage=None, **options):
     torch.manual_seed(seed)
-    images = torch.rand(batch, 3, 20, 20)
-    return imagen(images, **make_words(batch, tokens, seed=seed), unet_number=stage, **options)
+    images, words = torch.rand(batch, 3, 20, 20), make_words(batch, tokens, seed=seed)
+    if not masked:
+        del words["text_masks"]
+    return imagen(images, **words, unet_number=stage, **options)
 
 
 def gradients_of(imagen):
@@ -81,6 +87,19 @@ def test_replayed_steps_are_the_same_to_the_bit(graphs, monkeypatch, stage, opti
             for parameter in imagen.parameters():
                 parameter.mul_(1.01)
     assert replays(graphs) == [(4, 4)]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 256, 300])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_text_is_that_of_a_step_without_graphs(graphs, masked, tokens):
+    imagen = make_imagen()
+    for seed in range(4):
+        expected = step(copy.deepcopy(imagen).accelerate(condition_cache="off"), seed, tokens=tokens, masked=masked)
+        actual = step(imagen, seed, tokens=tokens, masked=masked)
+        assert distance(actual[0], expected[0]) < 1e-6
+        for mine, theirs in zip(actual[1], expected[1], strict=True):
+            assert mine is theirs or distance(mine, theirs) < 1e-5
+    assert replays(graphs) == [(2, 2)]
 
 
 # Passes that overlap
@@ -155,14 +174,62 @@ def test_a_second_backward_pass_is_refused(graphs, monkeypatch):
     loss.backward()
 
 
-def test_weights_that_change_before_the_backward_pass_are_noticed(graphs):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_change_before_the_backward_pass_are_noticed(graphs, frozen):
     imagen = make_imagen()
+    weight = imagen.unets[0].final_conv.weight.requires_grad_(not frozen)
     warm(imagen)
     loss = loss_of(imagen)
     with torch.no_grad():
-        imagen.unets[0].final_conv.weight.mul_(2)
+        weight.mul_(2)
     with pytest.raises(RuntimeError, match="changed in place between"):
         loss.backward()
+
+
+def test_gradients_of_gradients_are_refused(graphs):
+    imagen = make_imagen()
+    warm(imagen)
+    with pytest.raises(RuntimeError, match="create_graph=True say imagen.accelerate"):
+        torch.autograd.grad(loss_of(imagen), imagen.unets[0].final_conv.weight, create_graph=True)
+
+
+def in_a_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+def test_a_step_in_another_thread_during_a_capture(graphs, monkeypatch):
+    imagen, seen, capture = make_imagen(), [], torch.cuda.graph
+    expected = eager(monkeypatch, imagen, 7)
+    warm(imagen)
+
+    @contextlib.contextmanager
+    def watched(graph, **options):
+        if not seen:
+            seen.append(None)
+            in_a_thread(lambda: seen.append(step(imagen, 7)))
+        with capture(graph, **options):
+            yield
+
+    monkeypatch.setattr(torch.cuda, "graph", watched)
+    step(imagen)
+    assert_same(seen[1], expected)
+    assert replays(graphs) == [(1, 1)]
+
+
+def test_a_step_in_another_thread_during_a_backward_pass(graphs, monkeypatch):
+    imagen, run_backward = make_imagen(), captured_training._Captured.run_backward
+    warm(imagen)
+    expected = eager(monkeypatch, imagen, 5)
+
+    def watched(captured, gradient):
+        in_a_thread(lambda: loss_of(imagen, 6))
+        return run_backward(captured, gradient)
+
+    monkeypatch.setattr(captured_training._Captured, "run_backward", watched)
+    assert_same(step(imagen, 5), expected)
+    assert replays(graphs) == [(1, 1)]
 
 
 # What is captured anew, or not at all
@@ -262,14 +329,56 @@ def of_another_class(imagen, called):
     imagen.unets[0].final_conv = own
 
 
-@pytest.mark.parametrize("interfere", [hooked, of_another_class])
+def with_another_loss(imagen, called):
+    @dataclasses.dataclass
+    class Loss:  # which has no hash
+        scale: float = 2.0
+
+        def __call__(self, *tensors, **options):
+            called.append(1)
+            return self.scale * torch.nn.functional.l1_loss(*tensors, **options)
+
+    imagen.loss_fn = Loss()
+
+
+def with_other_noise(imagen, called):
+    scheduler = imagen.noise_schedulers[0]
+    noised = scheduler.q_sample
+    scheduler.q_sample = lambda *args, **options: called.append(1) or noised(*args, **options)
+
+
+def with_a_hook_of_all_modules(imagen, called):
+    final = imagen.unets[0].final_conv
+    return torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: called.append(1) if module is final else None
+    ).remove
+
+
+def parametrised(imagen, called):
+    class Scaled(torch.nn.Module):
+        def forward(self, weight):
+            called.append(1)
+            return weight * 2
+
+    torch.nn.utils.parametrize.register_parametrization(imagen.unets[0].final_conv, "weight", Scaled(), unsafe=True)
+    called.clear()
+
+
+@pytest.mark.parametrize(
+    "interfere",
+    [hooked, of_another_class, with_another_loss, with_other_noise, with_a_hook_of_all_modules, parametrised],
+)
 def test_what_does_more_than_compute_is_called(graphs, interfere):
     imagen, called = make_imagen(), []
     warm(imagen)
-    interfere(imagen, called)
-    for number in range(1, 6):
-        step(imagen)
-        assert len(called) == number
+    undo = interfere(imagen, called)
+    try:
+        for number in range(1, 6):
+            step(imagen)
+            assert len(called) == number
+    finally:
+        if undo:
+            undo()
     assert not graphs
 
 
@@ -302,13 +411,57 @@ def test_hooks_of_parameters_are_called_once(graphs, monkeypatch, early):
     assert seen == ["hook", "accumulated"] and replays(graphs) == [(1, 1) if early else (2, 2)]
 
 
-def test_large_steps_are_not_captured(graphs, monkeypatch):
-    sizes = iter(range(0, 10 * 2**30, 2**30))
-    monkeypatch.setattr(captured_training, "_allocated", lambda device: next(sizes))
+def test_hooks_of_unused_parameters_are_not_called(graphs, monkeypatch):
     imagen = make_imagen()
-    for _ in range(4):
-        step(imagen)
+    unused = imagen.unets[0].final_conv.extra = torch.nn.Parameter(torch.ones(3))
+    unused.register_hook(lambda gradient: gradient * 2)
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert unused.grad is None and replays(graphs) == [(2, 2)]
+
+
+def test_a_default_device_is_no_obstacle(graphs, monkeypatch):
+    imagen = make_imagen()
+    with torch.device("cpu"):
+        for seed in range(3):
+            step(imagen, seed)
+    assert replays(graphs) == [(1, 1)]
+
+
+def test_settings_of_torch_are_followed(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    for seed in range(3):
+        step(imagen, seed)
+    assert replays(graphs) == [(1, 1), (1, 1)]
+
+
+def steps_that_take_much(imagen, monkeypatch, measure):
+    with monkeypatch.context() as patched:
+        sizes = itertools.count(0, 2**30)
+        patched.setattr(captured_training, measure, lambda device: next(sizes))
+        for seed in range(5):
+            assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+
+
+def test_large_steps_are_not_captured(graphs, monkeypatch):
+    imagen = make_imagen()
+    steps_that_take_much(imagen, monkeypatch, "_allocated")
     assert not graphs
+    # What one pass took, another need not.
+    for seed in range(3):
+        step(imagen, seed)
+    assert replays(graphs) == [(2, 2)]
+
+
+def test_large_graphs_are_not_kept(graphs, monkeypatch):
+    imagen = make_imagen()
+    steps_that_take_much(imagen, monkeypatch, "_reserved")
+    assert replays(graphs) == [(0, 0)], "captured once, and not again"
+    step(imagen)
+    assert replays(graphs) == [(0, 0)]
 
 
 def test_several_processes_capture_nothing(graphs, monkeypatch):
@@ -334,10 +487,15 @@ def test_a_capture_that_fails_is_said_once(graphs, monkeypatch):
     assert len(said) == 1
 
 
-def test_a_capture_that_was_asked_for_and_fails(monkeypatch):
-    record_cuda_graphs(monkeypatch, reason=ASKED_FOR)
+@pytest.mark.parametrize("failed_before", [False, True])
+def test_a_capture_that_was_asked_for_and_fails(graphs, monkeypatch, failed_before):
     imagen = make_imagen()
     warm(imagen)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    if failed_before:
+        with pytest.warns(UserWarning, match="could not be captured"):
+            step(imagen)
+    record_cuda_graphs(monkeypatch, reason=ASKED_FOR)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with pytest.raises(RuntimeError, match="not permitted"):
         step(imagen)
@@ -353,8 +511,17 @@ def test_copies_and_files_begin_without_it(graphs):
     unet = imagen.unets[0]
     for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
         assert not any(name in vars(other) for name in KEPT)
+    assert KEPT[1] in vars(unet)
     unet.double()
     assert not any(name in vars(unet) for name in KEPT)
+
+
+def test_it_goes_when_another_way_is_chosen(graphs):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    imagen.accelerate()
+    assert KEPT[1] not in vars(imagen.unets[0])
 
 
 def test_it_goes_with_the_u_net(graphs):
@@ -374,8 +541,8 @@ def test_sampling_between_steps_takes_nothing_away(graphs, monkeypatch):
     imagen = make_imagen()
     warm(imagen)
     step(imagen)
-    imagen.accelerate("reference")
-    imagen.sample(**make_words(), progress=False, steps=2, sampler="ddim")
-    imagen.accelerate()
+    other = copy.deepcopy(imagen).accelerate("reference")
+    other.unets[0] = imagen.unets[0]
+    other.sample(**make_words(), progress=False, steps=2, sampler="ddim")
     assert_same(step(imagen, 7), eager(monkeypatch, imagen, 7))
     assert replays(graphs) == [(2, 2)]

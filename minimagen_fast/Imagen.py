@@ -4,6 +4,7 @@ Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep Languag
 https://arxiv.org/abs/2205.11487.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -413,7 +414,6 @@ class Imagen(nn.Module):
             # The memory is needed now, and the next sampling has other weights anyway.
             forget(unet)
         acceleration = self._resolved(self._acceleration, x_start.device, unet)
-        layout = acceleration.layout
         # All that is random comes first, for the rest may be replayed.
         noise = default(noise, lambda: noise_for(x_start, resized=False))
         if exists(lowres_cond_img):
@@ -427,39 +427,6 @@ class Imagen(nn.Module):
                 # Or a step would be of another kind wherever the longest text of a batch is of another length.
                 text_embeds, text_mask = unet.padded_text(text_embeds, text_mask)
 
-        def losses(
-            unet,
-            *,
-            x_start,
-            times,
-            noise,
-            lowres_cond_img,
-            lowres_aug_times,
-            lowres_noise,
-            text_embeds,
-            text_mask,
-            keep_text,
-        ) -> torch.Tensor:
-            with acceleration.training(x_start.device, unet.dtype):
-                x_noisy = noise_scheduler.q_sample(
-                    x_start, times, noise, normalize=self.auto_normalize_img, memory_format=layout
-                )
-                if exists(lowres_cond_img):
-                    lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise, layout)
-                pred = unet(
-                    x_noisy,
-                    times,
-                    text_embeds=text_embeds,
-                    text_mask=text_mask,
-                    lowres_noise_times=lowres_aug_times,
-                    lowres_cond_img=lowres_cond_img,
-                    cond_drop_prob=self.cond_drop_prob,
-                    keep_text=keep_text,
-                )
-            if per_image:
-                return self.loss_fn(pred.float(), noise.float(), reduction="none").flatten(1).mean(dim=1)
-            return self.loss_fn(pred.float(), noise.float())
-
         inputs = {
             "x_start": x_start,
             "times": times,
@@ -471,12 +438,56 @@ class Imagen(nn.Module):
             "text_mask": text_mask,
             "keep_text": keep_text,
         }
+        losses = functools.partial(
+            self._losses, noise_scheduler=noise_scheduler, acceleration=acceleration, per_image=per_image
+        )
         schedulers = noise_scheduler, self.lowres_noise_schedule
-        if not (self.loss_fn in _LOSSES.values() and all(map(_is_plain_scheduler, schedulers))):
+        # What users have put in the place of ours is called; and an attribute that cannot be is refused by the U-Net.
+        as_made = self.loss_fn in _LOSSES.values() and all(map(_is_plain_scheduler, schedulers))
+        if not as_made or not 0 <= self.cond_drop_prob <= 1:
             return losses(unet, **inputs)
         schedules = (buffer for scheduler in schedulers for buffer in scheduler.buffers())
         what = self.loss_fn, self.auto_normalize_img, per_image, tuple(each.data_ptr() for each in schedules)
         return losses_of(unet, losses, inputs, acceleration, what)
+
+    def _losses(
+        self,
+        unet: Unet,
+        *,
+        noise_scheduler: GaussianDiffusion,
+        acceleration: Acceleration,
+        per_image: bool,
+        x_start: torch.Tensor,
+        times: torch.Tensor,
+        noise: torch.Tensor,
+        lowres_cond_img: torch.Tensor | None,
+        lowres_aug_times: torch.Tensor | None,
+        lowres_noise: torch.Tensor | None,
+        text_embeds: torch.Tensor | None,
+        text_mask: torch.Tensor | None,
+        keep_text: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What :meth:`_p_losses` returns, once all that is random is there."""
+        layout = acceleration.layout
+        with acceleration.training(x_start.device, unet.dtype):
+            x_noisy = noise_scheduler.q_sample(
+                x_start, times, noise, normalize=self.auto_normalize_img, memory_format=layout
+            )
+            if exists(lowres_cond_img):
+                lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise, layout)
+            pred = unet(
+                x_noisy,
+                times,
+                text_embeds=text_embeds,
+                text_mask=text_mask,
+                lowres_noise_times=lowres_aug_times,
+                lowres_cond_img=lowres_cond_img,
+                cond_drop_prob=self.cond_drop_prob,
+                keep_text=keep_text,
+            )
+        if per_image:
+            return self.loss_fn(pred.float(), noise.float(), reduction="none").flatten(1).mean(dim=1)
+        return self.loss_fn(pred.float(), noise.float())
 
     def _noise_lowres(
         self, images: torch.Tensor, times: torch.Tensor, noise: torch.Tensor, layout: torch.memory_format | None = None

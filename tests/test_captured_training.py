@@ -283,6 +283,15 @@ def test_other_settings_are_captured_anew(graphs, monkeypatch, settings):
     assert replays(graphs) == [(1, 1), (2, 2)]
 
 
+def test_a_probability_that_cannot_be_is_still_refused(graphs):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    imagen.cond_drop_prob = 1.5
+    with pytest.raises(ValueError, match="cond_drop_prob must lie in"):
+        step(imagen)
+
+
 def test_autocast_of_the_caller_is_followed(graphs, monkeypatch):
     imagen = make_imagen()
     warm(imagen)

@@ -111,6 +111,8 @@ class Trainer:
         self.ranks = Ranks() if ranks is None else ranks
         self.numbers = self._checked_numbers()
         self.parameters = self._checked_parameters(optimizer)
+        # Kept, for in every step it would take longer to find them than to drop their gradients.
+        self.all_parameters = list(imagen.parameters())
         self.train_loader, self.valid_loader = train_loader, valid_loader
         self.batches_in_epoch = train_loader.batches_in_epoch
         if self.batches_in_epoch == 0:
@@ -448,7 +450,8 @@ class Trainer:
             )
 
     def _drop_gradients(self) -> None:
-        self.imagen.zero_grad(set_to_none=True)
+        for parameter in self.all_parameters:
+            parameter.grad = None
         self.group = 0
         self.exchanged = True
 

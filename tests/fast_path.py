@@ -157,8 +157,8 @@ def read_by(steps):
     return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
 
-def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
-    """Every sampling on a CPU captures and replays; gives the list of the graphs that are made."""
+def stand_in_for_cuda_graphs(monkeypatch, kind, capture, *, reason):
+    """Have a CPU take graphs of a class for CUDA's: ``capture`` stands for ``torch.cuda.graph``."""
     resolve = acceleration.resolve
 
     def with_graphs(*args, **kwargs):
@@ -169,9 +169,28 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
         return dataclasses.replace(resolved, cuda_graphs="on", reasons=reasons)
 
     @contextmanager
-    def capture(graph, *, pool, stream, capture_error_mode):
+    def checked(graph, *, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local", "other threads may disturb the capture"
         graph.memory = pool or graph
+        with capture(graph):
+            yield
+
+    kind.made = []
+    monkeypatch.setattr("minimagen_fast.Imagen.resolve", with_graphs)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", kind)
+    monkeypatch.setattr(torch.cuda, "graph", checked)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(cuda_capture, "_stream", lambda device: f"capture on {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"before on {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    return kind.made
+
+
+def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
+    """Every sampling on a CPU captures and replays; gives the list of the graphs that are made."""
+
+    @contextmanager
+    def capture(graph):
         FakeGraph.capturing = graph
         try:
             yield
@@ -187,15 +206,10 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
         else:
             graph.calls.append((steps, lambda: advance(steps, first), read_by(steps)))
 
-    FakeGraph.made, FakeGraph.streams = [], []
-    monkeypatch.setattr("minimagen_fast.Imagen.resolve", with_graphs)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(cuda_capture, "_stream", lambda device: f"capture on {device}")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"before on {device}")
+    FakeGraph.streams = []
+    made = stand_in_for_cuda_graphs(monkeypatch, FakeGraph, capture, reason=reason)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: FakeGraph.streams.append(stream))
     monkeypatch.setattr(sampling._Steps, "advance", run_or_capture)
     # Training has a stand-in of its own.
     monkeypatch.setattr(captured_training, "_may_be_replayed", lambda inputs: False)
-    return FakeGraph.made
+    return made

@@ -1,13 +1,11 @@
 """A stand-in for CUDA graphs on a CPU: it records every operation with its tensors, and runs them again."""
 
-import dataclasses
-from contextlib import contextmanager, nullcontext
-
 import torch
+from fast_path import stand_in_for_cuda_graphs
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from minimagen_fast import acceleration, captured_training, cuda_capture
+from minimagen_fast import captured_training
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -27,9 +25,7 @@ class RecordedGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # Of tensors it knows where they lie: what is assigned to `data` later does not reach it.
-        args, kwargs = (
-            torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, each) for each in (args, kwargs)
-        )
+        args, kwargs = (tree_map_only(torch.Tensor, torch.Tensor.detach, each) for each in (args, kwargs))
         result = func(*args, **kwargs)
         self._calls.append((func, args, kwargs, result))
         return result
@@ -49,30 +45,6 @@ class RecordedGraph(TorchDispatchMode):
 
 def record_cuda_graphs(monkeypatch, *, reason="always, in this test"):
     """Every training on a CPU captures and replays; gives the list of the graphs that are made."""
-    resolve = acceleration.resolve
-
-    def with_graphs(*args, **kwargs):
-        resolved = resolve(*args, **kwargs)
-        if resolved.condition_cache == "off":
-            return resolved
-        reasons = {**resolved.reasons, "cuda_graphs": reason}
-        return dataclasses.replace(resolved, cuda_graphs="on", reasons=reasons)
-
-    @contextmanager
-    def capture(graph, *, pool, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local", "other threads may disturb the capture"
-        graph.memory = pool or graph
-        with graph:
-            yield
-
-    RecordedGraph.made = []
-    monkeypatch.setattr("minimagen_fast.Imagen.resolve", with_graphs)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(cuda_capture, "_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(captured_training, "_memory", lambda device: 2**30)
-    return RecordedGraph.made
+    return stand_in_for_cuda_graphs(monkeypatch, RecordedGraph, lambda graph: graph, reason=reason)

@@ -30,7 +30,7 @@ def _calls(profile: str, device: str) -> list[tuple[str, int, tuple[ImagenVarian
             ("laptop-super@64", 4, eager, 1),
         ]
     calls = [
-        # Here the host is what a step launched kernel by kernel waits for.
+        # So small that launching a step kernel by kernel may take longer than the step.
         ("quickstart-base@16", Recipe().batch_sizes[0], eager, 1),
         ("laptop-base@64", 64, eager, 1),
         ("Base@64", 16, eager, 1),

@@ -1,7 +1,7 @@
 """Steps of training that are replayed: forward and backward pass of a U-Net, each captured in a CUDA graph.
 
-A small U-Net, or a small batch, keeps the device busy for less time than the host needs to launch its kernels one by
-one. Replayed they are launched at once. What autograd sees is one operation from the parameters to the losses, so
+A small U-Net, or a small batch, may keep the device busy for less time than the host needs to launch its kernels one
+by one. Replayed they are launched at once. What autograd sees is one operation from the parameters to the losses, so
 hooks of parameters, accumulation of gradients and every optimizer work as they do otherwise; and with the same
 operations on the same numbers the gradients are the same.
 
@@ -10,7 +10,7 @@ done what they do at first. Steps of one kind have the same shapes, parameters t
 settings. A step runs as it is, without a word, where
 
 - it is large: what it keeps for its backward pass and its gradients, or in the end its graphs, take more than
-  :data:`MOST_MEMORY` of the device's memory, which graphs hold on to; then the host is not what it waits for;
+  :data:`MOST_MEMORY` of the device's memory, which graphs hold on to;
 - the losses of an earlier one are still there and their backward pass has not run: its activations would be lost;
 - several processes train together: gradients are exchanged while the backward pass goes on;
 - something else has a part in it: hooks of the U-Net, modules of other classes than torch's and ours, hooks of saved

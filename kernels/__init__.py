@@ -13,6 +13,7 @@ if __name__ != "kernels":
     from .group_norm_silu import group_norm_silu
     from .row_norm import layer_norm
     from .sampling_step import ancestral_step, ddim_step, dpm_solver_pp_2m_step
+    from .upsample_conv import upsample_conv3x3
 
     __all__ = [
         "ancestral_step",
@@ -29,5 +30,6 @@ if __name__ != "kernels":
         "predict_start_from_noise",
         "q_posterior_mean",
         "q_sample",
+        "upsample_conv3x3",
         "use_implementation",
     ]

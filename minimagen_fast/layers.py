@@ -17,6 +17,7 @@ from .kernels import (
     linear,
     null_key_attention,
     null_key_cross_attention,
+    upsample_conv3x3,
 )
 from .plain import is_plain, is_plain_sequence
 
@@ -540,6 +541,37 @@ class TransformerBlock(nn.Module):
         return self.ff(x) + x
 
 
+class UpsampleConv(nn.Sequential):
+    """Enlargement and convolution, in this order; as one operation while they are what :func:`Upsample` made.
+
+    Attributes:
+        summed_kernel: What :func:`.upsample_conv.summed_kernel` makes of the weight, from whom keeps it up to date;
+            none if it is to be made in every call.
+    """
+
+    summed_kernel: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (b, dim, h, w) to (b, dim_out, 2 h, 2 w)."""
+        if not self.is_one_operation():
+            return super().forward(x)
+        convolution: Any = self[1]
+        return upsample_conv3x3(x, convolution.weight, convolution.bias, kernel=self.summed_kernel)
+
+    def is_one_operation(self) -> bool:
+        """Whether both parts are plain, and have the settings that they were made with."""
+        if len(self) != 2:
+            return False
+        enlarge, convolve = self
+        return (
+            is_plain(enlarge, nn.Upsample)
+            and (enlarge.size, enlarge.scale_factor, enlarge.mode) == (None, 2, "nearest")
+            and is_plain(convolve, nn.Conv2d)
+            and (convolve.kernel_size, convolve.padding, convolve.padding_mode) == ((3, 3), (1, 1), "zeros")
+            and (convolve.stride, convolve.dilation, convolve.groups) == ((1, 1), (1, 1), 1)
+        )
+
+
 def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
     """Doubles height and width by repeating pixels, then a 3x3 convolution.
 
@@ -547,6 +579,6 @@ def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
         dim: Channels of the input.
         dim_out: Channels of the output; ``dim`` if not given.
     """
-    return nn.Sequential(
+    return UpsampleConv(
         nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, default(dim_out, dim), 3, padding=1)
     )

@@ -136,7 +136,7 @@ class Flops:
 
 @functools.lru_cache(maxsize=32)
 def count_flops(network: Network, checkpoint_levels: tuple[int, ...] = ()) -> Flops:
-    """Count by torch's own counter, over plain torch, which computes what the kernels do."""
+    """Count by torch's own counter, over plain torch: what the model calls for; enlargements then take less."""
     forward, both = _flops(network, ())
     again = _flops(network, checkpoint_levels)[1] - both if checkpoint_levels else 0
     return Flops(forward, both - forward, again)

@@ -6,12 +6,13 @@ every sampling: the same tensors at the same addresses, to which compiled code a
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .layers import ChanLayerNorm, LayerNorm
+from .kernels.upsample_conv import summed_kernel
+from .layers import ChanLayerNorm, LayerNorm, UpsampleConv
 
 if TYPE_CHECKING:
     from .Unet import Unet
@@ -48,6 +49,13 @@ class WorkingCopy:
                 is_parameter = isinstance(source, nn.Parameter)
                 memo[id(source)] = nn.Parameter(converted, requires_grad=False) if is_parameter else converted
         self.unet: Unet = copy.deepcopy(unet, memo)
+        # What belongs to weights of enlargements is worked out once for all steps, too, and of the exact weights.
+        self._summed: list[tuple[torch.Tensor, nn.Parameter]] = []
+        for part, original in zip(self.unet.modules(), unet.modules(), strict=True):
+            if isinstance(part, UpsampleConv) and part.is_one_operation():
+                weight: Any = original[1].weight  # type: ignore[index]
+                part.summed_kernel = summed_kernel(weight.detach()).to(dtype, memory_format=memory_format)
+                self._summed.append((part.summed_kernel, weight))
 
     def fits(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
         """Whether a U-Net still has the tensors and parts of which this is a copy, and it is the one that is wanted."""
@@ -59,6 +67,8 @@ class WorkingCopy:
         if self._pairs:
             targets, sources = zip(*self._pairs, strict=True)
             torch._foreach_copy_(targets, sources)
+        for kernel, weight in self._summed:
+            kernel.copy_(summed_kernel(weight))
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from minimagen_fast.kernels import (
     null_key_attention,
     null_key_cross_attention,
     q_sample,
+    upsample_conv3x3,
     use_implementation,
 )
 
@@ -81,6 +82,10 @@ def _conv1x1_concat(x, project, weight, bias):
     return conv1x1_concat(x, x.flip(0), weight, bias)
 
 
+def _upsample_conv3x3(x, project, weight, bias):
+    return upsample_conv3x3(F.conv2d(x, project), weight, bias)
+
+
 def _affine():
     return {name: randn(name, 2 * DIM) for name in ("weight", "bias")}
 
@@ -100,6 +105,7 @@ FAMILIES = {
     _attention_with_values_in_float32: lambda: _tokens() | _null(),
     _attention_in_float32: lambda: _tokens() | _null(),
     _cross_attention: lambda: _tokens() | _null(),
+    _upsample_conv3x3: lambda: _images() | {"weight": randn("w", 16, DIM, 3, 3), "bias": randn("bias", 16)},
     _conv1x1_concat: lambda: _images() | {"weight": randn("w", 16, 2 * DIM, 1, 1), "bias": randn("bias", 16)},
 }
 

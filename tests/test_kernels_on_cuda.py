@@ -19,6 +19,7 @@ from minimagen_fast.kernels import (
     predict_start_from_noise,
     q_posterior_mean,
     q_sample,
+    upsample_conv3x3,
 )
 
 pytestmark = pytest.mark.gpu
@@ -67,6 +68,16 @@ def _conv1x1_concat(device="cuda", memory_format=LAST):
 
 def _conv1x1_concat_of_planes(device="cuda"):
     return _conv1x1_concat(device, PLANES)
+
+
+def _upsample_conv3x3(device="cuda", memory_format=LAST):
+    x = image("x", 2, 64, 16, 16, memory_format=memory_format).to(device)
+    weight = image("weight", 32, 64, 3, 3, memory_format=memory_format).to(device)
+    return upsample_conv3x3, dict(x=x, weight=weight, bias=randn("bias", 32).bfloat16().to(device))
+
+
+def _upsample_conv3x3_of_planes(device="cuda"):
+    return _upsample_conv3x3(device, PLANES)
 
 
 def _attention(device="cuda", shared=False, n=256, implementation="triton"):
@@ -238,6 +249,8 @@ CASES = [
     _group_norm_silu_in_many_parts,
     _conv1x1_concat,
     _conv1x1_concat_of_planes,
+    _upsample_conv3x3,
+    _upsample_conv3x3_of_planes,
     _attention,
     _attention_with_shared_keys,
     _attention_by_default,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from minimagen_fast import layers
 
@@ -89,3 +90,36 @@ def test_up_and_downsampling():
     x = torch.randn(1, 4, 8, 6)
     assert layers.Downsample(4, 6)(x).shape == (1, 6, 4, 3)
     assert layers.Upsample(4)(x).shape == (1, 4, 16, 12)
+
+
+UPSAMPLE_CHANGES = {
+    "as it was made": lambda upsample: None,
+    "another mode": lambda upsample: setattr(upsample[0], "mode", "bilinear"),
+    "another factor": lambda upsample: setattr(upsample[0], "scale_factor", 3),
+    "a size": lambda upsample: (setattr(upsample[0], "size", (9, 7)), setattr(upsample[0], "scale_factor", None)),
+    "another convolution": lambda upsample: upsample.__setitem__(1, nn.Conv2d(4, 4, 5, padding=2)),
+    "dilation": lambda upsample: upsample.__setitem__(1, nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
+    "groups": lambda upsample: upsample.__setitem__(1, nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+    "stride": lambda upsample: upsample.__setitem__(1, nn.Conv2d(4, 4, 3, padding=1, stride=2)),
+    "no padding": lambda upsample: upsample.__setitem__(1, nn.Conv2d(4, 4, 3)),
+    "mirrored edges": lambda upsample: upsample.__setitem__(1, nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+    "one more": lambda upsample: upsample.append(nn.SiLU()),
+    "one less": lambda upsample: upsample.__delitem__(0),
+}
+
+
+@pytest.mark.parametrize("change", UPSAMPLE_CHANGES.values(), ids=UPSAMPLE_CHANGES)
+def test_a_changed_upsampling_does_what_its_parts_do(change):
+    x, upsample = torch.randn(1, 4, 8, 6), layers.Upsample(4)
+    change(upsample)
+    with torch.no_grad():
+        torch.testing.assert_close(upsample(x), nn.Sequential(*upsample)(x))
+
+
+def test_a_hook_on_a_part_of_an_upsampling_is_called():
+    upsample, called = layers.Upsample(4), []
+    upsample[1].register_forward_hook(lambda module, args, out: called.append(args[0].shape) or 2 * out)
+    x = torch.randn(1, 4, 3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(upsample(x), 2 * upsample[1].forward(upsample[0](x)))
+    assert called == [(1, 4, 6, 6)]

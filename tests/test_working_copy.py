@@ -12,7 +12,8 @@ from torch import nn
 
 from minimagen_fast.ema import EMA
 from minimagen_fast.kept import kept_with
-from minimagen_fast.layers import ChanLayerNorm, LayerNorm
+from minimagen_fast.kernels.upsample_conv import summed_kernel
+from minimagen_fast.layers import ChanLayerNorm, LayerNorm, UpsampleConv
 from minimagen_fast.working_copy import WorkingCopy
 
 HALF, LAST = torch.bfloat16, torch.channels_last
@@ -330,6 +331,27 @@ def test_values_are_taken_over_at_the_same_addresses():
     assert [value.data_ptr() for value in duplicate.unet.parameters()] == addresses
     for value, original in zip(duplicate.unet.parameters(), unet.parameters(), strict=True):
         assert torch.equal(value, original.to(value.dtype))
+
+
+def test_sums_of_weights_are_those_of_the_exact_ones():
+    unet = make_unet()
+    duplicate = working_copy(unet)
+    originals = [upsample for *_, upsample in unet.ups if isinstance(upsample, UpsampleConv)]
+    copies = [upsample for *_, upsample in duplicate.unet.ups if isinstance(upsample, UpsampleConv)]
+    assert originals and [upsample.summed_kernel for upsample in originals] == [None] * len(originals)
+    kernels = [upsample.summed_kernel for upsample in copies]
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(-3)
+    duplicate.refresh()
+    for upsample, kernel, original in zip(copies, kernels, originals, strict=True):
+        assert upsample.summed_kernel is kernel and kernel.is_contiguous(memory_format=LAST)
+        assert torch.equal(kernel, summed_kernel(original[1].weight).to(HALF))
+        # It is what the copy computes with: of no weights the bias is left.
+        images, bias = torch.ones(1, kernel.shape[0], 2, 2, dtype=HALF), upsample[1].bias[None, :, None, None]
+        assert (upsample(images) != bias).any()
+        kernel.zero_()
+        assert (upsample(images) == bias).all()
 
 
 def test_when_a_copy_no_longer_fits():

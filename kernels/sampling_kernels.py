@@ -65,6 +65,12 @@ def _update_weights(
 
 
 @triton.jit
+def _guidance_weight(scale_ptr, scale, weighted):
+    """The one in memory, which a CUDA graph reads anew, or the number."""
+    return tl.load(scale_ptr, mask=weighted != 0, other=scale)
+
+
+@triton.jit
 def _predicted(pred_ptr, null_ptr, offset, swapped, inside, scale, PRED_SAME: tl.constexpr, NULL: tl.constexpr):
     """The noise, guided if there is a null prediction: NULL is 1 for one in the order of x_t, 2 in the other."""
     pred = tl.load(pred_ptr + (offset if PRED_SAME else swapped), mask=inside, other=0.0).to(tl.float32)
@@ -74,7 +80,7 @@ def _predicted(pred_ptr, null_ptr, offset, swapped, inside, scale, PRED_SAME: tl
     return pred
 
 
-@triton.jit(do_not_specialize=["below", "step"])
+@triton.jit(do_not_specialize=["below", "step", "weighted"])
 def _whole_kernel(
     x_ptr,
     t_ptr,
@@ -97,6 +103,8 @@ def _whole_kernel(
     step,
     weight,
     scale_ptr,
+    scale,
+    weighted,
     eta,
     KIND: tl.constexpr,
     PRED_SAME: tl.constexpr,
@@ -115,7 +123,8 @@ def _whole_kernel(
     t = tl.load(t_ptr + image)
     first, second = _start_weights(a_ptr, b_ptr, t, KIND)
     x = tl.load(x_ptr + image * n + offset, mask=inside, other=0.0)
-    scale = tl.load(scale_ptr) if NULL > 0 else 1.0
+    if NULL > 0:
+        scale = _guidance_weight(scale_ptr, scale, weighted)
     pred = _predicted(pred_ptr + image * n, null_ptr + image * n, by_four, swapped, inside, scale, PRED_SAME, NULL)
     start = first * x - second * pred
     start = threshold.clamp_scale(
@@ -143,7 +152,7 @@ def _whole_kernel(
     tl.store(out_ptr + image * n + offset, out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "weighted"])
 def _start_kernel(
     x_ptr,
     t_ptr,
@@ -161,6 +170,8 @@ def _start_kernel(
     parts,
     part_size,
     scale_ptr,
+    scale,
+    weighted,
     KIND: tl.constexpr,
     PRED_SAME: tl.constexpr,
     NULL: tl.constexpr,
@@ -173,7 +184,8 @@ def _start_kernel(
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     threshold.zero_shared(shared_ptr, image, part, parts, SHARED)
     first, second = _start_weights(a_ptr, b_ptr, tl.load(t_ptr + image), KIND)
-    scale = tl.load(scale_ptr) if NULL > 0 else 1.0
+    if NULL > 0:
+        scale = _guidance_weight(scale_ptr, scale, weighted)
     counts = tl.zeros((ROWS * COLUMNS,), tl.int32)
     largest, largest_up_to_1 = 0, 0
     begin = part * part_size
@@ -258,17 +270,18 @@ def _update_kernel(
         tl.store(out_ptr + image * n + offset, out, mask=inside)
 
 
-def _fake_step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, percentile, cond_scale, eta):
+def _fake_step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, percentile, guidance, scale, eta):
     out = empty_images(x_t.shape, x_t, x_t.dtype, is_channels_last(x_t))
     return out, torch.empty_like(out) if kind == DPM_SOLVER else x_t.new_empty(0)
 
 
 @launch.define(
     "sampling_step(int kind, Tensor x_t, Tensor t, Tensor t_previous, Tensor t_last, Tensor pred, Tensor? null_pred,"
-    " Tensor? extra, Tensor[] schedules, float percentile, Tensor? cond_scale, float eta) -> (Tensor, Tensor)",
+    " Tensor? extra, Tensor[] schedules, float percentile, Tensor? guidance, float scale, float eta)"
+    " -> (Tensor, Tensor)",
     _fake_step,
 )
-def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, percentile, cond_scale, eta):
+def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, percentile, guidance, scale, eta):
     x_t, pred = dense(x_t), dense(pred)
     last = is_channels_last(x_t)
     out = empty_images(x_t.shape, x_t, x_t.dtype, last)
@@ -278,7 +291,9 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
     # Where there is none a kernel gets another tensor, and does not look at it.
     null = pred if null_pred is None else dense(null_pred)
     third = x_t if extra is None else dense(extra)
-    scale = x_t if null_pred is None else cond_scale
+    weighted = int(guidance is not None)
+    if guidance is None:
+        guidance = x_t
     has_null = 0 if null_pred is None else 1 if is_channels_last(null) == last else 2
     pred_same = is_channels_last(pred) == last
     t, t_previous, t_last = (times.contiguous() for times in (t, t_previous, t_last))
@@ -307,7 +322,9 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             below,
             following,
             weight,
+            guidance,
             scale,
+            weighted,
             eta,
             KIND=kind,
             PRED_SAME=pred_same,
@@ -338,7 +355,9 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             outer,
             selection.parts,
             selection.part_size,
+            guidance,
             scale,
+            weighted,
             KIND=kind,
             PRED_SAME=pred_same,
             NULL=has_null,

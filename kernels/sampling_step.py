@@ -83,13 +83,12 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
     reasons = dispatch.triton_reasons(*given.values(), *schedules.values()) + too_large(x_t)
     chosen = dispatch.select(operation, {"triton": reasons, "reference": []}, x_t.device, implementation)
     t, t_previous, t_last = (*times.values(), *(times["t"],) * (3 - len(times)))
+    guidance = (cond_scale,)
     run = _reference
     if chosen == "triton":
         run = sampling_kernels.step
-        if null_pred is None:
-            cond_scale = None
-        elif not weighted:
-            cond_scale = torch.full((1,), cond_scale, dtype=torch.float32, device=x_t.device)
+        # A tensor if there is one, and a number.
+        guidance = (cond_scale, 1.0) if weighted else (None, float(cond_scale))
     return run(
         kind,
         x_t,
@@ -101,7 +100,7 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
         extra,
         list(schedules.values()),
         float(percentile),
-        cond_scale,
+        *guidance,
         float(eta),
     )
 
@@ -157,8 +156,7 @@ def ancestral_step(
         percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
         null_pred: The prediction without text, if it is not the second half of ``pred``.
         cond_scale: Guidance weight w in null + (conditional - null) w: a number; or float32 (float64 if ``x_t`` is),
-            shape (1,), on the device of ``x_t``, which a CUDA graph reads anew at every replay. A number costs one
-            launch more, which puts it there.
+            shape (1,), on the device of ``x_t``, which a CUDA graph reads anew at every replay.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:

@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, randn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.kernels import launch, sampling_kernels, sampling_step, threshold
@@ -350,6 +351,23 @@ def test_launches(step, batch):
             "_narrow_kernel",
             "_update_kernel",
         ]
+
+
+@STEPS
+def test_a_weight_that_is_a_number_takes_no_operator_more(step):
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    x, t, pred = (torch.empty(shape, device="meta") for shape in ((2, 3, 128, 128), (2,), (4, 3, 128, 128)))
+    seen = []
+    for cond_scale in (3.0, torch.empty(1, device="meta")):
+        names = []
+        with launch.record(), Operators():
+            take(step, x, t.long(), pred, x, cond_scale=cond_scale, implementation="triton")
+        seen.append(names)
+    assert seen[0] == seen[1] and seen[0].count("minimagen_fast::sampling_step") == 1
 
 
 @pytest.mark.parametrize("n", [16385, 3 * 256**2, 3 * 1024**2, 16_777_216, 30_000_001])

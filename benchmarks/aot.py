@@ -150,7 +150,7 @@ _HEAD = """# Machine code of the kernels
 
 Written by `python -m benchmarks.aot --write` with {versions}, no card needed: what the kernels compile to for an
 A100 (sm_80), an H200 (sm_90) and a B200 (sm_100), in bfloat16 and float32, NCHW and channels_last. Parameters are
-float32, as under autocast; for sampling, in bfloat16, they are also bfloat16. Registers and spills are those of a
+float32, as under autocast, and, beside images in bfloat16, also bfloat16. Registers and spills are those of a
 thread (spills in bytes), shared memory in bytes of a program, occupancy the share of a multiprocessor's warps that
 programs of this kind can fill. The widest global loads and stores are in bytes; narrow ones are those of the Test
 U-Nets, which have 8 channels, of images of a few pixels, and of kernels that sum up vectors. Products: HGMMA, UTCMMA

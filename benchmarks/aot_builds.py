@@ -132,13 +132,13 @@ def launches(
     *,
     converted: bool = False,
 ):
-    """What a case launches on a card, backward included; ``converted`` with its parameters in ``dtype``, no backward.
+    """What a case launches on a card, backward included; ``converted`` with its parameters in ``dtype``.
 
-    A U-Net is sampled from a converted copy; in training its parameters stay float32, under autocast.
+    A U-Net is sampled from a converted copy, and may be trained as one; under autocast its parameters stay float32.
     """
     parameters = dtype if converted else torch.float32
     inputs = _meta_inputs(case, dtype, memory_format, parameters)
-    wanted = [] if converted else [inputs[name] for name in case.gradients]
+    wanted = [inputs[name] for name in case.gradients]
     with launch.record(card) as recorded:
         for implementation in ("triton", *(case.libraries if dtype != torch.float32 else ())):
             out = case.run(inputs, implementation)

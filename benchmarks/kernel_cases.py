@@ -144,7 +144,7 @@ class Case:
         backward_planes: The same of its backward.
         small: Whether the interpreter and a CPU do it in a few seconds.
         images: Whether the memory format matters.
-        converted: Whether there are parameters among its inputs, which a U-Net that is sampled may have in bfloat16.
+        converted: Whether there are parameters among its inputs, which a U-Net may have in bfloat16.
         libraries: Further implementations that have kernels of ours besides a library's, in half precision.
         half_only: Whether kernels take it in half precision only.
     """

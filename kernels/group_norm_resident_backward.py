@@ -216,17 +216,28 @@ def _warps(operands: Operands, single: bool) -> int:
     compiling ahead of time, for images of all sides that are multiples of 8.
     """
     masked, modulated, planes = padded(operands), operands.scale is not None, not operands.channels_last
-    wide, half = operands.group_width > 128, operands.x.element_size() == 2
+    wide, half, widened = operands.group_width > 128, operands.x.element_size() == 2, _has_gains_to_widen(operands)
     few = masked and (planes or not half and not wide)
     warps = config(operands, 8 if few else 32 if planes else 16)["num_warps"]
-    if masked and modulated and planes and half and warps < 8:
+    if masked and modulated and (planes and half or widened and operands.group_width == 1) and warps < 8:
         return 2 * warps
     # Masks beside a modulation need registers too, masks alone the threads.
     short = not planes and operands.group_width <= 16 and (not masked or modulated)
-    full = not planes and masked and modulated and not wide and size(operands) == LARGEST_TILE
-    if (warps > 8 and (short or full)) or (warps > 4 and not single):
+    full = size(operands) == LARGEST_TILE and (widened or (not planes and masked and modulated and not wide))
+    if (warps > 8 and (short or full)) or (warps > (8 if widened and not planes else 4) and not single):
         return warps // 2
     return warps
+
+
+def fits(operands: Operands) -> bool:
+    """Whether registers suffice for a group that forward holds: not for masks and all else in the largest tile."""
+    return not (_has_gains_to_widen(operands) and padded(operands) and size(operands) == LARGEST_TILE)
+
+
+def _has_gains_to_widen(operands: Operands) -> bool:
+    """Whether gains and offsets in half precision, which take registers more, meet a scale and a shift."""
+    weight = operands.weight
+    return operands.scale is not None and weight is not None and weight.element_size() == 2
 
 
 def backward(

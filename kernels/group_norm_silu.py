@@ -102,7 +102,9 @@ def _plan(operands: Operands):
     scattered = operands.channels_last and operands.group_width % ALIGNED != 0
     if not scattered or operands.group_width * operands.pixels <= LITTLE:
         if group_norm_resident.fits(operands):
-            return group_norm_resident.forward, group_norm_resident_backward.backward
+            held = group_norm_resident_backward.fits(operands)
+            backward = group_norm_resident_backward.backward if held else group_norm_looped.backward
+            return group_norm_resident.forward, backward
         if group_norm_looped.fits(operands):
             return group_norm_looped.forward, group_norm_looped.backward
     return group_norm_split.forward, group_norm_split_backward.backward

@@ -83,26 +83,13 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
     reasons = dispatch.triton_reasons(*given.values(), *schedules.values()) + too_large(x_t)
     chosen = dispatch.select(operation, {"triton": reasons, "reference": []}, x_t.device, implementation)
     t, t_previous, t_last = (*times.values(), *(times["t"],) * (3 - len(times)))
-    guidance = (cond_scale,)
-    run = _reference
-    if chosen == "triton":
-        run = sampling_kernels.step
-        # A tensor if there is one, and a number.
-        guidance = (cond_scale, 1.0) if weighted else (None, float(cond_scale))
-    return run(
-        kind,
-        x_t,
-        t,
-        t_previous,
-        t_last,
-        pred,
-        null_pred,
-        extra,
-        list(schedules.values()),
-        float(percentile),
-        *guidance,
-        float(eta),
-    )
+    schedule = list(schedules.values())
+    common = kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedule, float(percentile)
+    if chosen == "reference":
+        return _reference(*common, cond_scale, float(eta))
+    # Either a tensor or a number.
+    guidance = (cond_scale, 1.0) if weighted else (None, float(cond_scale))
+    return sampling_kernels.step(*common, *guidance, float(eta))
 
 
 def _check_weight(cond_scale: torch.Tensor, x_t: torch.Tensor) -> None:

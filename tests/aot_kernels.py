@@ -91,7 +91,7 @@ def two_steps(imagen: Imagen, **arguments) -> None:
 
 
 def of_unet(name: str, side: int, arguments: dict) -> dict:
-    """What training steps need, loss and noising included, in float32 and under autocast, and bfloat16 sampling."""
+    """What training steps need, loss and noising included, and sampling: float32, autocast, bfloat16."""
     (unet,) = (unet for unet in aot_builds.UNETS if unet.__name__ == name)
     with torch.device("meta"):
         model = unet(**arguments)
@@ -126,6 +126,7 @@ def of_unet(name: str, side: int, arguments: dict) -> dict:
         imagen.accelerate("reference", **how, memory_format=layout)
         with recorded():
             two_steps(imagen, **words, **start)
+            imagen(images, **words, unet_number=len(sizes)).backward()
     # Guidance makes twice as many images.
     known = aot_builds.enumerate_builds([(side, batch) for batch in (2, 4)], targets=[90])
     return {

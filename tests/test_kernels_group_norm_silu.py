@@ -201,6 +201,20 @@ def test_narrow_groups_are_read_together():
     assert _planned(1, 64, 32, 32, groups=8)[0] == "resident"
 
 
+@FORMATS
+def test_gains_in_half_precision_leave_too_few_registers_for_masks_in_the_largest_tile(memory_format):
+    inputs = case(1, 32, 24, 24, dtype=torch.float16, memory_format=memory_format)
+    halved = inputs | {name: inputs[name].half() for name in ("weight", "bias")}
+    for given_inputs, backward in ((inputs, "backward"), (halved, "looped")):
+        on_meta = {name: x if x is None else x.to("meta").requires_grad_() for name, x in given_inputs.items()}
+        with launch.record(launch.H200) as launches:
+            ours(**on_meta, groups=2).backward(torch.empty_like(on_meta["x"]))
+        first, second, *_ = (launched.kernel.fn.__module__.rsplit("_", 1)[-1] for launched in launches)
+        # In NCHW memory such tiles are not held in the first place.
+        assert [first, second] == (["resident", backward] if memory_format == NHWC else ["looped"] * 2)
+    check(halved, 2, dtype=torch.float16)
+
+
 def _backward_programs(b, c, side, memory_format=NHWC, dtype=torch.bfloat16, skip=0):
     """Of each launch of backward, programs and whether each has a single sample (None for the sums that follow)."""
     inputs = {k: v.to("meta") for k, v in case(b, c, 1, 1, skip=skip, dtype=dtype).items() if v is not None}

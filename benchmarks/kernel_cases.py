@@ -201,10 +201,21 @@ def _image_shape(b: int, c: int, h: int, w: int) -> str:
     return f"b{b}-{c}x{h}x{w}"
 
 
-def group_norm(b: int, c: int, h: int, w: int, *, skip: int = 0, scale: bool = False, resident: bool = False) -> Case:
+def group_norm(
+    b: int,
+    c: int,
+    h: int,
+    w: int,
+    *,
+    skip: int = 0,
+    scale: bool = False,
+    x_bias: bool = False,
+    resident: bool = False,
+) -> Case:
     """GroupNorm of images, of ``skip`` further channels beside them, with scale and shift by time, and SiLU.
 
-    ``resident`` states the lower floor, of a group that is read once because it fits on chip.
+    With ``x_bias`` that of a convolution before is added, which is done without gradients. ``resident`` states the
+    lower floor, of a group that is read once because it fits on chip.
     """
     channels = c + skip
     images = ("x", "skip") if skip else ("x",)
@@ -217,11 +228,14 @@ def group_norm(b: int, c: int, h: int, w: int, *, skip: int = 0, scale: bool = F
         if scale:
             # Both come from one projection.
             inputs["scale"], inputs["shift"] = make.tokens(b, 2 * channels).chunk(2, dim=1)
+        if x_bias:
+            # The kernels are given it in the dtype of the images.
+            inputs["x_bias"] = make.tokens(c)
         return inputs
 
     once = dict.fromkeys(vectors, 1)
     forward, backward = (1, 1) if resident else (2, 2)
-    return Case(
+    case = Case(
         "group_norm_silu",
         _image_shape(b, c, h, w) + (f"+skip{skip}" if skip else "") + ("+scale" if scale else ""),
         group_norm_silu,
@@ -235,6 +249,11 @@ def group_norm(b: int, c: int, h: int, w: int, *, skip: int = 0, scale: bool = F
         gradients=(*images, *vectors),
         converted=True,
     )
+    if not x_bias:
+        return case
+    read = {**case.forward.reads, "x_bias": 1}
+    shape = f"{case.shape}+bias"
+    return replace(case, shape=shape, forward=replace(case.forward, reads=read), backward=None, gradients=())
 
 
 def attention(b: int, n: int, m: int, *, shared: bool, heads: int = HEADS, d: int = ATTN_DIM_HEAD) -> Case:
@@ -509,7 +528,8 @@ def unet_cases(unet: type[Unet], side: int, batch: int, *, text: bool = True) ->
             yield row_norm(batch, side * side, out)
             yield attention(batch, side * side, context, shared=False)
             yield row_norm(batch, side * side, out, residual=True)
-        yield group_norm(batch, out, side, side, scale=True)
+        for x_bias in (False, True):
+            yield group_norm(batch, out, side, side, scale=True, x_bias=x_bias)
 
     def transformer(c: int, side: int) -> Iterator[Case]:
         yield row_norm(batch, side * side, c)
@@ -561,6 +581,7 @@ _SMALL = [
     group_norm(2, 2048, 8, 8, scale=True, resident=True),
     group_norm(1, 1024, 16, 16, skip=512),
     group_norm(1, 128, 64, 64, scale=True),
+    group_norm(1, 128, 64, 64, scale=True, x_bias=True),
     attention(1, 256, 258, shared=False),
     attention(1, 256, 256, shared=True),
     row_norm(1, 1024, 1024, residual=True),
@@ -592,6 +613,9 @@ _LARGE = [
     case
     for b in (2, 16)
     for case in (
+        group_norm(b, 512, 64, 64, scale=True, x_bias=True),
+        group_norm(b, 2048, 8, 8, scale=True, x_bias=True),
+        group_norm(b, 128, 128, 128, scale=True, x_bias=True),
         attention(b, 1024, 258, shared=False),
         attention(b, 64, 258, shared=False),
         attention(b, 1024, 1024, shared=True),

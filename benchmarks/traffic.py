@@ -59,6 +59,7 @@ _WITH_SKIP = group_norm(2, 256, 8, 8, skip=128, resident=True)
 SMALL = [
     *(case for case in CASES.values() if case.small),
     group_norm(5, 512, 8, 8, scale=True, resident=True),
+    group_norm(5, 512, 8, 8, scale=True, x_bias=True, resident=True),
     group_norm(2, 256, 16, 16, resident=True),
     group_norm(1, 2048, 8, 8, skip=1536),
     row_norm(1, 64, 2048),

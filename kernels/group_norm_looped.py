@@ -10,6 +10,7 @@ from . import launch
 from .group_norm_parameters import from_samples
 from .group_norm_tiles import (
     Operands,
+    added_to,
     affine,
     factor_of,
     load_both,
@@ -60,6 +61,7 @@ def _config(operands: Operands) -> dict[str, int]:
 def _forward_kernel(
     x,
     skip,
+    x_bias,
     weight,
     bias,
     scale,
@@ -74,6 +76,7 @@ def _forward_kernel(
     group_width,
     groups,
     EPS: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
     SILU: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     SKIP_SCALE: tl.constexpr,
@@ -98,19 +101,30 @@ def _forward_kernel(
     )  # fmt: skip
     number = tl.cast(tl.minimum(group_width, BLOCK_C), tl.float32) * tl.cast(tl.minimum(pixels, BLOCK_P), tl.float32)
     pivot = tl.sum(tl.sum(values, axis=0), axis=0) / number
-    total = tl.where(mask, values - pivot, 0.0)
+    if HAS_X_BIAS:
+        # After the pivot is subtracted: added to large values, it would be rounded like them.
+        added = added_to(x_bias, begin + channel, channel < group_width, HAS_X_BIAS)
+        pivot += tl.sum(added, axis=0) / tl.minimum(group_width, BLOCK_C)
+        total = tl.where(mask, (values - pivot) + added[None, :], 0.0)
+    else:
+        total = tl.where(mask, values - pivot, 0.0)
     squares = total * total
     done = tl.full((), BLOCK_P, tl.int32)
     for within in range(0, group_width, BLOCK_C):
         first = begin + within
         inside = within + channel < group_width
+        if HAS_X_BIAS:
+            added = added_to(x_bias, first + channel, inside, HAS_X_BIAS)
         for start in range(done, pixels, BLOCK_P):
             mask = (start + pixel < pixels)[:, None] & inside[None, :]
             values = load_both(
                 x, skip, sample, start, first, pixel, channel, mask, channels_x, channels, pixels,
                 HAS_SKIP, SKIP_SCALE, CHANNELS_LAST,
             )  # fmt: skip
-            distance = tl.where(mask, values - pivot, 0.0)
+            distance = values - pivot
+            if HAS_X_BIAS:
+                distance += added[None, :]
+            distance = tl.where(mask, distance, 0.0)
             total += distance
             squares += distance * distance
         done *= 0
@@ -134,6 +148,8 @@ def _forward_kernel(
             HAS_WEIGHT, HAS_BIAS, HAS_SCALE,
         )  # fmt: skip
         slope, level = gain * rstd, offset - rest * (gain * rstd)
+        if HAS_X_BIAS:
+            level += added_to(x_bias, first + channel, inside, HAS_X_BIAS) * slope
         for start in range(0, pixels, BLOCK_P):
             mask = (start + pixel < pixels)[:, None] & inside[None, :]
             values = load_both(
@@ -264,6 +280,9 @@ def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: 
     if operands.skip is not None and config["BLOCK_P"] <= 32:
         # Many short lines in two images: their addresses need the registers of more threads.
         config["num_warps"] = max(config["num_warps"], 8)
+    if operands.x_bias is not None and operands.channels_last and operands.x.element_size() > 2:
+        # So does what is added to every channel.
+        config["num_warps"] = min(2 * config["num_warps"], 16)
     run_forward(_forward_kernel, config, operands, y, statistics, eps)
 
 

@@ -9,7 +9,7 @@ import functools
 import torch
 
 from . import launch
-from .group_norm_tiles import Operands, affine, load_both, run_forward, store_one
+from .group_norm_tiles import Operands, added_to, affine, load_both, run_forward, store_one
 from .launch import tl, triton
 
 # Bytes of a group, both sides rounded up to powers of two, and of it for each thread of a program, such that what both
@@ -59,6 +59,7 @@ def config(operands: Operands, most_warps: int) -> dict[str, int]:
 def _forward_kernel(
     x,
     skip,
+    x_bias,
     weight,
     bias,
     scale,
@@ -73,6 +74,7 @@ def _forward_kernel(
     group_width,
     groups,
     EPS: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
     SILU: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     SKIP_SCALE: tl.constexpr,
@@ -97,7 +99,13 @@ def _forward_kernel(
     # The mean as a sum of two float32: where it is large against the deviations, its own rounding would show in them.
     count = tl.cast(group_width, tl.float32) * tl.cast(pixels, tl.float32)
     mean = tl.sum(tl.sum(values, axis=0), axis=0) / count
-    centred = tl.where(mask, values - mean, 0.0)
+    if HAS_X_BIAS:
+        # After the mean is subtracted: added to large values, it would be rounded like them.
+        added = added_to(x_bias, first + channel, inside, HAS_X_BIAS)
+        mean += tl.sum(added, axis=0) / group_width
+        centred = tl.where(mask, (values - mean) + added[None, :], 0.0)
+    else:
+        centred = tl.where(mask, values - mean, 0.0)
     rest = tl.sum(tl.sum(centred, axis=0), axis=0) / count
     variance = tl.sum(tl.sum(centred * centred, axis=0), axis=0) / count - rest * rest
     rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + EPS)

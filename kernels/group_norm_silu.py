@@ -89,7 +89,7 @@ def _without_none(gradients: list[torch.Tensor | None], x: torch.Tensor) -> list
     return [x.new_empty((0,)) if gradient is None else gradient for gradient in gradients]
 
 
-def _fake_forward(x, skip, weight, bias, scale, shift, groups, eps, skip_scale, silu):
+def _fake_forward(x, skip, weight, bias, scale, shift, x_bias, groups, eps, skip_scale, silu):
     return _empty_outputs(x, skip, groups)
 
 
@@ -111,7 +111,7 @@ def _plan(operands: Operands):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, groups, _, skip_scale, silu = inputs
+    *tensors, _, groups, _, skip_scale, silu = inputs
     ctx.save_for_backward(*tensors, output[1])
     # The statistics have no gradients, which would be filled with zeros for nothing.
     ctx.set_materialize_grads(False)
@@ -122,7 +122,7 @@ def _backward(ctx, dy, _):
     needed = list(ctx.needs_input_grad[:6])
     gradients = _launch_backward(dy, *ctx.saved_tensors, *ctx.options, needed)
     kept = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
-    return *kept, None, None, None, None
+    return *kept, None, None, None, None, None
 
 
 @launch.define(
@@ -131,7 +131,7 @@ def _backward(ctx, dy, _):
     _fake_backward,
 )
 def _launch_backward(dy, x, skip, weight, bias, scale, shift, statistics, groups, skip_scale, silu, needed):
-    operands = Operands.of(x, skip, weight, bias, scale, shift, groups, skip_scale, silu)
+    operands = Operands.of(x, skip, weight, bias, scale, shift, None, groups, skip_scale, silu)
     dy = dy.contiguous(memory_format=memory_format(operands.x))
     gradients = _empty_gradients(x, skip, (weight, bias, scale, shift), needed)
     _, run = _plan(operands)
@@ -140,14 +140,14 @@ def _launch_backward(dy, x, skip, weight, bias, scale, shift, statistics, groups
 
 
 @launch.define(
-    "group_norm_silu(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups,"
-    " float eps, float skip_scale, bool silu) -> (Tensor, Tensor)",
+    "group_norm_silu(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+    " Tensor? x_bias, int groups, float eps, float skip_scale, bool silu) -> (Tensor, Tensor)",
     _fake_forward,
     backward=_backward,
     setup_context=_setup_context,
 )
-def _launch_forward(x, skip, weight, bias, scale, shift, groups, eps, skip_scale, silu):
-    operands = Operands.of(x, skip, weight, bias, scale, shift, groups, skip_scale, silu)
+def _launch_forward(x, skip, weight, bias, scale, shift, x_bias, groups, eps, skip_scale, silu):
+    operands = Operands.of(x, skip, weight, bias, scale, shift, x_bias, groups, skip_scale, silu)
     y, statistics = _empty_outputs(x, skip, groups)
     run, _ = _plan(operands)
     run(operands, y, statistics, eps)
@@ -166,9 +166,10 @@ def group_norm_silu(
     skip: torch.Tensor | None = None,
     skip_scale: float = 1.0,
     silu: bool = True,
+    x_bias: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> torch.Tensor:
-    """silu(group_norm(cat(x, skip * skip_scale)) * (scale + 1) + shift), statistics in float32.
+    """silu(group_norm(cat(x + x_bias, skip * skip_scale)) * (scale + 1) + shift), statistics in float32.
 
     Wu and He, "Group Normalization" (2018). The kernels read the two images where they are.
 
@@ -184,6 +185,9 @@ def group_norm_silu(
         skip: More channels, shape (b, c2, h, w), none if not given.
         skip_scale: Factor of ``skip``.
         silu: Whether SiLU follows.
+        x_bias: Added to every channel of ``x``, shape (c1,): that of a convolution before, to which it would be one
+            more pass over its result. The kernels add it while they read, but where gradients are needed or beside
+            ``skip``.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:
@@ -194,19 +198,26 @@ def group_norm_silu(
         ValueError: if shapes or devices do not fit together, or an implementation was asked for that cannot do the job.
         TypeError: if a tensor is not floating-point.
     """
-    _check(x, weight, bias, groups, scale, shift, skip)
+    _check(x, weight, bias, groups, scale, shift, skip, x_bias)
     choice = dispatch.select(
         "group_norm_silu",
-        {"triton": lambda: _triton_reasons(x, skip, weight, bias, scale, shift), "reference": []},
+        {"triton": lambda: _triton_reasons(x, skip, weight, bias, scale, shift, x_bias), "reference": []},
         x.device,
         implementation,
     )
+    trained = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, scale, shift, x_bias)
+    )
+    if x_bias is not None:
+        x_bias = x_bias.to(x.dtype)
+        if choice == "reference" or skip is not None or trained:
+            x, x_bias = x + x_bias[:, None, None], None
     if choice == "reference":
         return _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu)
     if skip is not None and skip.dtype != x.dtype:
         wider = torch.promote_types(x.dtype, skip.dtype)
         x, skip = x.to(wider), skip.to(wider)
-    return _launch_forward(x, skip, weight, bias, scale, shift, groups, eps, skip_scale, silu)[0]
+    return _launch_forward(x, skip, weight, bias, scale, shift, x_bias, groups, eps, skip_scale, silu)[0]
 
 
 def _triton_reasons(x, skip, *vectors) -> list[str]:
@@ -221,8 +232,9 @@ def _triton_reasons(x, skip, *vectors) -> list[str]:
     return reasons
 
 
-def _check(x, weight, bias, groups, scale, shift, skip) -> None:
-    given = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "skip": skip}
+def _check(x, weight, bias, groups, scale, shift, skip, x_bias) -> None:
+    vectors = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    given = {"x": x, **vectors, "skip": skip, "x_bias": x_bias}
     for name, tensor in given.items():
         if tensor is None:
             continue
@@ -242,6 +254,8 @@ def _check(x, weight, bias, groups, scale, shift, skip) -> None:
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), a value per channel; got {tuple(vector.shape)}")
+    if x_bias is not None and x_bias.shape != x.shape[1:2]:
+        raise ValueError(f"x_bias must have shape ({x.shape[1]},), a value per channel of x; got {tuple(x_bias.shape)}")
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together; got one of them: pass zeros for the other")
     for name, rows in (("scale", scale), ("shift", shift)):

@@ -9,7 +9,7 @@ of channels of one sample, which lies in one of the two inputs.
 import torch
 
 from . import launch
-from .group_norm_tiles import Operands, affine, load_one, store_one
+from .group_norm_tiles import Operands, added_to, affine, load_one, store_one
 from .launch import tl, triton
 
 TILE = 4096
@@ -98,6 +98,7 @@ def load_tile(
 def _moments_kernel(
     x,
     skip,
+    x_bias,
     partial,
     channels_x,
     channels,
@@ -105,6 +106,7 @@ def _moments_kernel(
     span,
     chunks,
     blocks,
+    HAS_X_BIAS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     SKIP_SCALE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -135,11 +137,21 @@ def _moments_kernel(
         distance = tl.where(valid, values - pivot[None, :], 0.0)
         total += distance
         squares += distance * distance
+    sum_1, sum_2 = tl.sum(total, axis=0), tl.sum(squares, axis=0)
+    if HAS_X_BIAS:
+        # It moves the pivot. By what that is rounded, all distances are longer.
+        added = added_to(x_bias, first + channel, inside, HAS_X_BIAS)
+        moved = pivot + added
+        rest = (pivot - moved) + added
+        moved_by = rest * tl.minimum(span, pixels - begin).to(tl.float32)
+        sum_2 += rest * (2.0 * sum_1 + moved_by)
+        sum_1 += moved_by
+        pivot = moved
     row = partial + (sample * 3 * chunks + chunk) * channels + before + first + channel
     field = chunks * channels
     tl.store(row, pivot, mask=inside)
-    tl.store(row + field, tl.sum(total, axis=0), mask=inside)
-    tl.store(row + 2 * field, tl.sum(squares, axis=0), mask=inside)
+    tl.store(row + field, sum_1, mask=inside)
+    tl.store(row + 2 * field, sum_2, mask=inside)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -207,6 +219,7 @@ def normalisation(statistics, sample, channel, inside, group_width, groups):
 def _apply_kernel(
     x,
     skip,
+    x_bias,
     weight,
     bias,
     scale,
@@ -223,6 +236,7 @@ def _apply_kernel(
     span,
     chunks,
     blocks,
+    HAS_X_BIAS: tl.constexpr,
     SILU: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     SKIP_SCALE: tl.constexpr,
@@ -243,6 +257,8 @@ def _apply_kernel(
         weight, bias, scale, shift, scale_stride, shift_stride, sample, joint, inside, HAS_WEIGHT, HAS_BIAS, HAS_SCALE
     )
     slope, level = gain * rstd, offset - rest * (gain * rstd)
+    if HAS_X_BIAS:
+        level += added_to(x_bias, joint, inside, HAS_X_BIAS) * slope
     for done in range(0, tl.minimum(span, pixels - begin).to(tl.int32), BLOCK_P):
         values, valid = load_tile(
             image, sample, begin + done, first, steps, channel, inside, width, pixels, before,
@@ -269,9 +285,11 @@ def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: 
         _moments_kernel,
         programs,
         *operands.images,
+        operands.added,
         partial,
         *operands.sizes[:3],
         *split.values(),
+        HAS_X_BIAS=operands.x_bias is not None,
         **operands.image_flags,
         **tile,
     )
@@ -290,11 +308,13 @@ def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: 
         _apply_kernel,
         programs,
         *operands.images,
+        operands.added,
         *operands.affine,
         statistics,
         y,
         *operands.sizes,
         *split.values(),
+        HAS_X_BIAS=operands.x_bias is not None,
         SILU=operands.silu,
         **operands.image_flags,
         **operands.affine_flags,

@@ -36,6 +36,7 @@ class Operands(NamedTuple):
         bias: Shape (c1 + c2,), or None.
         scale: Rows of consecutive elements, shape (b, c1 + c2), or None.
         shift: Like ``scale``.
+        x_bias: Added to ``x``, shape (c1,), or None; never beside ``skip``. Only forward kernels know it.
         groups: Number of groups.
         skip_scale: Factor of ``skip``.
         silu: Whether SiLU follows.
@@ -52,6 +53,7 @@ class Operands(NamedTuple):
     bias: torch.Tensor | None
     scale: torch.Tensor | None
     shift: torch.Tensor | None
+    x_bias: torch.Tensor | None
     groups: int
     skip_scale: float
     silu: bool
@@ -62,11 +64,11 @@ class Operands(NamedTuple):
     group_width: int
 
     @classmethod
-    def of(cls, x, skip, weight, bias, scale, shift, groups, skip_scale, silu) -> "Operands":
+    def of(cls, x, skip, weight, bias, scale, shift, x_bias, groups, skip_scale, silu) -> "Operands":
         """Copy what is not laid out as the kernels read it."""
         layout = memory_format(x)
         x, skip = (image if image is None else image.contiguous(memory_format=layout) for image in (x, skip))
-        weight, bias = (vector if vector is None else vector.contiguous() for vector in (weight, bias))
+        weight, bias, x_bias = (v if v is None else v.contiguous() for v in (weight, bias, x_bias))
         # Halves of a chunk stay where they are.
         scale, shift = (rows if rows is None or rows.stride(1) == 1 else rows.contiguous() for rows in (scale, shift))
         batch, channels, height, width = x.shape
@@ -79,6 +81,7 @@ class Operands(NamedTuple):
             bias,
             scale,
             shift,
+            x_bias,
             groups,
             skip_scale,
             silu,
@@ -99,6 +102,11 @@ class Operands(NamedTuple):
         """The first parameters of :func:`affine`."""
         present = (self.x if v is None else v for v in (self.weight, self.bias, self.scale, self.shift))
         return *present, *(0 if rows is None else rows.stride(0) for rows in (self.scale, self.shift))
+
+    @property
+    def added(self) -> torch.Tensor:
+        """Pointer to ``x_bias``, or what stands in for it."""
+        return self.x if self.x_bias is None else self.x_bias
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -132,6 +140,15 @@ def parameters(weight, bias, channel, mask, HAS_WEIGHT: tl.constexpr, HAS_BIAS: 
     if HAS_BIAS:
         offset = tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)
     return gain, offset
+
+
+@triton.jit
+def added_to(x_bias, channel, mask, HAS_X_BIAS: tl.constexpr):
+    """What is added to the images, of every channel."""
+    if HAS_X_BIAS:
+        return tl.load(x_bias + channel, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(channel.shape, tl.float32)
 
 
 @triton.jit
@@ -292,11 +309,13 @@ def run_forward(
         kernel,
         (operands.batch * operands.groups,),
         *operands.images,
+        operands.added,
         *operands.affine,
         y,
         statistics,
         *operands.sizes,
         EPS=eps,
+        HAS_X_BIAS=operands.x_bias is not None,
         SILU=operands.silu,
         **operands.image_flags,
         **operands.affine_flags,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -121,6 +122,11 @@ def _project(product: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return product(tokens)
 
 
+def _adds_bias_apart(device: torch.device) -> bool:
+    """Whether a convolution reads and writes its result once more to add the bias: all but those of a CPU do."""
+    return device.type != "cpu"
+
+
 class Block(nn.Module):
     """GroupNorm, optional scale and shift, SiLU, 3x3 convolution.
 
@@ -144,6 +150,8 @@ class Block(nn.Module):
         *,
         skip: torch.Tensor | None = None,
         skip_scale: float = 1.0,
+        x_bias: torch.Tensor | None = None,
+        biased: bool = True,
     ) -> torch.Tensor:
         """Map images (b, dim, h, w) to (b, dim_out, h, w).
 
@@ -153,6 +161,9 @@ class Block(nn.Module):
                 or both (b, dim).
             skip: More channels of the images, which come after those of ``x``; together they are ``dim``.
             skip_scale: Factor of ``skip``.
+            x_bias: Added to the images, shape (dim,); only if :meth:`hands_on_bias`.
+            biased: Whether the convolution adds its bias, which else someone else has to; only if
+                :meth:`hands_on_bias`.
         """
         scale, shift = scale_shift if exists(scale_shift) else (None, None)
         if is_plain(self.groupnorm, nn.GroupNorm) and is_plain(self.activation, nn.SiLU):
@@ -169,8 +180,9 @@ class Block(nn.Module):
                 shift=shift,
                 skip=skip,
                 skip_scale=skip_scale,
+                x_bias=x_bias,
             )
-            return self.project(x)
+            return self.project(x) if biased else F.conv2d(x, self.project.weight, padding=1)
         if exists(skip):
             x = torch.cat((x, skip * skip_scale), dim=1)
         x = self.groupnorm(x)
@@ -178,6 +190,27 @@ class Block(nn.Module):
             scale, shift = (rows if rows.ndim > 2 else rows[:, :, None, None] for rows in (scale, shift))
             x = x * (scale + 1) + shift
         return self.project(self.activation(x))
+
+    def hands_on_bias(self, following: "Block") -> bool:
+        """Whether the block after this one is to add the bias of this one's convolution, as it reads the images anyway.
+
+        Not with gradients: that of the bias would take another pass then.
+        """
+        project = self.project
+        return (
+            not torch.is_grad_enabled()
+            and is_plain(self, Block)
+            and is_plain(project, nn.Conv2d)
+            and exists(project.bias)
+            and _adds_bias_apart(project.weight.device)
+            and (project.kernel_size, project.padding, project.padding_mode) == ((3, 3), (1, 1), "zeros")
+            and (project.stride, project.dilation, project.groups) == ((1, 1), (1, 1), 1)
+            and is_plain(following, Block)
+            and all(
+                is_plain(block.groupnorm, nn.GroupNorm) and is_plain(block.activation, nn.SiLU)
+                for block in (self, following)
+            )
+        )
 
 
 class _FeedForward(nn.Sequential):
@@ -459,7 +492,8 @@ class ResnetBlock(nn.Module):
         if exists(self.time_mlp) and exists(time_emb):
             scale_shift = self.time_mlp(time_emb)
 
-        h = self.block1(x, skip=skip, skip_scale=skip_scale)
+        handed = not exists(self.cross_attn) and self.block1.hands_on_bias(self.block2)
+        h = self.block1(x, skip=skip, skip_scale=skip_scale, **({"biased": False} if handed else {}))
         if exists(scale_shift) and len(scale_shift) > len(h):
             copies = len(scale_shift) // len(h)
             h, x = (images.repeat(copies, 1, 1, 1) for images in (h, x))
@@ -468,12 +502,12 @@ class ResnetBlock(nn.Module):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")
             given = {"keys_values": keys_values} if exists(keys_values) else {}
             h = _plus_residual(self.cross_attn, h, residual=h, context=cond, **given)
+        more: dict[str, Any] = {"x_bias": self.block1.project.bias} if handed else {}
         if exists(scale_shift):
             # As the original hands them over, for whatever stands in for the block.
             rows = scale_shift if is_plain(self.block2, Block) else scale_shift[:, :, None, None]
-            h = self.block2(h, scale_shift=rows.chunk(2, dim=1))
-        else:
-            h = self.block2(h)
+            more["scale_shift"] = rows.chunk(2, dim=1)
+        h = self.block2(h, **more)
         if not exists(skip):
             return h + self.res_conv(x)
         if is_plain(self.res_conv, nn.Conv2d) and self.res_conv.kernel_size == (1, 1):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimagen_fast.kernels import group_norm_looped, group_norm_resident, group_norm_split, launch
 from minimagen_fast.kernels.group_norm_silu import group_norm_silu
@@ -115,6 +116,63 @@ def test_parity(shape, memory_format, dtype, plan):
 def test_options(names, silu, plan):
     inputs = {k: v for k, v in case(2, 8, 3, 3).items() if k in ("x", *names.split())}
     check(inputs, 4, silu, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@FORMATS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bias_of_the_images(shape, memory_format, dtype, plan):
+    b, c, skip, h, w, groups = shape
+    inputs = case(b, c + skip, h, w, memory_format=memory_format, dtype=dtype, scale=b == 2)
+    inputs["x_bias"] = randn("x_bias", c + skip, shift=0.5)
+    # Without gradients the kernels add it, and nothing is rounded in between.
+    check(inputs, groups, dtype=dtype, gradients_of=())
+
+
+@pytest.mark.parametrize("shift", [0.0, 10000.0], ids=["small", "large"])
+@FORMATS
+def test_bias_of_the_images_in_many_tiles(memory_format, shift, tiled_plan):
+    x = randn("x", 1, 48, 13, 13, scale=0.1 if shift else 1.0, shift=shift)
+    inputs = case(1, 48, 13, 13, memory_format=memory_format, x=x)
+    inputs["x_bias"] = randn("x_bias", 48, scale=0.1 if shift else 1.0)
+    check(inputs, 3, dtype=torch.float32, gradients_of=())
+
+
+def test_bias_of_large_and_of_constant_images(plan):
+    for x in (randn("x", 2, 16, 5, 5, scale=0.1, shift=10000.0), torch.full((2, 16, 5, 5), 3.0, device=DEVICE)):
+        inputs = case(2, 16, 5, 5, x=x) | {"x_bias": randn("x_bias", 16, scale=0.1)}
+        check(inputs, 4, dtype=torch.float32, gradients_of=())
+
+
+@pytest.mark.parametrize(
+    "names", [("x_bias",), ("x",), ("weight",), ("x", "weight", "bias", "scale", "shift", "x_bias")]
+)
+def test_gradients_beside_a_bias_of_the_images(names, plan):
+    inputs = case(2, 16, 5, 4) | {"x_bias": randn("x_bias", 16)}
+    check(inputs, 4, dtype=torch.float32, gradients_of=names)
+
+
+def test_a_bias_of_the_images_beside_a_skip_connection(plan):
+    inputs = case(2, 8, 3, 5, skip=8) | {"x_bias": randn("x_bias", 8)}
+    check(inputs, 4, dtype=torch.float32, gradients_of=())
+    check(inputs, 4, dtype=torch.float32)
+
+
+def test_a_bias_of_the_images_is_added_in_no_launch_of_its_own():
+    x, bias = torch.empty(2, 64, 8, 8, device="meta"), torch.empty(64, device="meta")
+
+    def operators(**given_inputs):
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                names.append(func.name())
+                return func(*args, **(kwargs or {}))
+
+        names = []
+        with launch.record(launch.H200), torch.no_grad(), Operators():
+            ours(x=x, groups=8, **given_inputs)
+        return names
+
+    assert operators(x_bias=bias) == operators() == ["minimagen_fast::group_norm_silu"]
 
 
 def test_parameters_in_half_precision(plan):
@@ -517,10 +575,12 @@ def test_opcheck(plan):
     inputs = case(2, 8, 3, 5, skip=8, memory_format=NHWC)
     tensors = [inputs[name].requires_grad_() for name in ("x", "skip", "weight", "bias", "scale", "shift")]
     ops = torch.ops.minimagen_fast
-    torch.library.opcheck(ops.group_norm_silu.default, (*tensors, 4, 1e-5, 0.7, True), test_utils=OPCHECKS)
-    x, *nothing = tensors[0], None, None, None, None, None
+    torch.library.opcheck(ops.group_norm_silu.default, (*tensors, None, 4, 1e-5, 0.7, True), test_utils=OPCHECKS)
+    x, *nothing = tensors[0], None, None, None, None, None, None
     torch.library.opcheck(ops.group_norm_silu.default, (x, *nothing, 4, 1e-5, 1.0, False), test_utils=OPCHECKS)
     detached = [tensor.detach() for tensor in tensors]
+    without_skip = detached[0], None, *(tensor[..., :8] for tensor in detached[2:]), randn("x_bias", 8)
+    torch.library.opcheck(ops.group_norm_silu.default, (*without_skip, 4, 1e-5, 1.0, True), test_utils=OPCHECKS)
     statistics = randn("statistics", 2, 3, 4).abs()
     for needed in ([True] * 6, [False, True, False, True, False, False]):
         torch.library.opcheck(

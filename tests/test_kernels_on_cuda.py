@@ -60,6 +60,17 @@ def _group_norm_silu_in_many_parts(device="cuda"):
     return _group_norm_silu(device, PLANES, side=160)
 
 
+def _group_norm_silu_with_bias(device="cuda", side=8):
+    operation, inputs = _group_norm_silu(device, side=side)
+    del inputs["skip"]
+    inputs = {name: value if name == "x" else value[..., :64] for name, value in inputs.items()}
+    return operation, inputs | {"x_bias": randn("x_bias", 64).to(device)}
+
+
+def _group_norm_silu_with_bias_in_many_parts(device="cuda"):
+    return _group_norm_silu_with_bias(device, side=160)
+
+
 def _conv1x1_concat(device="cuda", memory_format=LAST):
     x, skip = (image(name, 2, c, 16, 16, memory_format=memory_format).to(device) for name, c in (("x", 64), ("s", 32)))
     weight, bias = randn("weight", 64, 96, 1, 1).bfloat16().to(device), randn("bias", 64).bfloat16().to(device)
@@ -263,7 +274,9 @@ CASES = [
     _predict_start,
     _q_posterior,
 ]
-STEPS = [
+WITHOUT_GRADIENTS = [
+    _group_norm_silu_with_bias,
+    _group_norm_silu_with_bias_in_many_parts,
     _ancestral_step,
     _ancestral_step_in_several_launches,
     _ddim_step,
@@ -271,12 +284,12 @@ STEPS = [
     _dpm_solver_step,
     _dpm_solver_step_in_several_launches,
 ]
-# With how each of them is used: what samples is not differentiated.
+# With how each of them is used.
 case = pytest.mark.parametrize(
     "make, use",
     [(make, run) for make in CASES]
     + [(make, run_deterministically) for make in LIBRARIES]
-    + [(make, forward) for make in STEPS],
+    + [(make, forward) for make in WITHOUT_GRADIENTS],
     ids=lambda value: value.__name__.strip("_"),
 )
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimagen_fast import layers
 
@@ -123,3 +124,98 @@ def test_a_hook_on_a_part_of_an_upsampling_is_called():
     with torch.no_grad():
         torch.testing.assert_close(upsample(x), 2 * upsample[1].forward(upsample[0](x)))
     assert called == [(1, 4, 6, 6)]
+
+
+# The bias that one block leaves to the next
+
+
+class Biases(TorchDispatchMode):
+    """Whether each convolution with a 3x3 kernel adds a bias, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.name() and args[1].shape[2:] == (3, 3):
+            self.seen.append(args[2] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+def resnet_block(**options):
+    torch.manual_seed(0)
+    block = layers.ResnetBlock(16, 24, time_cond_dim=8, groups=4, **options)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """As if the bias of a convolution took a pass of its own, as on a GPU."""
+    monkeypatch.setattr(layers, "_adds_bias_apart", lambda device: True)
+
+
+def assert_biases(block, expected, *args, **kwargs):
+    with torch.no_grad(), Biases() as biases:
+        actual = block(*args, **kwargs)
+    assert biases.seen == expected
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(layers, "_adds_bias_apart", lambda device: False)
+        torch.testing.assert_close(actual, block(*args, **kwargs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("time", [True, False])
+def test_a_block_leaves_its_bias_to_the_next(apart, time):
+    x, t = torch.randn(2, 16, 5, 6), torch.randn(2, 8) if time else None
+    assert_biases(resnet_block(), [False, True], x, t)
+    skip = torch.randn(2, 4, 5, 6)
+    assert_biases(resnet_block(), [False, True], x[:, :12], t, skip=skip, skip_scale=0.7)
+
+
+def test_a_block_leaves_its_bias_to_the_next_for_more_conditions_than_images(apart):
+    assert_biases(resnet_block(), [False, True], torch.randn(2, 16, 5, 6), scale_shift=torch.randn(4, 48))
+
+
+def test_a_convolution_adds_its_bias_where_another_operation_or_gradients_follow(apart):
+    x, t = torch.randn(2, 16, 5, 6), torch.randn(2, 8)
+    assert_biases(resnet_block(cond_dim=12), [True, True], x, t, torch.randn(2, 3, 12))
+    with Biases() as biases:
+        resnet_block()(x, t)
+    assert biases.seen == [True, True]
+
+
+def test_on_a_cpu_convolutions_add_their_bias():
+    with torch.no_grad(), Biases() as biases:
+        resnet_block()(torch.randn(2, 16, 5, 6), torch.randn(2, 8))
+    assert biases.seen == [True, True]
+
+
+class OtherBlock(layers.Block):
+    pass
+
+
+BLOCK_CHANGES = {
+    "a hook": lambda block: block.block1.project.register_forward_hook(lambda module, args, out: out * 2),
+    "a hook of the next": lambda block: block.block2.register_forward_hook(lambda module, args, out: out * 2),
+    "another activation": lambda block: setattr(block.block2, "activation", nn.GELU()),
+    "no norm": lambda block: setattr(block.block2, "groupnorm", layers.Identity()),
+    "another block": lambda block: setattr(block, "block2", OtherBlock(24, 24, groups=4)),
+    "mirrored edges": lambda block: setattr(block.block1.project, "padding_mode", "reflect"),
+    "dilation": lambda block: setattr(
+        block.block1, "project", nn.Conv2d(16, 24, 3, padding=2, dilation=2).requires_grad_(False)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", BLOCK_CHANGES.values(), ids=BLOCK_CHANGES)
+def test_of_changed_blocks_every_part_is_called(apart, change):
+    block = resnet_block()
+    change(block)
+    assert_biases(block, [True, True], torch.randn(2, 16, 5, 6), torch.randn(2, 8))
+
+
+def test_a_convolution_without_bias(apart):
+    block = resnet_block()
+    block.block1.project = nn.Conv2d(16, 24, 3, padding=1, bias=False)
+    assert_biases(block, [False, True], torch.randn(2, 16, 5, 6), torch.randn(2, 8))

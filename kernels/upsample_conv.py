@@ -52,7 +52,7 @@ def upsample_conv3x3(
         kernel = summed_kernel(weight)
     if transposed:
         return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
-    return _Interleave.apply(F.conv2d(x, kernel, None if bias is None else bias.repeat(4), padding=1))
+    return _Interleave.apply(F.conv2d(x, kernel, padding=1), bias)
 
 
 def _is_transposed(device: torch.device) -> bool:
@@ -82,21 +82,33 @@ def summed_kernel(weight: torch.Tensor) -> torch.Tensor:
 
 
 class _Interleave(torch.autograd.Function):
-    """The images (b, c, 2 h, 2 w) of four results (b, 4 c, h + 1, w + 1), each of which is used but for one edge."""
+    """The images (b, c, 2 h, 2 w) of four results (b, 4 c, h + 1, w + 1), each of which is used but for one edge.
+
+    The bias (c,), or none, is added on the way: the convolution would read and write its results once more for it.
+    """
 
     @staticmethod
-    def forward(ctx, results):
+    def forward(ctx, results, bias):
         b, channels, height, width = results.shape
         shape = torch.Size((b, channels // 4, 2 * height - 2, 2 * width - 2))
         ctx.last = is_channels_last(results)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         images = empty_images(shape, results, results.dtype, ctx.last)
         for part, result in zip(_parts(images), _used(results), strict=True):
-            part.copy_(result)
+            if bias is None:
+                part.copy_(result)
+            elif torch.compiler.is_compiling():
+                # Compiled it is one pass, too.
+                part.copy_(result + bias[:, None, None])
+            else:
+                torch.add(result, bias[:, None, None], out=part)
         return images
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Separate.apply(gradient, ctx.last)
+        of_results = _Separate.apply(gradient, ctx.last) if ctx.needs_input_grad[0] else None
+        of_bias = gradient.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return of_results, of_bias
 
 
 class _Separate(torch.autograd.Function):
@@ -113,7 +125,7 @@ class _Separate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Interleave.apply(gradient), None
+        return _Interleave.apply(gradient, None), None
 
 
 _CORNERS = tuple(itertools.product(range(2), range(2)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimagen_fast.kernels import upsample_conv as module
@@ -132,6 +133,21 @@ def test_fewer_multiplications_than_of_enlarged_images(way):
     # The four ways of an ordinary convolution have an edge each that is not used.
     edges = (17 / 16) ** 2 if way == "four" else 1
     assert ours.get_total_flops() == pytest.approx(plain.get_total_flops() * 16 / 36 * edges)
+
+
+def test_the_bias_takes_no_pass_of_its_own(way):
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                names.append(func.name().removeprefix("aten::"))
+            return func(*args, **(kwargs or {}))
+
+    if way == "four":
+        inputs = case(2, 8, 6, 4, 4)
+        kernel, names = summed_kernel(inputs["weight"]), []
+        with torch.no_grad(), Operators():
+            upsample_conv3x3(**inputs, kernel=kernel)
+        assert names == ["convolution", "empty.memory_format", *["add.out"] * 4]
 
 
 def test_the_reference_enlarges_the_images():

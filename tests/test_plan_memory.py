@@ -76,7 +76,6 @@ def test_weights_in_float32_leave_copies_behind():
         if "norm" not in name and "null" not in name and not name.endswith((".g", "gamma"))
     )
     assert trace(SMALL).copies == pytest.approx(matrices + sums * 7 / 16, rel=0.02)
-    # The biases of all four results, besides.
     assert sums and trace(SMALL, weights=torch.bfloat16).copies == pytest.approx(sums, rel=0.01)
     # Those of blocks that are computed again are made again; what is left are downsampling and upsampling.
     assert trace(SMALL, checkpoint_levels=(0, 1, 2)).copies < 0.5 * matrices

@@ -205,11 +205,10 @@ def group_norm_silu(
         x.device,
         implementation,
     )
-    trained = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, scale, shift, x_bias)
-    )
     if x_bias is not None:
         x_bias = x_bias.to(x.dtype)
+        tensors = (x, weight, bias, scale, shift, x_bias)
+        trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
         if choice == "reference" or skip is not None or trained:
             x, x_bias = x + x_bias[:, None, None], None
     if choice == "reference":

@@ -122,6 +122,15 @@ def _project(product: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return product(tokens)
 
 
+def _is_plain_conv3x3(module: Any) -> bool:
+    """Whether a module is a plain 3x3 convolution that leaves the size of images as it is."""
+    return (
+        is_plain(module, nn.Conv2d)
+        and (module.kernel_size, module.padding, module.padding_mode) == ((3, 3), (1, 1), "zeros")
+        and (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
+    )
+
+
 def _adds_bias_apart(device: torch.device) -> bool:
     """Whether a convolution reads and writes its result once more to add the bias: all but those of a CPU do."""
     return device.type != "cpu"
@@ -200,11 +209,9 @@ class Block(nn.Module):
         return (
             not torch.is_grad_enabled()
             and is_plain(self, Block)
-            and is_plain(project, nn.Conv2d)
+            and _is_plain_conv3x3(project)
             and exists(project.bias)
             and _adds_bias_apart(project.weight.device)
-            and (project.kernel_size, project.padding, project.padding_mode) == ((3, 3), (1, 1), "zeros")
-            and (project.stride, project.dilation, project.groups) == ((1, 1), (1, 1), 1)
             and is_plain(following, Block)
             and all(
                 is_plain(block.groupnorm, nn.GroupNorm) and is_plain(block.activation, nn.SiLU)
@@ -600,9 +607,7 @@ class UpsampleConv(nn.Sequential):
         return (
             is_plain(enlarge, nn.Upsample)
             and (enlarge.size, enlarge.scale_factor, enlarge.mode) == (None, 2, "nearest")
-            and is_plain(convolve, nn.Conv2d)
-            and (convolve.kernel_size, convolve.padding, convolve.padding_mode) == ((3, 3), (1, 1), "zeros")
-            and (convolve.stride, convolve.dilation, convolve.groups) == ((1, 1), (1, 1), 1)
+            and _is_plain_conv3x3(convolve)
         )
 
 

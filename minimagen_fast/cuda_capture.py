@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -20,10 +20,28 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Have matrix products in a block of code work in memory that is allocated in it, and leave none of it to others.
+
+    cuBLAS keeps its workspace for each stream. One that a capture allocated, in the memory of its graph, would be used
+    by the next graph captured on the same stream as well, and go with the first.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+@contextmanager
 def capturing(
     graph: torch.cuda.CUDAGraph, device: torch.device, beside: torch.cuda.CUDAGraph | None = None
 ) -> Iterator[None]:
     """Capture what a block of code launches on a device.
+
+    Meanwhile other threads may do what they like, but draw random numbers from a device's default generator: releases
+    of torch refuse that during any capture.
 
     Args:
         graph: To capture it in.
@@ -34,7 +52,7 @@ def capturing(
     Raises:
         RuntimeError: if it cannot be captured. The current stream is then what it was before.
     """
-    with _capturing, torch.cuda.device(device):
+    with _capturing, torch.cuda.device(device), _own_workspaces():
         before = torch.cuda.current_stream(device)
         try:
             pool = None if beside is None else beside.pool()
@@ -42,6 +60,9 @@ def capturing(
             with torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
                 yield
         except BaseException:
+            # It may have ended all the same, and hold what it allocated.
+            with suppress(RuntimeError):
+                graph.reset()
             _failed.append(graph)
             raise
         finally:

@@ -190,10 +190,14 @@ class CachedPrediction(Prediction):
         mask = self._task.text_mask
         return self._task.text_embeds[images], None if mask is None else mask[images]
 
-    def load(self, task: Task) -> None:
+    def rest(self) -> None:
+        """Let go of the task and the U-Net, until :meth:`load`: this is kept with the U-Net, and must not hold it."""
+        del self._task, self._unet
+
+    def load(self, task: Task, unet: Unet) -> None:
         """Go on with another task of the same signature: its conditions take the place of those that there are."""
-        # From which the conditions are worked out anew, should the memory not suffice for so many images any more.
-        self._task = task
+        # From the task the conditions are worked out anew, should the memory not suffice for so many images any more.
+        self._task, self._unet = task, unet
         if self._lowres is not None and task.lowres_cond_img is not None:
             self._lowres.copy_(task.lowres_cond_img)
         self._as_memory_allows(self._load_shared)

@@ -20,6 +20,7 @@ The last four kinds are kept for each U-Net.
 """
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -158,12 +159,16 @@ class _ReplayedSteps(_Steps):
         self._may_capture = True
         self._has_run = False
 
-    def begin(self, task: Task, x: torch.Tensor) -> None:
+    def begin(self, task: Task, unet: Unet, x: torch.Tensor) -> None:
         """Start again with another task, of the same signature, and images of the same shape."""
         self.x.copy_(x)
         self.number.zero_()
         self._update.load(task.update)
-        self._conditions.load(task)
+        self._conditions.load(task, unet)
+
+    def rest(self) -> None:
+        """Let go, until the next task, of what is not of these steps alone."""
+        self._conditions.rest()
 
     def predicts_with(self, predict: Prediction) -> bool:
         """Whether the noise in these images is predicted by this one."""
@@ -271,25 +276,36 @@ def _steps_of(
         return
     try:
         kept.forget_graphs_of_others(unet)
-        yield _replayed(kept.graphs, task, unet, x, acceleration)
+        steps = _replayed(kept, task, unet, x, acceleration)
+        try:
+            yield steps
+        finally:
+            steps.rest()
     finally:
         kept.lock.release()
 
 
-def _replayed(
-    graphs: "OrderedDict[tuple, _ReplayedSteps]", task: Task, unet: Unet, x: torch.Tensor, acceleration: Acceleration
-) -> _ReplayedSteps:
+def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration: Acceleration) -> _ReplayedSteps:
     """The captured step for this task, or one to be captured."""
+    graphs: OrderedDict[tuple, _ReplayedSteps] = kept.graphs
     in_force = dispatch.implementation(), dispatch.attention_override(None)
     settings = acceleration, in_force, library_settings()
     key = (*settings, unet.dtype, x.shape, task.signature, task.update.signature)
     if key in graphs:
         graphs.move_to_end(key)
-        graphs[key].begin(task, x)
+        graphs[key].begin(task, unet, x)
         return graphs[key]
 
+    # What is kept must not hold on to itself: its memory would stay taken when it is forgotten.
+    keeper = weakref.ref(kept)
+
+    def all_steps() -> "OrderedDict[tuple, _ReplayedSteps]":
+        kept = keeper()
+        assert kept is not None, "who makes steps holds it"
+        return kept.graphs
+
     def make_room(predict: Prediction) -> bool:
-        freed = False
+        freed, graphs = False, all_steps()
         for key, steps in list(graphs.items()):
             if steps.predicts_with(predict):
                 # After a division its graph would read what is no longer there.
@@ -303,6 +319,6 @@ def _replayed(
         graphs.popitem(last=False)
     predict = CachedPrediction(task, unet, acceleration.layout, unet.dtype, make_room)
     steps = _ReplayedSteps(predict, task.update, x, acceleration.asks_for("cuda_graphs"))
-    steps.find_other = lambda: next((other.graph for other in graphs.values() if other.graph is not None), None)
+    steps.find_other = lambda: next((other.graph for other in all_steps().values() if other.graph is not None), None)
     graphs[key] = steps
     return steps

@@ -1,6 +1,7 @@
 """Small models, words and counts that the tests of the fast path share."""
 
 import dataclasses
+import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 
@@ -138,8 +139,11 @@ class FakeGraph:
         assert self.calls, "nothing was captured"
         self.replays += 1
         for steps, call, addresses in self.calls:
-            assert read_by(steps) == addresses, "a tensor is no longer where it was captured"
+            assert read_by(steps()) == addresses, "a tensor is no longer where it was captured"
             call()
+
+    def reset(self):
+        self.calls = []
 
 
 def tensors_of(conditions):
@@ -204,7 +208,9 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
         if graph is None:
             advance(steps, first)
         else:
-            graph.calls.append((steps, lambda: advance(steps, first), read_by(steps)))
+            # Steps hold their graph, which knows addresses only.
+            found = weakref.ref(steps)
+            graph.calls.append((found, lambda: advance(found(), first), read_by(steps)))
 
     FakeGraph.streams = []
     made = stand_in_for_cuda_graphs(monkeypatch, FakeGraph, capture, reason=reason)

@@ -30,6 +30,9 @@ class RecordedGraph(TorchDispatchMode):
         self._calls.append((func, args, kwargs, result))
         return result
 
+    def reset(self):
+        self._calls = []
+
     def pool(self):
         assert self._calls, "nothing was captured"
         return self.memory

@@ -15,7 +15,7 @@ from fast_path import distance, make_imagen, make_words
 from recorded_graph import record_cuda_graphs
 from torch.utils.flop_counter import FlopCounterMode
 
-from minimagen_fast import captured_training
+from minimagen_fast import captured_training, cuda_capture
 from minimagen_fast.acceleration import ASKED_FOR
 from minimagen_fast.kept import KEPT
 
@@ -494,6 +494,34 @@ def test_a_capture_that_fails_is_said_once(graphs, monkeypatch):
         for seed in range(3):
             assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
     assert len(said) == 1
+
+
+def test_a_capture_that_fails_gives_up_its_memory(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    given_up = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "reset", lambda graph: given_up.append(graph), raising=False)
+
+    @contextlib.contextmanager
+    def ended_all_the_same(graph, **_):
+        yield
+        raise torch.OutOfMemoryError("while it was ended")
+
+    monkeypatch.setattr(torch.cuda, "graph", ended_all_the_same)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        step(imagen)
+    assert len(given_up) == 1 and given_up[0] in cuda_capture._failed
+    cuda_capture._failed.clear()
+
+
+def test_what_is_captured_has_workspaces_of_its_own(graphs, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(len(graphs)), raising=False)
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    # Before and after the forward pass, and the backward pass, of which both graphs are made beforehand.
+    assert len(graphs) == 2 and cleared == [2] * 4
 
 
 @pytest.mark.parametrize("failed_before", [False, True])

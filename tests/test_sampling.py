@@ -1,6 +1,7 @@
 """The sampling loop: the same images however it is run, and captured steps that serve the next call too."""
 
 import contextlib
+import gc
 import threading
 import warnings
 import weakref
@@ -446,7 +447,9 @@ def test_both_stages_have_their_graphs(graphs):
 @contextlib.contextmanager
 def nothing_replayed(monkeypatch):
     def steps_of(graphs, task, unet, x, acceleration):
-        return sampling._Steps(CachedPrediction(task, unet, acceleration.layout, unet.dtype), task.update, x)
+        steps = sampling._Steps(CachedPrediction(task, unet, acceleration.layout, unet.dtype), task.update, x)
+        steps.rest = lambda: None
+        return steps
 
     with monkeypatch.context() as plain:
         plain.setattr(sampling, "_replayed", steps_of)
@@ -524,6 +527,26 @@ def test_another_percentile_and_other_kernels_are_captured_anew(graphs):
     with use_implementation("reference"):
         run(imagen)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("change", [lambda imagen: imagen.to(torch.float64), lambda imagen: imagen.unets.clear()])
+def test_what_is_kept_goes_with_the_last_that_needs_it(graphs, change):
+    """At once, without the collector of cycles: it is the memory that what comes next needs."""
+    imagen = make_imagen()
+    run(imagen, precision="bfloat16")
+    run(imagen, precision="bfloat16")
+    kept = kept_with(imagen.unets[0])
+    steps = next(iter(kept.graphs.values()))
+    parts = [kept, kept._copy.unet, steps, steps._conditions]
+    waiting = [weakref.ref(part) for part in parts]
+    gc.disable()
+    try:
+        del kept, steps, parts
+        graphs.clear()
+        change(imagen)
+        assert [part() for part in waiting] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_more_words_need_no_other_graph(graphs):

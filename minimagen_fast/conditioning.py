@@ -22,12 +22,17 @@ from .plain import is_plain
 from .Unet import BlockCondition, Unet
 
 
-def can_be_conditioned_ahead(block: Any) -> bool:
-    """Whether :class:`Conditions` can stand in for what a block does with time and text: not if that was replaced."""
-    if not has_plain_time_mlp(block):
+def can_be_conditioned_ahead(blocks: list[Any]) -> bool:
+    """Whether :class:`Conditions` can stand in for what blocks do with time and text: not if that was replaced.
+
+    Nor if their cross attentions have keys of several sizes, or there is none.
+    """
+    if not all(map(has_plain_time_mlp, blocks)):
         return False
-    attention = block.cross_attn
-    return attention is None or (is_plain(attention, _OverPixels) and is_plain(attention.fn, CrossAttention))
+    attentions = [block.cross_attn for block in blocks if block.cross_attn is not None]
+    if not all(is_plain(each, _OverPixels) and is_plain(each.fn, CrossAttention) for each in attentions):
+        return False
+    return len({(each.fn.heads, each.fn.null_kv.shape) for each in attentions}) == 1
 
 
 def _parts_of_layers(unet: Unet, tokens: torch.Tensor, keys: bool) -> Iterator[torch.Tensor]:

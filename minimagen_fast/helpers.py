@@ -1,9 +1,11 @@
 """Small functions that the other modules share."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -40,15 +42,46 @@ def eval_decorator(fn: Callable) -> Callable:
 
     @wraps(fn)
     def inner(model: torch.nn.Module, *args, **kwargs):
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with evaluating(model):
             return fn(model, *args, **kwargs)
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     return inner
+
+
+# By module, who is evaluating it: how many, and the modes that the first of them met.
+_evaluated: "WeakKeyDictionary[torch.nn.Module, tuple[int, dict[torch.nn.Module, bool]]]" = WeakKeyDictionary()
+_changing_modes = threading.Lock()
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Have a module in eval mode; every submodule gets its own mode back with the end of the last of such blocks.
+
+    Several threads may evaluate one module at a time.
+    """
+    with _changing_modes:
+        number, modes = _evaluated.get(model) or (0, {module: module.training for module in model.modules()})
+        _evaluated[model] = number + 1, modes
+        model.eval()
+    try:
+        yield
+    finally:
+        with _changing_modes:
+            number, modes = _evaluated.pop(model)
+            if number > 1:
+                _evaluated[model] = number - 1, modes
+            else:
+                _restore(modes)
+
+
+def _restore(modes: dict[torch.nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        # Layers of adapters merge their weights with the mode, and take them apart again.
+        if type(module).train is not torch.nn.Module.train:
+            module.train(training)
+    # Which has set the modes of all their parts.
+    for module, training in modes.items():
+        module.training = training
 
 
 def exists(val: Any) -> bool:

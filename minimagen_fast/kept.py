@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .working_copy import WorkingCopy, signature
+from .working_copy import Signature, WorkingCopy
 
 if TYPE_CHECKING:
     from .Unet import Unet
@@ -69,14 +69,16 @@ class Kept(KeptGraphs):
         if unet.dtype == dtype and memory_format == torch.contiguous_format:
             self._copy = None
             return unet
-        if self._copy is not None and self._copy.fits(unet, dtype, memory_format):
-            self._copy.refresh()
+        # Another thread may want another one meanwhile.
+        copy = self._copy
+        if copy is not None and copy.fits(unet, dtype, memory_format):
+            copy.refresh()
         else:
             # First the old one goes, and the graphs that hold on to it: memory may not suffice for two.
-            self._copy = None
+            self._copy = copy = None
             self.forget_graphs()
-            self._copy = WorkingCopy(unet, dtype, memory_format)
-        return self._copy.unet
+            self._copy = copy = WorkingCopy(unet, dtype, memory_format)
+        return copy.unet
 
     def forget_graphs_of_others(self, unet: "Unet") -> None:
         """Drop what was captured, unless of this U-Net or working copy, with the tensors and parts that it has now.
@@ -84,8 +86,9 @@ class Kept(KeptGraphs):
         To be called by whom holds the lock.
         """
         # Of a copy, which is remade when the U-Net changes, it is enough to know which it is: no graph outlives it.
-        is_copy = self._copy is not None and self._copy.unet is unet
-        now = (id(unet),) if is_copy else (id(unet), signature(unet))
+        copy = self._copy
+        is_copy = copy is not None and copy.unet is unet
+        now = (id(unet),) if is_copy else (id(unet), Signature(unet))
         if now != self._graphs_of:
             self.graphs.clear()
         self._graphs_of = now

@@ -122,11 +122,11 @@ def _project(product: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return product(tokens)
 
 
-def _is_plain_conv3x3(module: Any) -> bool:
-    """Whether a module is a plain 3x3 convolution that leaves the size of images as it is."""
+def _is_plain_conv(module: Any, side: int) -> bool:
+    """Whether a module is a plain convolution, of this side length, that leaves the size of images as it is."""
     return (
         is_plain(module, nn.Conv2d)
-        and (module.kernel_size, module.padding, module.padding_mode) == ((3, 3), (1, 1), "zeros")
+        and (module.kernel_size, module.padding, module.padding_mode) == ((side,) * 2, (side // 2,) * 2, "zeros")
         and (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
     )
 
@@ -209,7 +209,7 @@ class Block(nn.Module):
         return (
             not torch.is_grad_enabled()
             and is_plain(self, Block)
-            and _is_plain_conv3x3(project)
+            and _is_plain_conv(project, 3)
             and exists(project.bias)
             and _adds_bias_apart(project.weight.device)
             and is_plain(following, Block)
@@ -499,8 +499,9 @@ class ResnetBlock(nn.Module):
         if exists(self.time_mlp) and exists(time_emb):
             scale_shift = self.time_mlp(time_emb)
 
-        handed = not exists(self.cross_attn) and self.block1.hands_on_bias(self.block2)
-        h = self.block1(x, skip=skip, skip_scale=skip_scale, **({"biased": False} if handed else {}))
+        first = self.block1
+        handed = isinstance(first, Block) and not exists(self.cross_attn) and first.hands_on_bias(self.block2)
+        h = first(x, skip=skip, skip_scale=skip_scale, **({"biased": False} if handed else {}))
         if exists(scale_shift) and len(scale_shift) > len(h):
             copies = len(scale_shift) // len(h)
             h, x = (images.repeat(copies, 1, 1, 1) for images in (h, x))
@@ -509,7 +510,7 @@ class ResnetBlock(nn.Module):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")
             given = {"keys_values": keys_values} if exists(keys_values) else {}
             h = _plus_residual(self.cross_attn, h, residual=h, context=cond, **given)
-        more: dict[str, Any] = {"x_bias": self.block1.project.bias} if handed else {}
+        more: dict[str, Any] = {"x_bias": first.project.bias} if handed else {}
         if exists(scale_shift):
             # As the original hands them over, for whatever stands in for the block.
             rows = scale_shift if is_plain(self.block2, Block) else scale_shift[:, :, None, None]
@@ -517,7 +518,7 @@ class ResnetBlock(nn.Module):
         h = self.block2(h, **more)
         if not exists(skip):
             return h + self.res_conv(x)
-        if is_plain(self.res_conv, nn.Conv2d) and self.res_conv.kernel_size == (1, 1):
+        if _is_plain_conv(self.res_conv, 1):
             return h + conv1x1_concat(x, skip, self.res_conv.weight, self.res_conv.bias, skip_scale=skip_scale)
         return h + self.res_conv(torch.cat((x, skip * skip_scale), dim=1))
 
@@ -607,7 +608,7 @@ class UpsampleConv(nn.Sequential):
         return (
             is_plain(enlarge, nn.Upsample)
             and (enlarge.size, enlarge.scale_factor, enlarge.mode) == (None, 2, "nearest")
-            and _is_plain_conv3x3(convolve)
+            and _is_plain_conv(convolve, 3)
         )
 
 

@@ -50,11 +50,17 @@ class ModuleWatch:
         return len(now) == len(before) and all(map(is_, now, before)) and _places(self._tensors) == self._places
 
 
+def is_known(part: nn.Module) -> bool:
+    """Whether all that a call of a module, without its parts, reads are its parameters, buffers and settings."""
+    in_attributes = any(isinstance(value, torch.Tensor) for value in vars(part).values())
+    return f"{type(part).__module__}.".startswith(_KNOWN) and not in_attributes
+
+
 def only_computes(module: nn.Module) -> bool:
     """Whether nothing in a module but known classes computes, on tensors of torch's own, without hooks."""
     for part in module.modules():
         # A parametrised weight may be one that was computed before, and kept.
-        if not f"{type(part).__module__}.".startswith(_KNOWN) or not is_untouched(part) or is_parametrized(part):
+        if not is_known(part) or not is_untouched(part) or is_parametrized(part):
             return False
     return all(type(value) in (torch.Tensor, nn.Parameter) for value in (*module.parameters(), *module.buffers()))
 

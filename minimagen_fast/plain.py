@@ -20,6 +20,11 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+def is_overridden(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
+    """Whether one of these methods of a class is another one in a module of this class, or of one derived from it."""
+    return any(name in vars(module) or getattr(type(module), name) is not getattr(kind, name) for name in names)
+
+
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is of one of these classes itself, not of one derived from it, and untouched."""
     return type(module) in kinds and is_untouched(module)

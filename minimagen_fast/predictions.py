@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from .conditioning import Conditions, SharedConditions
+from .plain import is_overridden
 from .samplers import Update
 from .Unet import Unet
 
@@ -39,8 +40,15 @@ class Task:
     batch_size: int | None
 
     @property
+    def guided_by_unet(self) -> bool:
+        """Whether the U-Net has its own way of guidance: its predictions are then guided already."""
+        return is_overridden(self.unet, Unet, "forward_with_cond_scale")
+
+    @property
     def with_text(self) -> tuple[bool, ...]:
         """The predictions that a step needs, each with text or without."""
+        if self.guided_by_unet:
+            return (True,)
         return (True, False) if self.cond_scale not in (0, 1) else (self.cond_scale == 1,)
 
     @property
@@ -239,4 +247,6 @@ class PlainPrediction(Prediction):
         given = {name: None if value is None else value[images] for name, value in by_image.items()}
         x = x[images]
         times = task.update.times.index_select(0, number).expand(len(x))
+        if task.guided_by_unet:
+            return self._unet.forward_with_cond_scale(x, times, **given, cond_scale=task.cond_scale)
         return self._unet(x, times, **given, cond_drop_prob=0.0 if has_text else 1.0)

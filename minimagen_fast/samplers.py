@@ -7,6 +7,7 @@ than the model was trained with, ``ddpm`` is the DDIM step with eta = 1, which i
 process (Song et al., section 4.1).
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,8 +16,12 @@ import torch
 from .arguments import finite_number, whole_number
 from .diffusion_model import GaussianDiffusion
 from .kernels import ancestral_step, ddim_step, dpm_solver_pp_2m_step
+from .kernels.threshold import quantile
+from .plain import is_overridden
 
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+# What a diffusion process computes in a step of ancestral sampling.
+_METHODS = ("predict_start_from_noise", "q_posterior")
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Update:
     Attributes:
         times: Timesteps in the order in which they are visited, int64, shape (s,), on the device.
         draws: Whether a step adds fresh noise.
+        is_plain: Whether kernels do what the diffusion process's methods say, which they do not if these are others.
     """
 
     def __init__(self, sampler: Sampler, scheduler: GaussianDiffusion, *, percentile: float, cond_scale: float):
@@ -109,6 +115,13 @@ class Update:
         self._kind = "ancestral" if sampler.name == "ddpm" and ancestral else sampler.name
         self._eta = 1.0 if sampler.name == "ddpm" else sampler.eta
         self.draws = self._kind == "ancestral" or (self._kind in ("ddpm", "ddim") and self._eta > 0)
+        self.is_plain = not is_overridden(scheduler, GaussianDiffusion, *_METHODS)
+        if not self.is_plain and self._kind != "ancestral":
+            raise ValueError(
+                f"sampler={sampler.name!r} with {len(visited)} of {scheduler.num_timesteps} steps takes nothing but the"
+                f" noise schedule from a diffusion process, and {' or '.join(_METHODS)} of this"
+                f" {type(scheduler).__name__} was overridden: choose sampler='ddpm' with all steps"
+            )
         schedules = scheduler.sqrt_alphas_cumprod, scheduler.sqrt_one_minus_alphas_cumprod
         self._schedules = cast("tuple[torch.Tensor, torch.Tensor]", schedules)
         if self.multistep and len(visited) > 2:
@@ -122,6 +135,12 @@ class Update:
             # In memory, so that a captured step can be replayed with another one.
             with torch.inference_mode(False):
                 self._common["cond_scale"] = torch.full((1,), cond_scale, dtype=torch.float32, device=device)
+
+    def unguided(self) -> "Update":
+        """The same for predictions that are guided already."""
+        other = copy(self)
+        other._common = {"percentile": self._common["percentile"]}
+        return other
 
     @property
     def signature(self) -> tuple:
@@ -165,6 +184,8 @@ class Update:
         """
         scheduler, common = self._scheduler, self._common
         t = self.times.index_select(0, step).expand(len(x))
+        if not self.is_plain:
+            return self._by_methods(x, t, pred, noise), None
         if self._kind == "ancestral":
             out = ancestral_step(
                 x,
@@ -186,3 +207,15 @@ class Update:
         return dpm_solver_pp_2m_step(
             x, t, following, pred, *self._schedules, last_x_start=last_x_start, t_last=t_last, **common
         )
+
+    def _by_methods(self, x: torch.Tensor, t: torch.Tensor, pred: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The ancestral step, for a diffusion process that has methods of its own."""
+        pred = pred.to(x.dtype)
+        if "cond_scale" in self._common:
+            conditional, null = pred.chunk(2)
+            pred = null + (conditional - null) * self._common["cond_scale"]
+        x_start = self._scheduler.predict_start_from_noise(x, t=t, noise=pred)
+        s = quantile(x_start.flatten(1).abs(), self._common["percentile"]).clamp(min=1.0)[:, None, None, None]
+        mean, _, log_variance = self._scheduler.q_posterior(x_start=x_start.clamp(-s, s) / s, x_t=x, t=t)
+        not_last = (t > 0).to(x.dtype)[:, None, None, None]
+        return mean + not_last * (0.5 * log_variance).exp() * noise

@@ -19,6 +19,7 @@ guidance weight, their random numbers, and the values of weights and noise sched
 The last four kinds are kept for each U-Net.
 """
 
+import inspect
 import warnings
 import weakref
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 from tqdm import tqdm
 
 from .acceleration import Acceleration, autocast_dtype
@@ -33,13 +35,16 @@ from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing, library_settings
 from .kept import Kept, kept_with
 from .kernels import dispatch
-from .plain import is_untouched
+from .module_watch import is_known
+from .plain import is_overridden, is_untouched
 from .predictions import CachedPrediction, PlainPrediction, Prediction, Task
 from .samplers import Update
 from .Unet import Unet
 
 # Captured steps that are kept for each U-Net: every one holds the memory of a step.
 _MOST_GRAPHS = 4
+# Methods of a U-Net that take part in a prediction.
+_OF_CALLS = tuple(name for name, value in vars(Unet).items() if inspect.isfunction(value) and name != "__init__")
 
 
 def sample_images(
@@ -210,14 +215,22 @@ class _ReplayedSteps(_Steps):
 
 def _is_customised(unet: Unet) -> bool:
     """Whether someone has taken a hand in how it or a part of it is called: then it must be called, whole, itself."""
-    if type(unet).forward is not Unet.forward or not all(map(is_untouched, unet.modules())):
+    if is_overridden(unet, Unet, *_OF_CALLS) or _has_any_global_hook() or not all(map(is_untouched, unet.modules())):
         return True
-    return not all(can_be_conditioned_ahead(block) for block in unet.resnet_blocks)
+    return not can_be_conditioned_ahead(unet.resnet_blocks)
+
+
+def _can_be_copied(unet: Unet) -> bool:
+    """Whether a copy computes what the U-Net does, now and later: not if a part may have a state that is not known.
+
+    What such a part is told, and what it notes down itself, would not come to the one in the copy, or only there.
+    """
+    return not _is_customised(unet) and all(is_known(part) for part in unet.modules() if part is not unet)
 
 
 def _autocast_if_needed(unet: Unet, device: torch.device, acceleration: Acceleration) -> AbstractContextManager:
     """Autocast, where it has to stand for a working copy."""
-    if not _is_customised(unet) or unet.dtype == acceleration.dtype or autocast_dtype(device) is not None:
+    if _can_be_copied(unet) or unet.dtype == acceleration.dtype or autocast_dtype(device) is not None:
         return nullcontext()
     return torch.autocast(device.type, acceleration.dtype)
 
@@ -237,6 +250,13 @@ def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator
             acceleration,
             "the forward of the U-Net, or of a part of it, was replaced, compiled or given hooks, and would not be"
             " called. Compile with imagen.accelerate(compile='blocks')",
+        )
+    elif not _can_be_copied(task.unet):
+        _refuse_if_asked_for(
+            ("cuda_graphs",),
+            acceleration,
+            "a part of the U-Net is of a class of another package, which may do more than compute, and a graph would"
+            " replay nothing else",
         )
     elif autocast is not None:
         _refuse_if_asked_for(
@@ -259,20 +279,23 @@ def _steps_of(
     autocast: torch.dtype | None,
     customised: bool,
 ) -> "Iterator[_Steps]":
-    unet = task.unet
-    if autocast is None and not customised:
+    unet, update = task.unet, task.update
+    copied = autocast is None and _can_be_copied(unet)
+    if copied:
         unet = kept.working_copy(unet, acceleration.dtype, acceleration.layout)
     # Autocast keeps converted weights while it is active: a graph must not hold on to those.
-    replays = acceleration.cuda_graphs == "on" and autocast is None and not customised
+    replays = acceleration.cuda_graphs == "on" and copied and update.is_plain
     if not replays:
         kept.forget_graphs()
     if acceleration.condition_cache == "off" or customised:
-        yield _Steps(PlainPrediction(task, unet, acceleration.layout), task.update, x)
+        update = update.unguided() if task.guided_by_unet else update
+        yield _Steps(PlainPrediction(task, unet, acceleration.layout), update, x)
         return
     # A callback, or another thread, may sample with this U-Net while it is being sampled.
     if not replays or not kept.lock.acquire(blocking=False):
-        dtype = unet.dtype if autocast is None else autocast
-        yield _Steps(CachedPrediction(task, unet, acceleration.layout, dtype), task.update, x)
+        # Autocast leaves float64 as it is.
+        dtype = unet.dtype if autocast is None or unet.dtype == torch.float64 else autocast
+        yield _Steps(CachedPrediction(task, unet, acceleration.layout, dtype), update, x)
         return
     try:
         kept.forget_graphs_of_others(unet)

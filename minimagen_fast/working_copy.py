@@ -6,6 +6,7 @@ every sampling: the same tensors at the same addresses, to which compiled code a
 """
 
 import copy
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ class WorkingCopy:
     """
 
     def __init__(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format):
-        self._signature = signature(unet)
+        self._signature = Signature(unet)
         self._wanted = dtype, memory_format
         exact = {id(value) for module in unet.modules() if isinstance(module, _EXACT) for value in _tensors(module)}
         # Handed to deepcopy as already copied, so that no second set of the weights is ever made in between.
@@ -59,7 +60,7 @@ class WorkingCopy:
 
     def fits(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
         """Whether a U-Net still has the tensors and parts of which this is a copy, and it is the one that is wanted."""
-        return self._wanted == (dtype, memory_format) and self._signature == signature(unet)
+        return self._wanted == (dtype, memory_format) and self._signature == Signature(unet)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -75,23 +76,37 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def signature(module: nn.Module) -> list[tuple]:
-    """Changes when a tensor is replaced, converted or moved, but not when its values change; and when a part does.
+class Signature:
+    """Differs when a tensor is replaced, converted or moved, but not when its values change; and when a part does.
 
-    Parts are compared by their public attributes, such as the ``eps`` of a norm, but not by ``training``.
+    Parts are compared by their class and their public attributes, such as the ``eps`` of a norm, but not by
+    ``training``.
     """
-    now = []
-    for part in module.modules():
-        now.append((id(part), *((name, _comparable(value)) for name, value in vars(part).items() if _is_setting(name))))
-        for value in (*part._parameters.values(), *part._buffers.values()):
-            if value is not None:
-                now.append((id(value), value.data_ptr(), value.dtype, value.device, value.stride()))
-    return now
 
+    def __init__(self, module: nn.Module):
+        self._values: list[object] = []
+        # Held on to: another object may come to lie where one that is gone lay.
+        self._objects: list[object] = []
+        for part in module.modules():
+            # But not to the module itself, with which this may be kept.
+            self._objects.append(type(part) if part is module else part)
+            self._values.append(type(part))
+            for name, value in vars(part).items():
+                if name != "training" and not name.startswith("_"):
+                    self._values.append(name)
+                    simple = isinstance(value, bool | int | float | str | None)
+                    (self._values if simple else self._objects).append(value)
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is not None:
+                    self._objects.append(tensor)
+                    self._values += (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.stride())
 
-def _is_setting(name: str) -> bool:
-    return name != "training" and not name.startswith("_")
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Signature)
+            and self._values == other._values
+            and len(self._objects) == len(other._objects)
+            and all(map(is_, self._objects, other._objects))
+        )
 
-
-def _comparable(value: object) -> object:
-    return value if isinstance(value, bool | int | float | str | None) else id(value)
+    __hash__ = None  # type: ignore[assignment]

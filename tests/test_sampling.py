@@ -529,7 +529,15 @@ def test_another_percentile_and_other_kernels_are_captured_anew(graphs):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("change", [lambda imagen: imagen.to(torch.float64), lambda imagen: imagen.unets.clear()])
+def converted(imagen):
+    imagen.to(torch.float64)
+
+
+def without_u_nets(imagen):
+    del imagen.unets[0]
+
+
+@pytest.mark.parametrize("change", [converted, without_u_nets])
 def test_what_is_kept_goes_with_the_last_that_needs_it(graphs, change):
     """At once, without the collector of cycles: it is the memory that what comes next needs."""
     imagen = make_imagen()

@@ -1,0 +1,331 @@
+"""Models in which someone has taken a hand are sampled as they are now, and what their parts note down stays."""
+
+import threading
+
+import pytest
+import torch
+from fast_path import T, distance, make_imagen, make_unet, sample
+from torch import nn
+
+from minimagen_fast.diffusion_model import GaussianDiffusion
+from minimagen_fast.helpers import evaluating
+from minimagen_fast.layers import Block, CrossAttention
+from minimagen_fast.Unet import BaseTest
+
+RUN = {"steps": 3, "sampler": "ddim", "cond_scale": 2.0}
+ROUNDING = 2e-4
+WAYS = [{}, {"precision": "bfloat16"}]
+
+
+def reference(imagen, **arguments):
+    """What plain torch makes of the model as it is now."""
+    images = sample(imagen.accelerate("reference"), **{**RUN, **arguments})
+    imagen.accelerate()
+    return images
+
+
+def assert_followed(imagen, way=None, **arguments):
+    way = way or {}
+    images = sample(imagen.accelerate(**way), **{**RUN, **arguments})
+    expected = reference(imagen, **arguments)
+    # Of bfloat16 the mean over the pixels, as in the other tests.
+    if way:
+        assert (images - expected).abs().mean() < 0.03
+    else:
+        assert distance(images, expected) < ROUNDING
+    return images
+
+
+def attention_of(imagen):
+    return imagen.unets[0].mid_attn.fn.fn
+
+
+class Adapter(nn.Module):
+    """A layer with another beside it, which keeps its state in all the places that there are."""
+
+    def __init__(self, base):
+        super().__init__()
+        torch.manual_seed(3)
+        self.base, self.beside = base, nn.Linear(base.in_features, base.out_features, bias=False)
+        self._disabled, self.scaling, self.factor = False, {"default": 4.0}, torch.ones(1)
+        self.seen, self.lock = [], threading.Lock()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen.append(x.shape)
+        self.last, self.calls = x, self.calls + 1
+        out = self.base(x)
+        return out if self._disabled else out + self.beside(x) * self.scaling["default"] * self.factor
+
+
+def disable(adapter):
+    adapter._disabled = True
+
+
+def scale(adapter):
+    adapter.scaling["default"] = -8.0
+
+
+def scale_tensor(adapter):
+    adapter.factor.fill_(-3.0)
+
+
+@torch.no_grad()
+def merge(adapter):
+    adapter.base.weight += adapter.beside.weight * adapter.scaling["default"]
+    adapter._disabled = True
+
+
+@torch.no_grad()
+def train_base(adapter):
+    adapter.base.weight *= 3
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("change", [disable, scale, scale_tensor, merge, train_base])
+def test_the_state_of_a_layer_is_followed(change, way):
+    imagen = make_imagen()
+    attention = attention_of(imagen)
+    attention.to_q = Adapter(attention.to_q)
+    before = assert_followed(imagen, way)
+    change(attention.to_q)
+    after = assert_followed(imagen, way)
+    assert (distance(after, before) > 1e-3) == (change is not merge) or way
+
+
+def test_what_a_layer_notes_down_stays_with_it():
+    imagen = make_imagen()
+    attention = attention_of(imagen)
+    attention.to_q = Adapter(attention.to_q)
+    sample(imagen, **RUN)
+    assert len(attention.to_q.seen) == attention.to_q.calls == RUN["steps"]
+
+
+def test_a_layer_that_keeps_what_cannot_be_copied():
+    imagen = make_imagen()
+    attention = attention_of(imagen)
+    attention.to_q = Adapter(attention.to_q)
+    imagen(torch.rand(2, 3, 8, 8), text_embeds=torch.randn(2, 5, 512)).backward()
+    assert attention.to_q.last.grad_fn is not None
+    assert_followed(imagen)
+
+
+def test_a_weight_that_is_no_parameter_is_followed():
+    imagen = make_imagen()
+    conv = imagen.unets[0].final_conv
+    weight = conv.weight.detach().clone()
+    del conv.weight
+    conv.weight = weight
+    before = assert_followed(imagen)
+    weight.mul_(2)
+    assert distance(assert_followed(imagen), before) > 1e-3
+
+
+class Louder(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_part_that_gets_another_class_is_followed():
+    imagen = make_imagen()
+    before = assert_followed(imagen)
+    imagen.unets[0].final_conv.__class__ = Louder
+    assert distance(assert_followed(imagen), before) > 1e-3
+
+
+def test_a_part_that_lies_where_another_lay_is_not_taken_for_it():
+    imagen = make_imagen()
+    block = imagen.unets[0].mid_block1.block2
+    before = assert_followed(imagen)
+    for _ in range(5):
+        block.activation = nn.ReLU()
+        assert distance(assert_followed(imagen), before) > 1e-3
+        # One after the other, so that the last may come to lie in the place of the first.
+        block.activation = nn.Mish()
+        block.activation = nn.SiLU()
+        assert_followed(imagen)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["block1", "block2"])
+def test_a_block_in_another_module(name):
+    imagen = make_imagen()
+    expected = reference(imagen)
+    for block in imagen.unets[0].resnet_blocks:
+        assert isinstance(getattr(block, name), Block)
+        setattr(block, name, Wrapped(getattr(block, name)))
+    assert distance(assert_followed(imagen), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("settings", [{"heads": 2}, {"dim_head": 32}], ids=str)
+def test_cross_attentions_of_several_sizes(settings):
+    unet = make_unet(cond_dim=64)
+    block = unet.mid_block1
+    dim = block.cross_attn.fn.to_q.in_features
+    block.cross_attn.fn = CrossAttention(dim=dim, context_dim=64, **settings)
+    assert_followed(make_imagen(unets=[unet]))
+
+
+def test_no_cross_attention():
+    unet = make_unet()
+    for block in unet.resnet_blocks:
+        block.cross_attn = None
+    assert_followed(make_imagen(unets=[unet]))
+
+
+def test_a_convolution_in_groups_beside_a_skip_connection():
+    imagen = make_imagen()
+    for block in imagen.unets[0].resnet_blocks:
+        conv = block.res_conv
+        if isinstance(conv, nn.Conv2d):
+            block.res_conv = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=2)
+    assert_followed(imagen)
+
+
+# Methods
+
+
+class HalfGuided(BaseTest):
+    def forward_with_cond_scale(self, *args, **kwargs):
+        return 0.5 * super().forward_with_cond_scale(*args, **kwargs)
+
+
+def test_guidance_of_a_u_net_of_its_own():
+    imagen = make_imagen()
+    before = reference(imagen)
+    unet = make_unet()
+    unet.__class__ = HalfGuided
+    other = make_imagen(unets=[unet])
+    assert distance(assert_followed(other), before) > 1e-3
+    # And nothing else is different.
+    guide = unet.forward_with_cond_scale
+    unet.forward_with_cond_scale = lambda *args, **kwargs: 2 * guide(*args, **kwargs)
+    for arguments in (RUN, {"sampler": "ddpm", "steps": None, "cond_scale": 1.0}):
+        assert distance(sample(other, **arguments), sample(imagen, **arguments)) < 1e-3
+
+
+def test_embeddings_of_a_u_net_of_its_own():
+    imagen = make_imagen()
+    before = reference(imagen)
+    unet = imagen.unets[0]
+    embed = unet._generate_t_tokens
+
+    def doubled(*args):
+        embedding, tokens = embed(*args)
+        return 2 * embedding, tokens
+
+    unet._generate_t_tokens = doubled
+    assert distance(assert_followed(imagen), before) > 1e-3
+
+
+class Diffusion(GaussianDiffusion):
+    """The same, by methods with other parameters' names than they need to have."""
+
+    calls = 0
+
+    def predict_start_from_noise(self, x_t, t, noise):
+        Diffusion.calls += 1
+        return super().predict_start_from_noise(x_t, t, noise)
+
+    def q_posterior(self, x_start, x_t, t):
+        Diffusion.calls += 1
+        return super().q_posterior(x_start, x_t, t)
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 2.0])
+def test_methods_of_a_diffusion_process_are_called(cond_scale):
+    imagen, other = make_imagen(), make_imagen()
+    Diffusion.calls = 0
+    other.noise_schedulers[0].__class__ = Diffusion
+    run = {"cond_scale": cond_scale}
+    assert distance(sample(other, **run), sample(imagen, **run)) < ROUNDING
+    assert Diffusion.calls == 2 * T
+    other.noise_schedulers[0].predict_start_from_noise = lambda x, t, noise: torch.zeros_like(x)
+    images = sample(other, **run)
+    assert distance(images, torch.full_like(images, 0.5)) < 1e-6
+
+
+@pytest.mark.parametrize("arguments", [{"sampler": "ddim"}, {"sampler": "dpmpp_2m", "steps": 5}, {"steps": 5}], ids=str)
+def test_samplers_that_would_not_call_them_are_refused(arguments):
+    imagen = make_imagen()
+    imagen.noise_schedulers[0].__class__ = Diffusion
+    with pytest.raises(ValueError, match="of this Diffusion was overridden: choose sampler='ddpm' with all steps"):
+        sample(imagen, **arguments)
+
+
+def test_float64_under_autocast():
+    imagen = make_imagen().to(torch.float64)
+    expected = sample(imagen, **RUN)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distance(sample(imagen, **RUN), expected) < ROUNDING
+
+
+# Modes
+
+
+class Merging(nn.Linear):
+    """Adds its other weight in eval mode, and takes it off again for training."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.beside = nn.Parameter(torch.ones(width, width))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.beside.data
+            self.merged = not mode
+        return self
+
+
+def test_layers_that_merge_their_weights_for_evaluation_take_them_apart_again():
+    model = nn.Sequential(Merging(2), nn.Dropout())
+    model[1].eval()
+    weight = model[0].weight.detach().clone()
+    with evaluating(model):
+        assert model[0].merged and distance(model[0].weight, weight) == 1
+    assert not model[0].merged and distance(model[0].weight, weight) < 1e-6
+    assert [part.training for part in model.modules()] == [True, True, False]
+
+
+def test_modes_come_back_with_the_last_of_several_evaluations():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout())
+    model[1].eval()
+    first, second = evaluating(model), evaluating(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(part.training for part in model.modules())
+    second.__exit__(None, None, None)
+    assert [part.training for part in model.modules()] == [True, True, False]
+
+
+def test_threads_that_sample_in_several_precisions_do_not_disturb_one_another():
+    unet = make_unet()
+    imagens = [make_imagen(unets=[unet]).accelerate(precision=name) for name in ("float32", "bfloat16")]
+    run = {**RUN, "steps": 1}
+    expected, wrong = [sample(imagen, **run) for imagen in imagens], []
+
+    def work(index):
+        try:
+            for _ in range(8):
+                if not torch.equal(sample(imagens[index], **run), expected[index]):
+                    wrong.append("other images")
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1, 0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -29,6 +29,8 @@ def pytest_configure(config):
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Float32 is float32 in what results are compared with: cuDNN would round to TF32.
+    torch.backends.cudnn.allow_tf32 = False
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         remember_builtins()
         if version("triton").startswith("3.6."):

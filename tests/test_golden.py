@@ -73,7 +73,7 @@ def test_unet_gradients(name, implementation):
     "name, memory_format", [("unet_attention", torch.contiguous_format), ("unet_super_test", torch.channels_last)]
 )
 def test_unet_on_the_triton_kernels(name, memory_format):
-    with use_implementation("triton"), torch.backends.cudnn.flags(allow_tf32=False):
+    with use_implementation("triton"):
         gradients = _check_gradients(name, memory_format)
     wider = "three TF32 products" if DEVICE.type == "cuda" else ()
     exact = _exact_gradients(name)

@@ -226,7 +226,8 @@ def test_one_large_value(every_width_is_wide):
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("value", [0.0, 3.3, -65504.0])
 def test_constant_pixels(value, wide, memory_format, request):
-    """Nothing is left of them, exactly; float64 itself leaves rounding."""
+    """Nothing is left of them; float64 itself leaves rounding, and a card's division does."""
+    slack = 0.0 if DEVICE.type == "cpu" else 1e-6
     if wide:
         request.getfixturevalue("every_width_is_wide")
     inputs = case(2, 200, 3, 5, memory_format=memory_format, residual=True)
@@ -234,7 +235,7 @@ def test_constant_pixels(value, wide, memory_format, request):
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     out, grad = ours(**inputs), randn("dy", 2, 200, 3, 5)
     out.backward(grad)
-    assert torch.equal(out, inputs["residual"]) and not inputs["gain"].grad.any()
+    assert (out - inputs["residual"]).abs().max() <= slack and inputs["gain"].grad.abs().max() <= slack
     g = grad.double() * inputs["gain"].detach().double()
     assert_near(inputs["x"].grad, (g - g.mean(1, keepdim=True)) * EPS**-0.5, dtype=torch.float32)
 

@@ -171,13 +171,14 @@ def test_large_mean_and_small_spread(c):
 @pytest.mark.parametrize("value", [0.0, 1.0, 3.3, -65504.0, 1e6])
 @pytest.mark.parametrize("c", [40, 512])
 def test_constant_rows(value, c):
-    """Nothing is left of them, exactly; float64 itself leaves rounding."""
+    """Nothing is left of them; float64 itself leaves rounding, and a card's division does."""
+    slack = 0.0 if DEVICE.type == "cpu" else 1e-6
     inputs = {name: tensor.requires_grad_() for name, tensor in case(4, c, residual=True).items()}
     inputs["x"] = torch.full((4, c), value, device=DEVICE, requires_grad=True)
     out, grad = ours(**inputs), randn("dy", 4, c)
     out.backward(grad)
-    assert torch.equal(out, inputs["residual"]) and torch.equal(inputs["residual"].grad, grad)
-    assert not inputs["gain"].grad.any()
+    assert (out - inputs["residual"]).abs().max() <= slack and torch.equal(inputs["residual"].grad, grad)
+    assert inputs["gain"].grad.abs().max() <= slack
     g = grad.double() * inputs["gain"].detach().double()
     assert_near(inputs["x"].grad, (g - g.mean(1, keepdim=True)) * EPS**-0.5, dtype=torch.float32)
 

@@ -85,14 +85,19 @@ def test_layouts():
 
 def test_second_derivatives():
     inputs = {name: value.double().requires_grad_() for name, value in case(1, 2, 3, 2, 3).items()}
-    assert torch.autograd.gradgradcheck(lambda *given: upsample_conv3x3(*given).sin(), tuple(inputs.values()))
+    # cuDNN's gradients of weights may be summed in another order every time.
+    assert torch.autograd.gradgradcheck(
+        lambda *given: upsample_conv3x3(*given).sin(), tuple(inputs.values()), nondet_tol=1e-12
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_where_it_reaches(value):
     inputs = case(1, 2, 3, 5, 5)
     inputs["x"][0, 1, 2, 2] = value
-    assert torch.equal(upsample_conv3x3(**inputs).isfinite(), reference(**inputs).isfinite())
+    # cuDNN may transform tiles, which then are not finite as a whole.
+    with torch.backends.cudnn.flags(enabled=False):
+        assert torch.equal(upsample_conv3x3(**inputs).isfinite(), reference(**inputs).isfinite())
 
 
 @FORMATS

@@ -220,17 +220,19 @@ def _is_customised(unet: Unet) -> bool:
     return not can_be_conditioned_ahead(unet.resnet_blocks)
 
 
-def _can_be_copied(unet: Unet) -> bool:
+def _has_known_parts(unet: Unet) -> bool:
     """Whether a copy computes what the U-Net does, now and later: not if a part may have a state that is not known.
 
     What such a part is told, and what it notes down itself, would not come to the one in the copy, or only there.
     """
-    return not _is_customised(unet) and all(is_known(part) for part in unet.modules() if part is not unet)
+    return all(is_known(part) for part in unet.modules() if part is not unet)
 
 
 def _autocast_if_needed(unet: Unet, device: torch.device, acceleration: Acceleration) -> AbstractContextManager:
     """Autocast, where it has to stand for a working copy."""
-    if _can_be_copied(unet) or unet.dtype == acceleration.dtype or autocast_dtype(device) is not None:
+    if unet.dtype == acceleration.dtype or autocast_dtype(device) is not None:
+        return nullcontext()
+    if not _is_customised(unet) and _has_known_parts(unet):
         return nullcontext()
     return torch.autocast(device.type, acceleration.dtype)
 
@@ -244,6 +246,7 @@ def _refuse_if_asked_for(names: tuple[str, ...], acceleration: Acceleration, obs
 @contextmanager
 def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator[_Steps]":
     autocast, customised = autocast_dtype(x.device), _is_customised(task.unet)
+    copied = not customised and _has_known_parts(task.unet)
     if customised:
         _refuse_if_asked_for(
             ("condition_cache", "cuda_graphs"),
@@ -251,12 +254,12 @@ def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator
             "the forward of the U-Net, or of a part of it, was replaced, compiled or given hooks, and would not be"
             " called. Compile with imagen.accelerate(compile='blocks')",
         )
-    elif not _can_be_copied(task.unet):
+    elif not copied or not task.update.is_plain:
         _refuse_if_asked_for(
             ("cuda_graphs",),
             acceleration,
-            "a part of the U-Net is of a class of another package, which may do more than compute, and a graph would"
-            " replay nothing else",
+            "a part of the U-Net, or the diffusion process, is of a class of another package, which may do more than"
+            " compute, and a graph would replay nothing else",
         )
     elif autocast is not None:
         _refuse_if_asked_for(
@@ -266,7 +269,7 @@ def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator
             " imagen.accelerate(precision='bfloat16') instead",
         )
     kept = kept_with(task.unet)
-    with kept.in_order(x.device), _steps_of(kept, task, x, acceleration, autocast, customised) as steps:
+    with kept.in_order(x.device), _steps_of(kept, task, x, acceleration, autocast, customised, copied) as steps:
         yield steps
 
 
@@ -278,9 +281,10 @@ def _steps_of(
     acceleration: Acceleration,
     autocast: torch.dtype | None,
     customised: bool,
+    copied: bool,
 ) -> "Iterator[_Steps]":
     unet, update = task.unet, task.update
-    copied = autocast is None and _can_be_copied(unet)
+    copied = copied and autocast is None
     if copied:
         unet = kept.working_copy(unet, acceleration.dtype, acceleration.layout)
     # Autocast keeps converted weights while it is active: a graph must not hold on to those.

@@ -150,6 +150,9 @@ def _compare(args: argparse.Namespace) -> int:
             print(error, file=sys.stderr)
             return REFUSED
     found = compare(first, second, args.threshold)
+    if not found.timed:
+        print(f"{args.a} and {args.b} cannot be compared: no case was timed in both", file=sys.stderr)
+        return REFUSED
     print(comparison_text(first, second, found, args.threshold))
     return REGRESSED if found.regressed else 0
 

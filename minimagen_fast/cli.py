@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import __version__
 
+PROGRAM = "minimagen-fast"
 # The status of a program that was stopped by Ctrl-C, and of one that was called wrongly.
 INTERRUPTED, MISUSED = 130, 2
 
@@ -21,22 +22,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after a user's error, 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser(words[0] if words else None)
-    args = parser.parse_args(words)
     try:
+        # For train this imports torch, which takes seconds.
+        args = _parser(words[0] if words else None).parse_args(words)
         return args.run(args)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError) as error:
         # Errors of this package are written for the user; a traceback would only hide them.
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return MISUSED
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="minimagen-fast", description="Train Imagen text-to-image models and sample from them."
+        prog=PROGRAM, description="Train Imagen text-to-image models and sample from them."
     )
     parser.add_argument("--version", action="version", version=f"minimagen_fast {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -66,8 +67,10 @@ def _add_quickstart(commands) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
+    from .generate import check_seed
     from .quickstart import DEFAULT_MINUTES, run_quickstart
 
+    check_seed(args.seed, "--seed")
     return run_quickstart(args.out, args.seed, DEFAULT_MINUTES if args.minutes is None else args.minutes)
 
 
@@ -145,7 +148,12 @@ def _captions(words: str) -> list[str]:
     path = Path(words)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give a caption, or a .txt file with one caption a line")
-    captions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    # Not splitlines(), which also breaks at characters that may stand in a caption.
+    captions = [line.strip() for line in text.split("\n") if line.strip()]
     if not captions:
         raise ValueError(f"{path} holds no caption")
     return captions
@@ -156,9 +164,10 @@ def _sample(args: argparse.Namespace) -> int:
 
     from PIL import Image
 
-    from .generate import sample_and_save
+    from .generate import check_seed, sample_and_save
     from .pictures import captioned_grid
 
+    check_seed(args.seed, "--seed")
     captions = _captions(args.CAPTIONS)
     out = args.out or Path(datetime.now().strftime("generated_images_%Y%m%d_%H%M%S"))
     sample_and_save(

@@ -136,18 +136,32 @@ def _json_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
             continue
         try:
             rows.append((f"line {number}", json.loads(line)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{file.name}, line {number}: not JSON ({error})")
     return rows
 
 
 def _csv_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(_text(file, problems), newline=""))
+    rows = []
     try:
-        return [(f"line {reader.line_num}", row) for row in reader]
+        names = list(reader.fieldnames or ())
+        problems += [
+            f"{file.name}, line {reader.line_num}: there are {names.count(name)} columns {name}: keep one"
+            for name in ("file_name", "text")
+            if names.count(name) > 1
+        ]
+        for row in reader:
+            if None in row:  # where the reader puts what is beyond the header
+                problems.append(
+                    f"{file.name}, line {reader.line_num}: has {len(names) + len(row[None])} fields, the header"
+                    f" {len(names)}: a caption with commas needs quotation marks"
+                )
+            else:
+                rows.append((f"line {reader.line_num}", row))
     except csv.Error as error:
         problems.append(f"{file.name}, line {reader.line_num}: not CSV ({error})")
-        return []
+    return rows
 
 
 def _from_metadata(

@@ -2,8 +2,9 @@
 
 import inspect
 import os
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
@@ -34,9 +35,33 @@ def load_params(directory: str | os.PathLike) -> tuple[list[dict[str, Any]], dic
 
     Raises:
         FileNotFoundError: The directory has no folder ``parameters``, or a file is missing there.
-        ValueError: A file is not valid JSON.
+        ValueError: A file is not valid JSON, or does not hold parameters.
     """
-    return get_model_params(Path(directory) / "parameters")
+    return checked_params(Path(directory) / "parameters", needed=("image_sizes", "text_encoder_name"))
+
+
+def checked_params(
+    folder: Path, *, needed: Sequence[str] = ("image_sizes",)
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Reads a folder ``parameters``, of whatever origin.
+
+    Args:
+        folder: The folder.
+        needed: What the parameters of the Imagen must have.
+
+    Raises:
+        FileNotFoundError: The folder or a file is missing.
+        ValueError: A file is not valid JSON, or does not hold parameters.
+    """
+    unets_params, imagen_params = get_model_params(folder)
+    owners = [(f"U-Net {index}", params, ["dim"]) for index, params in enumerate(unets_params)]
+    for owner, params, names in (*owners, ("the Imagen", imagen_params, needed)):
+        if not isinstance(params, dict) or not set(names) <= set(params):
+            raise ValueError(
+                f"the parameters of {owner} in {folder} must be an object with {' and '.join(names)}, got"
+                f" {str(params)[:100]}: restore the file, or save the parameters again"
+            )
+    return unets_params, imagen_params
 
 
 def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str | None = None) -> Imagen:
@@ -58,6 +83,11 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
             cannot be used.
     """
     directory = Path(directory)
+    if device is None:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = usable_device(device)
+    if device.type == "meta":
+        raise ValueError("device 'meta' cannot be used here: it holds no values. Give cpu, or cuda if there is one")
     imagen = build_imagen(*load_params(directory))
     folder = TrainedFolder(directory)
     for index, unet in enumerate(imagen.unets):
@@ -70,9 +100,7 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
                 stacklevel=2,
             )
         weights.load_into(unet)
-    if device is None:
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return imagen.to(usable_device(device)).eval()
+    return imagen.to(device).eval()
 
 
 def build_imagen(unets_params: list[dict[str, Any]], imagen_params: dict[str, Any]) -> Imagen:
@@ -152,15 +180,31 @@ def sample_and_save(
     _check_filetype(filetype, minimagen)
     inspect.signature(minimagen.sample).bind(texts=captions, return_pil_images=True, **sample_args)
 
+    found = root.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lines = [" ".join(caption.splitlines()) + "\n" for caption in captions]
     (root / "captions.txt").write_text("".join(lines), encoding="utf-8")
     if training_directory is not None:
         (root / "imagen_training_directory.txt").write_text(os.fspath(training_directory), encoding="utf-8")
 
-    images = minimagen.sample(texts=list(captions), return_pil_images=True, **sample_args)
+    try:
+        images = minimagen.sample(texts=list(captions), return_pil_images=True, **sample_args)
+    except BaseException:
+        if not found:  # a folder without pictures is of no use
+            shutil.rmtree(root, ignore_errors=True)
+        raise
     for index, image in enumerate(images):
         image.save(folder / f"image_{index}.{filetype}")
+
+
+def check_seed(seed: int | None, argument: str) -> None:
+    """Refuses a seed that torch has no room for.
+
+    Raises:
+        ValueError: it has more than 64 bits.
+    """
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{argument} must be a whole number below 2^64, and not below -2^63; got {seed}")
 
 
 def _check_filetype(filetype: str, minimagen: Imagen) -> None:

@@ -24,12 +24,12 @@ def build_optimizer(imagen: Imagen, rates: Mapping[int, float], weight_decay: fl
         weight_decay: Share of a weight that is taken off it in a step, times the learning rate; at least 0.
 
     Raises:
-        ValueError: a learning rate is not positive, or the weight decay is negative.
+        ValueError: a learning rate is not positive, the weight decay is negative, or one of them is not finite.
     """
-    if bad := {number: rate for number, rate in rates.items() if not rate > 0}:
-        raise ValueError(f"learning rates must be positive, got {bad}")
-    if weight_decay < 0:
-        raise ValueError(f"WEIGHT_DECAY must be at least 0, got {weight_decay}")
+    if bad := {number: rate for number, rate in rates.items() if not 0 < rate < math.inf}:
+        raise ValueError(f"learning rates must be positive and finite, got {bad}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"WEIGHT_DECAY must be at least 0 and finite, got {weight_decay}")
     groups = [{"params": list(imagen.unets[n - 1].parameters()), "lr": rate} for n, rate in rates.items()]
     fused = imagen.device.type in _FUSED_ON
     if weight_decay:

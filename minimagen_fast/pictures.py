@@ -54,11 +54,13 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
             continue
         if line:
             lines.append(line)
-        line = word
-        while font.getlength(line) > width:
-            fitting = max(n for n in range(1, len(line)) if n == 1 or font.getlength(line[:n]) <= width)
-            lines.append(line[:fitting])
-            line = line[fitting:]
+        line = ""
+        # Letter by letter, so that a line is all that is ever measured: a word may be of any length.
+        for letter in word:
+            if line and font.getlength(line + letter) > width:
+                lines.append(line)
+                line = ""
+            line += letter
     return [*lines, line] if line else lines
 
 

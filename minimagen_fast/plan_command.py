@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .generate import checked_params
 from .plan import Assumed, make_plan
 from .plan_data import Data
 from .plan_setup import CARDS, STRATEGIES, Card, Setup, read_json
@@ -14,7 +15,6 @@ from .plan_table import plan_text
 from .plan_time import from_mfu, from_profile
 from .plan_unet import Network
 from .t5 import get_encoded_dim
-from .training import get_model_params
 from .Unet import Base, BaseTest, Super, SuperTest
 
 __all__ = ["add_plan_arguments", "run_plan"]
@@ -167,12 +167,22 @@ def _config(path: Path) -> dict[str, Any]:
         return read_json(path)
     if (path / "config.json").is_file():
         return read_json(path / "config.json")
-    unets, imagen = get_model_params(path)
+    unets, imagen = checked_params(path)
     return {"unets": unets, "imagen": imagen}
 
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    for name in ("batch_size", "ranks", "accumulate", "unet_number"):
+        value = config.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} in the --config must be a whole number of at least 1, got {value!r}: correct it")
     levels = config.get("checkpoint_levels")
+    if levels is not None and not isinstance(levels, list):
+        raise ValueError(f"checkpoint_levels in the --config must be a list of numbers, got {levels!r}: correct it")
+    if config.get("parallel") not in (None, *STRATEGIES):
+        raise ValueError(
+            f"parallel in the --config must be {' or '.join(STRATEGIES)}, got {config['parallel']!r}: correct it"
+        )
     return {
         "batch_size": config.get("batch_size"),
         "gpus": config.get("ranks"),
@@ -215,6 +225,13 @@ def _unet_of(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[str, 
         sizes = imagen["image_sizes"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"--config {args.config} lacks unets, imagen or its image_sizes: give --unet") from error
+    sizes = sizes if isinstance(sizes, list) else [sizes]
+    fine = isinstance(unets, list) and len(unets) == len(sizes) > 0 and all(isinstance(one, dict) for one in unets)
+    if not fine or not all(isinstance(size, int) for size in sizes):
+        raise ValueError(
+            f"--config {args.config} must have the arguments of each U-Net in unets, and a number for each in"
+            f" image_sizes, got {sizes!r}: correct it, or give --unet"
+        )
     number = args.unet_number or config.get("unet_number") or (1 if len(unets) == 1 else None)
     if number is None or not 1 <= number <= len(unets):
         raise ValueError(
@@ -226,5 +243,4 @@ def _unet_of(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[str, 
     width = imagen.get("text_embed_dim") or (get_encoded_dim(encoder) if encoder else None)
     if width is not None:
         values["text_embed_dim"] = width
-    size = sizes[number - 1] if isinstance(sizes, list) else sizes
-    return f"unet-{number}", values, size, encoder
+    return f"unet-{number}", values, sizes[number - 1], encoder

@@ -143,7 +143,7 @@ def read_run(path: Path) -> RunRecords:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             # The last one may still be being written.
             records.unreadable += line is not unfinished
             continue

@@ -206,6 +206,10 @@ class Snapshots:
 
     # Reading
 
+    def steps(self) -> list[int]:
+        """Numbers of optimizer steps of the checkpoints that are there, whole or not, the highest first."""
+        return [_step(path) for path in self._all()]
+
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole, on all ranks; None if there is no checkpoint. Damaged ones are named.
 

@@ -1,23 +1,24 @@
 """``minimagen-fast train``: from command line arguments to a training directory, on one process or many."""
 
 import argparse
+import errno
 import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.utils.data import IterableDataset
 
 from .files import replace_file
-from .generate import build_imagen
+from .generate import build_imagen, check_seed, checked_params
 from .helpers import usable_device
 from .Imagen import Imagen
 from .loading import ShardedLoader
@@ -26,6 +27,7 @@ from .parallel import CHOICES, shard
 from .ranks import DEFAULT_TIMEOUT, Ranks, as_lost, open_ranks
 from .sampled_prompts import sampled_prompts
 from .settings import TrainingSettings
+from .snapshots import Snapshots
 from .sources import add_data_arguments, open_data
 from .stopping import STOPPED, StopRequest, stop_on_signals
 from .streams import StreamedLoader
@@ -34,7 +36,6 @@ from .training import (
     create_directory,
     get_default_args,
     get_minimagen_parser,
-    get_model_params,
     get_model_size,
     load_restart_training_parameters,
     load_testing_parameters,
@@ -42,19 +43,33 @@ from .training import (
 )
 from .Unet import Base, BaseTest, Super, SuperTest, Unet
 from .watching import Watch
+from .weights_files import EXPORTED, TrainedFolder
 
 COND_DROP_PROB = 0.15
 # Exit statuses: the numbers of sysexits.h, besides STOPPED.
 DIVERGED, RANK_LOST = 70, 76
-CONFIG, ENDED = "config.json", "ended.json"
+CONFIG, ENDED, LOCK = "config.json", "ended.json", ".lock"
+
+
+class _Noted(argparse.Action):
+    """Stores a value, and in `given` that the command line has it: no default is to be taken for a wish."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        namespace.given = {*namespace.given, self.dest}
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the documented arguments of a training, where the data is, and how to train at scale."""
+    parser.set_defaults(given=frozenset())
     documented = get_minimagen_parser()
     for action in documented._actions:
-        if action.dest != "help":
-            parser._add_action(action)
+        if action.nargs == 0:
+            if action.dest != "help":
+                parser._add_action(action)
+            continue
+        options = {name: getattr(action, name) for name in ("dest", "type", "default", "help")}
+        parser.add_argument(*action.option_strings, action=_Noted, **options)
     add_data_arguments(parser)
     add = parser.add_argument_group("where").add_argument
     add("--DEVICE", help="where to train, such as cpu or cuda:1 (cuda if there is one; under torchrun each its own)")
@@ -109,11 +124,14 @@ def run_train(args: argparse.Namespace) -> int:
         raise ValueError("give either --RESTART_DIRECTORY or --PARAMETERS, not both")
     name = args.DEVICE or ("cuda:" + os.environ.get("LOCAL_RANK", "0") if torch.cuda.is_available() else "cpu")
     device = usable_device(name, "--DEVICE")
+    if device.type == "meta":
+        raise ValueError("--DEVICE 'meta' cannot be used here: it holds no values. Give cpu, or cuda if there is one")
+    check_seed(args.SEED, "--SEED")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        with open_ranks(device, args.RANK_TIMEOUT) as ranks, _stop_requests(ranks) as stop:
-            return _train(args, device, ranks, stop)
+        with open_ranks(device, args.RANK_TIMEOUT) as ranks, _stop_requests(ranks) as stop, ExitStack() as held:
+            return _train(args, device, ranks, stop, held)
     except TrainingDiverged as error:
         print(f"minimagen-fast train: {error}", file=sys.stderr)
         return DIVERGED
@@ -155,21 +173,79 @@ def _find_run(args: argparse.Namespace, ranks: Ranks) -> _Run:
     if args.OUT is None:
         return _Run(Path(f"training_{now}").absolute(), now, restart)
     directory = args.OUT.absolute()
-    if ranks.from_first((directory / "checkpoints" / "latest").is_file()):
-        config = _read_config(directory)
-        return _Run(directory, config.get("timestamp", now), directory)
-    return _Run(directory, now, restart)
+    exported = [path.name for path in (directory / EXPORTED, *directory.glob("unet_*.safetensors")) if path.is_file()]
+    if ranks.from_first(bool(exported)):
+        raise ValueError(
+            f"--OUT {directory} holds exported weights, which would be taken for those of the training: name another"
+            f" folder. To train what it describes, add -p {directory / 'parameters'}"
+        )
+    # Where no step was made, nothing is lost that the same command would not do again.
+    if not ranks.from_first(any(Snapshots(directory / "checkpoints", ranks).steps())):
+        return _Run(directory, now, restart)
+    if restart not in (None, directory):
+        _tell(ranks, f"--RESTART_DIRECTORY {restart} is ignored: {directory} holds a training, which goes on")
+    return _Run(directory, _read_config(directory).get("timestamp", now), directory)
+
+
+def _tell(ranks: Ranks, text: str) -> None:
+    if ranks.first:
+        print(f"minimagen-fast train: {text}", file=sys.stderr)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Delete it, or restore it") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, got a {type(values).__name__}. Delete it, or restore it")
+    return values
 
 
-def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: StopRequest) -> int:
+def _take_over(args: argparse.Namespace, folder: str, ranks: Ranks, *, justparams: bool = False) -> None:
+    """Takes over what is fixed by the folder, and says what of the command line does not count then."""
+    asked = {name: getattr(args, name) for name in sorted(args.given)}
+    load_restart_training_parameters(args, justparams)
+    if justparams and "TIMESTEPS" in asked:
+        args.TIMESTEPS = asked["TIMESTEPS"]
+    for name, value in asked.items():
+        if getattr(args, name) != value:
+            _tell(ranks, f"--{name} {value} is ignored: in {folder} it is {getattr(args, name)}")
+    if not justparams and args.PARAMETERS is not None:
+        begun = TrainedFolder(Path(folder)).arguments.get("PARAMETERS")
+        if begun != args.PARAMETERS:
+            _tell(ranks, f"--PARAMETERS {args.PARAMETERS} is ignored: {folder} goes on with the parameters it has")
+
+
+@contextmanager
+def _alone_in(directory: Path, ranks: Ranks) -> Iterator[None]:
+    """Keeps other trainings out of a directory: they would remove each other's checkpoints.
+
+    Raises:
+        ValueError: another one is under way there.
+    """
+    with open(directory / LOCK, "a") if ranks.first else nullcontext() as file:
+        if ranks.from_first(file is not None and not _locked(file)):
+            raise ValueError(f"another training is under way in {directory}: wait for its end, or name another --OUT")
+        yield
+
+
+def _locked(file: IO) -> bool:
+    """Locks a file until the end of the process; False if another one has. Systems without locks let everyone in."""
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    try:
+        # Not flock: loader processes, which may outlive a killed training by seconds, would hold that.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: StopRequest, held: ExitStack) -> int:
     if args.TESTING:
         load_testing_parameters(args)
         if args.DATA == "built-in":
@@ -177,9 +253,9 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     run = _find_run(args, ranks)
     if run.restart is not None:
         args.RESTART_DIRECTORY = str(run.restart)
-        load_restart_training_parameters(args)
+        _take_over(args, args.RESTART_DIRECTORY, ranks)
     elif args.PARAMETERS is not None:
-        load_restart_training_parameters(args, justparams=True)
+        _take_over(args, args.PARAMETERS, ranks, justparams=True)
 
     train_data, valid_data = open_data(args)
     # The same weights on every rank, whatever was drawn while the data was opened.
@@ -213,6 +289,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     if ranks.first:
         create_directory(run.directory)
     ranks.wait()
+    held.enter_context(_alone_in(run.directory, ranks))
     watch = Watch(
         run.directory,
         imagen,
@@ -223,6 +300,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         tensorboard=args.TENSORBOARD,
         precision_peak_flops=None if args.PEAK_TFLOPS is None else args.PEAK_TFLOPS * 1e12,
     )
+    held.callback(watch.close)  # also where the training cannot be continued
     trainer = Trainer(
         settings,
         imagen,
@@ -238,12 +316,14 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         watch=watch,
         sample=sample,
     )
+    used = _used_rates(args, list(rates.values()), optimizer, ranks)
     # Not before it is sure that the training can go on with these.
     if ranks.first:
         (run.directory / ENDED).unlink(missing_ok=True)
         if not run.in_place:
-            size = get_model_size(imagen)
-            save_training_info(args, run.timestamp, unets_params, imagen_params, size, create_directory(run.directory))
+            arguments = {name: value for name, value in vars(args).items() if name not in ("run", "given")}
+            size, training_dir = get_model_size(imagen), create_directory(run.directory)
+            save_training_info(arguments, run.timestamp, unets_params, imagen_params, size, training_dir)
         settings.save(
             run.directory / CONFIG,
             timestamp=run.timestamp,
@@ -253,7 +333,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
             ranks=ranks.size,
             parallel=args.PARALLEL,
             checkpoint_levels=levels,
-            learning_rates=list(rates.values()),
+            learning_rates=used,
             unet_number=numbers[0] if len(numbers) == 1 else None,
         )
         _introduce(imagen, numbers, train_data, device, ranks, run)
@@ -265,6 +345,11 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
             " and the same other arguments"
         )
         raise
+    if why == "done" and args.EPOCHS and not trainer.steps_made:
+        raise ValueError(
+            f"no step could be made in {args.EPOCHS} epochs, so nothing was learned: check the data, of which"
+            f" {run.directory / 'training_progess.txt'} says what was skipped"
+        )
     if ranks.first:
         ended = {"why": why, "step": trainer.position.step, "epoch": trainer.position.epoch}
         replace_file(run.directory / ENDED, (json.dumps(ended) + "\n").encode())
@@ -289,8 +374,11 @@ def _introduce(
 
 
 def _settings(args: argparse.Namespace, numbers: list[int]) -> TrainingSettings:
-    if args.LOG_INTERVAL < 1:
-        raise ValueError(f"LOG_INTERVAL must be at least 1, got {args.LOG_INTERVAL}")
+    for name in ("LOG_INTERVAL", "SAMPLE_STEPS"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if not math.isfinite(args.SAMPLE_COND_SCALE):
+        raise ValueError(f"SAMPLE_COND_SCALE must be a finite number, got {args.SAMPLE_COND_SCALE}")
     if args.TENSORBOARD and importlib.util.find_spec("tensorboard") is None:
         raise ImportError("--TENSORBOARD needs the package tensorboard: pip install 'minimagen_fast[tensorboard]'")
     return TrainingSettings(
@@ -342,6 +430,20 @@ def _learning_rates(args: argparse.Namespace, numbers: list[int]) -> dict[int, f
     return dict(zip(numbers, rates, strict=True))
 
 
+def _used_rates(
+    args: argparse.Namespace, asked: list[float], optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> list[float]:
+    """The learning rates, which a continued training has from its checkpoint; says so where others are asked for."""
+    used = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    if used != asked and (args.UNET_LRS is not None or "OPTIM_LR" in args.given):
+        name = "OPTIM_LR" if args.UNET_LRS is None else "UNET_LRS"
+        _tell(ranks, f"--{name} {getattr(args, name)} is ignored: the training goes on with {used}, as it began")
+    decay = optimizer.param_groups[0]["weight_decay"]
+    if decay != args.WEIGHT_DECAY:
+        _tell(ranks, f"--WEIGHT_DECAY {args.WEIGHT_DECAY} is ignored: the training goes on with {decay}, as it began")
+    return used
+
+
 def _loaders(
     args: argparse.Namespace, train_data: Any, valid_data: Any, device: torch.device, ranks: Ranks
 ) -> tuple[Any, ShardedLoader]:
@@ -369,16 +471,18 @@ def _shard(imagen: Imagen, numbers: list[int], ranks: Ranks, args: argparse.Name
 def _model(args: argparse.Namespace) -> tuple[Imagen, list[dict[str, Any]], dict[str, Any]]:
     """The cascade, and the full parameters of its U-Nets and itself as a training directory keeps them."""
     if args.RESTART_DIRECTORY is not None:
-        unets_params, imagen_params = get_model_params(Path(args.RESTART_DIRECTORY) / "parameters")
+        unets_params, imagen_params = checked_params(Path(args.RESTART_DIRECTORY) / "parameters")
     elif args.PARAMETERS is not None:
-        unets_params, imagen_params = get_model_params(args.PARAMETERS)
+        unets_params, imagen_params = checked_params(Path(args.PARAMETERS))
     else:
         classes = (BaseTest, SuperTest) if args.TESTING else (Base, Super)
         unets_params = [get_default_args(unet_class) for unet_class in classes]
         imagen_params = dict(image_sizes=(args.IMG_SIDE_LEN // 2, args.IMG_SIDE_LEN), cond_drop_prob=COND_DROP_PROB)
     if args.RESTART_DIRECTORY is None:
-        # The command line has the last word on what the documented flags name.
-        imagen_params = {**imagen_params, "timesteps": args.TIMESTEPS, "text_encoder_name": args.T5_NAME}
+        imagen_params = {**imagen_params, "text_encoder_name": args.T5_NAME}
+        # What is described may have other timesteps for each U-Net; the command line has the last word.
+        if args.PARAMETERS is None or "timesteps" not in imagen_params or "TIMESTEPS" in args.given:
+            imagen_params["timesteps"] = args.TIMESTEPS
     unets_params = [
         {**get_default_args(Unet), **params, "lowres_cond": place > 0} for place, params in enumerate(unets_params)
     ]

@@ -192,6 +192,11 @@ class Trainer:
         # One rank alone must not give up what the others wait for.
         return self.ranks.size == 1 and has_time_limit()
 
+    @property
+    def steps_made(self) -> int:
+        """Number of optimizer steps that changed weights, those of the training that is continued included."""
+        return self.position.step - int(self.bad_steps)
+
     # The run
 
     def run(self) -> str:
@@ -548,6 +553,8 @@ class Trainer:
             losses = self._validate()
             if losses is None:
                 self._say("No validation image: state_dicts/ gets the latest weights, unless it has validated ones.")
+            if not self.steps_made:  # weights that have learned nothing are not the best of anything
+                return losses
             for index, number in enumerate(self.numbers):
                 best = self.best_losses[number]
                 if math.isinf(best) if losses is None else losses[index] < best:
@@ -658,8 +665,7 @@ class Trainer:
         must_agree("U-Nets trained", values["unet_numbers"], self.numbers)
         must_agree("seed", values["seed"], self.settings.seed)
         place = values["position"]
-        if place["batch"]:
-            must_agree("batches in an epoch", values["batches_in_epoch"], self.batches_in_epoch)
+        must_agree("batches in an epoch", values["batches_in_epoch"], self.batches_in_epoch)
         take_over(self.owners, saved, self.ranks)
 
         # On a rank that was not there before, and only there, the random states are new: images have seeds then.

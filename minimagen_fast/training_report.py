@@ -127,11 +127,12 @@ def _end(records: RunRecords, directory: Path) -> str:
         ended = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_mtime >= begun else None
     except FileNotFoundError:
         ended = None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"{file.name} cannot be read ({error})."
     if not isinstance(ended, dict) or "why" not in ended:
         return "Under way, or ended without a word."
-    return f"The training is {_ENDS.get(ended['why'], ended['why'])}, after {ended.get('step')} optimizer steps."
+    why = _plain(ended["why"])
+    return f"The training is {_ENDS.get(why, why)}, after {ended.get('step')} optimizer steps."
 
 
 def _totals(records: RunRecords) -> list[tuple[str, str]]:

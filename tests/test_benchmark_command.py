@@ -106,6 +106,13 @@ def test_other_machines_and_profiles_are_not_compared(cpu, tmp_path, capsys, fie
     assert cli.main(["bench", "compare", str(cpu), str(other), "--force"]) == 0
 
 
+def test_runs_without_a_common_case_are_not_compared(cpu, tmp_path, capsys):
+    content = json.loads(cpu.read_text())
+    (tmp_path / "b.json").write_text(json.dumps(content | {"cases": []}))
+    assert cli.main(["bench", "compare", str(cpu), str(tmp_path / "b.json")]) == 2
+    assert "no case was timed in both" in capsys.readouterr().err
+
+
 def test_user_errors_end_with_a_message(cpu, tmp_path, capsys):
     for words in (
         ["report", "nowhere.json"],

@@ -111,6 +111,8 @@ def test_ctrl_c_saves_and_says_where(short, tmp_path, monkeypatch, capsys):
         (["train", "-rd", "a", "-p", "b"], "not both"),
         (["train", "--DATA", "built-in", "-t5", "t5_tiny", "-f", "2"], "TRAIN_VALID_FRAC must lie between"),
         (["quickstart", "--minutes", "0"], "minutes must be at least"),
+        (["quickstart", "--seed", str(10**30)], "--seed must be a whole number below 2^64"),
+        (["sample", "-d", "nowhere", "-c", "x", "--seed", str(10**30)], "--seed must be a whole number below 2^64"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, words, message):
@@ -119,6 +121,24 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error and error.startswith("minimagen-fast: error: ") and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_captions_are_lines_of_utf8(tmp_path):
+    file = tmp_path / "captions.txt"
+    file.write_bytes("a\u2028b\x0cc\r\n\r\nd".encode())
+    assert cli._captions(str(file)) == ["a\u2028b\x0cc", "d"]
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="captions.txt is not UTF-8 text"):
+        cli._captions(str(file))
+
+
+def test_ctrl_c_while_the_command_is_loaded(monkeypatch, capsys):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupted)
+    assert cli.main(["train"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "\nStopped.\n"
 
 
 def test_the_command_as_a_program():

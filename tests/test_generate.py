@@ -83,6 +83,20 @@ def test_the_default_device_is_cuda_where_there_is_one(trained):
 def test_a_device_that_is_not_there_is_refused(trained):
     with pytest.raises(ValueError, match="device 'moon' cannot be used here"):
         load_minimagen(trained[0], device="moon")
+    with pytest.raises(ValueError, match="device 'meta' cannot be used here"):
+        load_minimagen(trained[0], device="meta")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{}"])
+def test_files_that_hold_no_parameters_are_named(tmp_path, content):
+    folder = write_directory(tmp_path) / "parameters"
+    (folder / "imagen_params_1.json").write_text(content)
+    with pytest.raises(ValueError, match="the Imagen in .*parameters must be an object with image_sizes and text_enc"):
+        load_params(tmp_path)
+    write_directory(tmp_path)
+    (folder / "unet_1_params_1.json").write_text(content)
+    with pytest.raises(ValueError, match="U-Net 1 in .*parameters must be an object with dim"):
+        load_params(tmp_path)
 
 
 def test_the_newest_weights_count_and_other_files_do_not(trained):
@@ -224,6 +238,17 @@ def test_mistakes_are_found_before_anything_is_sampled_or_written(
     with pytest.raises(error, match=message):
         sample_and_save(captions, **{"minimagen": imagen, "save_directory": "out", **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_sampling_that_fails_leaves_no_folder_of_its_own(tmp_path):
+    options = {"minimagen": make_imagen(1), "sample_args": sample_args("a", steps=0)}
+    with pytest.raises(ValueError, match="steps"):
+        sample_and_save(["a"], **options, save_directory=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ValueError, match="steps"):
+        sample_and_save(["a"], **options, save_directory=tmp_path / "old")
+    assert (tmp_path / "old").is_dir(), "what was there before stays"
 
 
 def test_images_that_are_there_already_are_not_mixed_with_others(tmp_path):

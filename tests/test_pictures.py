@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from minimagen_fast.pictures import INK, LINE_COLORS, PAPER, captioned_grid, loss_curve
+from minimagen_fast.pictures import INK, LINE_COLORS, PAPER, _wrapped, captioned_grid, loss_curve
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -62,6 +62,20 @@ def test_long_captions_are_wrapped_within_their_column():
     assert long.height > short.height and long.width == short.width
     dark = (pixels(long)[150:] < 128).all(-1)
     assert dark[:, 16:144].any() and not dark[:, :14].any() and not dark[:, 146:].any()
+
+
+def test_a_word_of_any_length_is_wrapped_at_once(monkeypatch):
+    measured = []
+
+    def length(self, text, *rest):
+        measured.append(len(text))
+        return 10.0 * len(text)
+
+    monkeypatch.setattr(ImageFont.FreeTypeFont, "getlength", length)
+    font = ImageFont.load_default(14)
+    assert _wrapped("ab " + "x" * 1000, font, 96) == ["ab", *["x" * 9] * 111, "x"]
+    # Once as a whole, then no more than a line at a time.
+    assert sorted(measured)[-2:] == [10, 1003] and len(measured) < 1100
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])

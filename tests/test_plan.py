@@ -238,8 +238,9 @@ def trained(folder, **further):
     unets = [get_default_args(BaseTest), get_default_args(SuperTest)]
     imagen = {"image_sizes": [16, 32], "text_encoder_name": "t5_large", "text_embed_dim": None}
     values = {"unets": unets, "imagen": imagen, "batch_size": 32, "ranks": 4, "parallel": "fsdp", "unet_number": 2}
+    values["checkpoint_levels"] = [0]
     settings = TrainingSettings(accumulate=3, ema_decay=0.99)
-    settings.save(folder / "config.json", checkpoint_levels=[0], **{**values, **further})
+    settings.save(folder / "config.json", **{**values, **further})
     return folder
 
 
@@ -323,6 +324,16 @@ def test_settings_that_do_not_fit_are_refused(capsys, tmp_path):
     assert "1 to 2; got 5" in refusal(capsys, "--config", path, "--images", "1", "--unet-number", "5")
     trained(tmp_path, unet_number=None)
     assert "must say which U-Net" in refusal(capsys, "--config", path, "--images", "1")
+    for wrong, why in (
+        ({"batch_size": "32"}, "batch_size in the --config must be a whole number of at least 1, got '32'"),
+        ({"ranks": [4]}, "ranks in the --config"),
+        ({"checkpoint_levels": 1}, "checkpoint_levels in the --config"),
+        ({"parallel": "tp"}, "parallel in the --config must be ddp or fsdp or hybrid, got 'tp'"),
+        ({"imagen": {"image_sizes": []}}, "a number for each in image_sizes, got []"),
+        ({"unets": [1, 2]}, "must have the arguments of each U-Net in unets"),
+    ):
+        trained(tmp_path, **wrong)
+        assert why in refusal(capsys, "--config", path, "--images", "1")
     (tmp_path / "config.json").write_text("{}")
     assert "lacks unets" in refusal(capsys, "--config", path, "--images", "1", "--batch", "1")
     assert "there is no file" in refusal(capsys, "--config", str(tmp_path / "no.json"), "--images", "1")

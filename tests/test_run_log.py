@@ -89,6 +89,7 @@ def test_lines_that_are_no_records_are_counted(tmp_path):
         b"[1]",
         b'"step"',
         b"\0\0\xff",
+        b"[" * 100_000,
         json.dumps(incomplete).encode(),
         b'{"kind": "other", "step": 1, "time": 1}',
     ]
@@ -96,7 +97,7 @@ def test_lines_that_are_no_records_are_counted(tmp_path):
     path.write_bytes(b"\n".join(lines) + b"\n")
     read = read_run(path)
     assert [entry["step"] for entry in read.steps] == [6]
-    assert read.unreadable == 6
+    assert read.unreadable == 7
 
 
 def test_of_repeated_steps_the_last_count(tmp_path):

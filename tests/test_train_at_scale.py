@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +247,12 @@ def test_a_super_resolution_u_net_alone_enlarges_validation_pictures(data, tmp_p
         (["--LOG_INTERVAL", "0"], "LOG_INTERVAL must be at least 1"),
         (["--SAMPLE_INTERVAL", "1", "--SAMPLE_PROMPTS", "nowhere.txt"], "there is no file nowhere.txt"),
         (["--WEIGHT_DECAY", "-1"], "WEIGHT_DECAY must be at least 0"),
+        (["-lr", "inf"], "learning rates must be positive and finite, got {1: inf, 2: inf}"),
+        (["--UNET_LRS", "1e-3,nan"], "learning rates must be positive and finite, got {2: nan}"),
+        (["--SAMPLE_STEPS", "0"], "SAMPLE_STEPS must be at least 1, got 0"),
+        (["--SAMPLE_COND_SCALE", "nan"], "SAMPLE_COND_SCALE must be a finite number, got nan"),
+        (["--SEED", str(10**30)], "--SEED must be a whole number below 2^64"),
+        (["--DEVICE", "meta"], "--DEVICE 'meta' cannot be used here"),
     ],
 )
 def test_wrong_arguments_are_one_line(data, tmp_path, capsys, further, message):
@@ -261,3 +269,124 @@ def test_the_same_weights_whatever_the_learning_rates_of_other_unets(data, tmp_p
     files = [torch.load(tmp_path / name / "tmp" / "unet_1_tmp.pth", weights_only=True) for name in ("both", "one")]
     for name, value in files[0].items():
         torch.testing.assert_close(value, files[1][name], rtol=0, atol=1e-6)
+
+
+# The same command again, and not quite the same
+
+
+@pytest.fixture
+def started(data, tmp_path):
+    """The words of a command that has trained for an epoch."""
+    words = command(data, tmp_path / "run", "-e", "1", "--UNET", "1", "-lr", "1e-3")
+    assert cli.main(words) == 0
+    return words
+
+
+def changed(words, **flags):
+    words = list(words)
+    for flag, value in flags.items():
+        words[words.index(f"-{flag}") + 1] = value
+    return words
+
+
+def test_what_a_training_keeps_is_named_where_the_command_line_differs(started, tmp_path, capsys):
+    assert cli.main([*changed(started, e="2", lr="1e-2", mw="16", t="30")]) == 0
+    said = capsys.readouterr().err
+    assert "--OPTIM_LR 0.01 is ignored: the training goes on with [0.001], as it began" in said
+    assert f"--MAX_NUM_WORDS 16 is ignored: in {tmp_path / 'run'} it is 32" in said
+    assert "--TIMESTEPS 30 is ignored" in said and "T5_NAME" not in said and "PARAMETERS" not in said
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["learning_rates"] == [1e-3]
+    assert {group["lr"] for group in state_of(tmp_path / "run")["optimizer"]["groups"]} == {1e-3}
+    assert cli.main(changed(started, e="2")) == 0
+    assert "is ignored" not in capsys.readouterr().err
+    assert cli.main(changed(started, p="elsewhere")) == 0
+    assert "--PARAMETERS elsewhere is ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [{"b": "2"}, {"f": "0.5"}])
+def test_other_batches_are_refused_between_epochs_too(started, capsys, flags):
+    assert cli.main(changed(started, e="2", **flags)) == cli.MISUSED
+    assert "batches in an epoch: 5 in that training" in capsys.readouterr().err
+
+
+def test_it_goes_on_where_latest_was_deleted_and_says_what_else_is_ignored(started, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / "latest").unlink()
+    words = changed(started, e="2")
+    del words[words.index("-p") : words.index("-p") + 2]
+    assert cli.main([*words, "-rd", str(tmp_path / "other")]) == 0
+    assert state_of(tmp_path / "run")["position"]["step"] == 10
+    assert f"--RESTART_DIRECTORY {tmp_path / 'other'} is ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "["])
+def test_a_config_that_holds_no_settings_is_named(started, tmp_path, capsys, content):
+    (tmp_path / "run" / "config.json").write_text(content)
+    assert cli.main(started) == cli.MISUSED
+    assert re.search(r"config.json (must hold an object|is not valid JSON).* restore it", capsys.readouterr().err)
+
+
+def test_where_no_step_was_made_the_command_line_counts(data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("minimagen_fast.trainer.Trainer._train_batch", lambda *_: (_ for _ in ()).throw(OSError("no T5")))
+        assert cli.main(changed(command(data, tmp_path / "run", "-e", "1"), t="30")) == cli.MISUSED
+    assert state_of(tmp_path / "run")["position"]["step"] == 0
+    assert cli.main(command(data, tmp_path / "run", "-e", "1")) == 0
+    assert "is ignored" not in capsys.readouterr().err
+    assert load_minimagen(tmp_path / "run").noise_schedulers[0].num_timesteps == 25
+
+
+def test_no_picture_that_can_be_used_is_an_error_and_makes_no_best_weights(data, tmp_path, capsys):
+    shutil.copytree(data / "pictures", tmp_path / "pictures")
+    for picture in (tmp_path / "pictures").glob("*.png"):
+        picture.write_bytes(b"not a picture")
+    words = command(data, tmp_path / "run", "-e", "2")
+    words[words.index("--DATA") + 1] = str(tmp_path / "pictures")
+    assert cli.main(words) == cli.MISUSED
+    said = capsys.readouterr()
+    assert "no step could be made in 2 epochs" in said.err and "Done" not in said.out
+    assert not list((tmp_path / "run" / "state_dicts").iterdir())
+
+
+def test_a_folder_with_exported_weights_is_not_trained_in(started, data, tmp_path, capsys):
+    assert (
+        cli.main(["export", str(tmp_path / "run"), "--UNET", f"2={tmp_path / 'run'}", "--OUT", str(tmp_path / "out")])
+        == 0
+    )
+    before = sorted((tmp_path / "out").rglob("*"))
+    assert cli.main(command(data, tmp_path / "out", "-e", "1")) == cli.MISUSED
+    assert "out holds exported weights" in capsys.readouterr().err
+    assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_timesteps_of_each_u_net_are_kept_unless_the_command_line_has_others(data, tmp_path):
+    model = tmp_path / "model" / "parameters"
+    shutil.copytree(data / "model" / "parameters", model)
+    values = json.loads((model / "imagen_params_1.json").read_text())
+    (model / "imagen_params_1.json").write_text(json.dumps({**values, "timesteps": [30, 20]}))
+    words = command(data, tmp_path / "both", "-e", "1")
+    words[words.index("-p") + 1] = str(model)
+    for out, further, steps in (("both", [], [30, 20]), ("one", ["-t", "22"], [22, 22])):
+        words[words.index("--OUT") + 1] = str(tmp_path / out)
+        if "-t" in words:
+            del words[words.index("-t") : words.index("-t") + 2]
+        assert cli.main([*words, *further]) == 0
+        assert [diffusion.num_timesteps for diffusion in load_minimagen(tmp_path / out).noise_schedulers] == steps
+
+
+def test_one_training_at_a_time(started, tmp_path, capsys):
+    holding = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    words = [sys.executable, "-c", holding, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        assert cli.main(changed(started, e="2")) == cli.MISUSED
+        assert f"another training is under way in {tmp_path / 'run'}" in capsys.readouterr().err
+        other.communicate("\n")
+    assert cli.main(changed(started, e="2")) == 0, "a lock goes with its process"
+
+
+def test_files_say_nothing_of_how_it_was_called(started, tmp_path):
+    [file] = (tmp_path / "run" / "parameters").glob("training_parameters_*.txt")
+    assert "--run=" not in file.read_text() and "--given=" not in file.read_text()
+    assert "--MAX_NUM_WORDS=32\n" in file.read_text()

@@ -183,6 +183,8 @@ def test_how_it_ended(tmp_path, why, words):
     before = time.time() - 3600
     os.utime(tmp_path / "ended.json", (before, before))
     assert "Under way" in report(tmp_path).text, "that was the end of an earlier part"
+    (tmp_path / "ended.json").write_text('{"why": ["x"], "step": 40}')
+    assert 'The training is ["x"], after 40' in report(tmp_path).text
     (tmp_path / "ended.json").write_text('{"why"')
     assert "ended.json cannot be read" in report(tmp_path).text
 

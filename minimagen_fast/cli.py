@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .files import lines_of
 
 PROGRAM = "minimagen-fast"
 # The status of a program that was stopped by Ctrl-C, and of one that was called wrongly.
@@ -148,12 +149,7 @@ def _captions(words: str) -> list[str]:
     path = Path(words)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give a caption, or a .txt file with one caption a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
-    # Not splitlines(), which also breaks at characters that may stand in a caption.
-    captions = [line.strip() for line in text.split("\n") if line.strip()]
+    captions = lines_of(path)
     if not captions:
         raise ValueError(f"{path} holds no caption")
     return captions

@@ -1,10 +1,10 @@
-"""Files that are whole or not there, and how to tell."""
+"""Files that are whole or not there, and how to tell; captions in a file."""
 
 import hashlib
 import os
 from pathlib import Path
 
-__all__ = ["file_digest", "file_fault", "replace_file", "size_fault", "sync_folder"]
+__all__ = ["file_digest", "file_fault", "lines_of", "replace_file", "size_fault", "sync_folder"]
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -32,6 +32,20 @@ def sync_folder(directory: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, without white space around them.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    # Not splitlines(), which also breaks at characters that may stand in a caption.
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def file_digest(path: Path) -> str:

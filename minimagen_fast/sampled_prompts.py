@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import MinimagenCollator
+from .files import lines_of
 from .Imagen import Imagen
 from .ranks import Ranks
 from .sample_grids import sample_grid
@@ -64,7 +65,7 @@ def sampled_prompts(
 def _read(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give --SAMPLE_PROMPTS a .txt file with one caption a line")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    prompts = lines_of(path)
     if not 1 <= len(prompts) <= MOST_PROMPTS:
         raise ValueError(f"{path} must hold 1 to {MOST_PROMPTS} captions, it holds {len(prompts)}")
     return prompts

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from . import checkpoint
 from .ema import EMA
 from .given_loader import GivenLoader, failures_of
+from .helpers import evaluating
 from .image_random import image_seeds
 from .Imagen import Imagen
 from .interrupts import TimeLimitExceeded, has_time_limit, time_limit, uninterrupted
@@ -492,17 +493,13 @@ class Trainer:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.imagen.modules()]
         cond_drop_prob = self.imagen.cond_drop_prob
         try:
-            self.imagen.eval()
             self.imagen.cond_drop_prob = 0.0
-            with torch.no_grad():
+            with evaluating(self.imagen), torch.no_grad():
                 yield
         finally:
             self.imagen.cond_drop_prob = cond_drop_prob
-            for module, mode in modes:
-                module.training = mode
 
     # Files
 
@@ -665,7 +662,14 @@ class Trainer:
         must_agree("U-Nets trained", values["unet_numbers"], self.numbers)
         must_agree("seed", values["seed"], self.settings.seed)
         place = values["position"]
-        must_agree("batches in an epoch", values["batches_in_epoch"], self.batches_in_epoch)
+        batches = values["batches_in_epoch"], self.batches_in_epoch
+        if place["batch"]:
+            must_agree("batches in an epoch", *batches)
+        elif batches[0] != batches[1]:
+            self._say(
+                f"From here on an epoch has {batches[1]} batches, before it had {batches[0]}: with another split some"
+                " of the validation images may have been trained on."
+            )
         take_over(self.owners, saved, self.ranks)
 
         # On a rank that was not there before, and only there, the random states are new: images have seeds then.

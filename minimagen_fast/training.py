@@ -400,7 +400,7 @@ def get_model_params(parameters_dir: str | os.PathLike) -> tuple[list[dict[str, 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}. Restore it, or save the parameters again") from error
 
 

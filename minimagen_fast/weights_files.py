@@ -238,7 +238,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Restore it, or delete it") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object, got a {type(values).__name__}. Restore it, or delete it")

@@ -304,9 +304,10 @@ def test_what_a_training_keeps_is_named_where_the_command_line_differs(started, 
 
 
 @pytest.mark.parametrize("flags", [{"b": "2"}, {"f": "0.5"}])
-def test_other_batches_are_refused_between_epochs_too(started, capsys, flags):
-    assert cli.main(changed(started, e="2", **flags)) == cli.MISUSED
-    assert "batches in an epoch: 5 in that training" in capsys.readouterr().err
+def test_other_batches_between_epochs_are_named(started, tmp_path, capsys, flags):
+    assert cli.main(changed(started, e="2", **flags)) == 0
+    said = (tmp_path / "run" / "training_progess.txt").read_text()
+    assert re.search(r"From here on an epoch has (?!5 )\d+ batches, before it had 5:", said)
 
 
 def test_it_goes_on_where_latest_was_deleted_and_says_what_else_is_ignored(started, tmp_path, capsys):

@@ -71,7 +71,20 @@ def test_the_best_weights_are_loaded_ready_for_inference(trained, recwarn):
     assert all(map(same_weights, loaded.unets, imagen.unets))
     assert not loaded.training and not loaded.unets[0].training
     assert loaded.image_sizes == (8, 16) and loaded.device == torch.device("cpu")
-    assert not recwarn.list, "no U-Net is made twice, none is missing"
+    assert not recwarn.list, "every U-Net fits its place, none is missing"
+
+
+def test_a_seed_before_loading_gives_what_it_gives_in_the_original(trained):
+    directory, _ = trained
+    unets_params, _ = load_params(directory)
+    torch.manual_seed(3)
+    # The original makes all U-Nets, then those anew that do not fit their place: here the second.
+    for params in (*unets_params, {**unets_params[1], "lowres_cond": True}):
+        Unet(**params)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    load_minimagen(directory)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_default_device_is_cuda_where_there_is_one(trained):

@@ -43,7 +43,8 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
     """Loads a trained Imagen from a training directory or from a folder that ``minimagen-fast export`` has made.
 
     Each U-Net gets the exported weights or those in ``state_dicts`` (the last by name, that is by timestamp, if there
-    are several) or, where there are none, with a warning, the latest, in ``tmp`` or in the newest checkpoint.
+    are several) or, where there are none, with a warning, the latest, in ``tmp`` or in the newest checkpoint. Files of
+    a U-Net with other names, such as ``unet_0_best.pt``, are taken where there is only one.
 
     Args:
         directory: Training directory, see :mod:`.training`, or exported folder.

@@ -118,6 +118,20 @@ def test_unet_10_is_not_unet_1_and_each_unet_falls_back_on_its_own(tmp_path):
     assert same_weights(loaded.unets[0], best.unets[0]) and same_weights(loaded.unets[1], latest.unets[1])
 
 
+@pytest.mark.parametrize("names", ["tmp/unet_{}_0_percent.pth", "state_dicts/unet_{}_best.pt"])
+def test_weights_by_other_names_are_loaded_where_there_is_one_file_of_each(tmp_path, names):
+    directory, imagen = write_directory(tmp_path), make_imagen(1)
+    write_weights(directory, imagen, names.format(0), names.format(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if "best" in names else "ignore")
+        assert all(map(same_weights, load_minimagen(directory, device="cpu").unets, imagen.unets))
+    write_weights(directory, imagen, names.format("0_later"))
+    with pytest.raises(ValueError, match="has no weights of U-Net 0"):
+        load_minimagen(directory)
+    write_weights(directory, imagen, "state_dicts/unet_0_state_1.pth", "state_dicts/unet_1_state_1.pth")
+    assert same_weights(load_minimagen(directory, device="cpu").unets[0], imagen.unets[0])
+
+
 def test_missing_damaged_and_foreign_weights_are_named(trained):
     directory, imagen = trained
     file = directory / "state_dicts" / "unet_1_state_1.pth"

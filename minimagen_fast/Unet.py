@@ -330,6 +330,13 @@ class Unet(nn.Module):
         """Whether what follows :attr:`init_conv` is also led to :attr:`final_res_block`: never, as in minimagen."""
         return False
 
+    @init_conv_to_final_conv_residual.setter
+    def init_conv_to_final_conv_residual(self, value: bool) -> None:
+        if value:
+            raise ValueError(
+                f"init_conv_to_final_conv_residual must be False, got {value!r}: no U-Net here has the channels for it"
+            )
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""

@@ -341,4 +341,8 @@ def test_a_changed_u_net_that_the_original_has_pickled_is_refused(change):
 
 
 def test_no_residual_from_the_first_convolution():
-    assert BaseTest().init_conv_to_final_conv_residual is False
+    unet = BaseTest()
+    unet.init_conv_to_final_conv_residual = False
+    assert unet.init_conv_to_final_conv_residual is False
+    with pytest.raises(ValueError, match="init_conv_to_final_conv_residual must be False, got True"):
+        unet.init_conv_to_final_conv_residual = True

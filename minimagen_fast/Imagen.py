@@ -6,7 +6,7 @@ https://arxiv.org/abs/2205.11487.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -44,6 +44,9 @@ from .t5 import get_encoded_dim, t5_encode_text
 from .Unet import Unet
 
 _LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
+_NORMALIZES = {identity: False, normalize_neg_one_to_one: True}
+# As they were made: what users put in their place is called as the original package calls it.
+_ENCODE_TEXT, _Q_SAMPLE = t5_encode_text, GaussianDiffusion.q_sample
 
 
 def _one_for_each(name: str, value, number: int) -> tuple:
@@ -53,8 +56,16 @@ def _one_for_each(name: str, value, number: int) -> tuple:
     return values
 
 
+def _checked_place(name: str, value: Any, number: int) -> int:
+    """The number of a U-Net, counted from 1."""
+    place = whole_number(name, value)
+    if place not in range(1, number + 1):
+        raise ValueError(f"{name} must lie in 1 to {number}, got {place}")
+    return place
+
+
 def _is_plain_scheduler(scheduler: GaussianDiffusion) -> bool:
-    return type(scheduler) is GaussianDiffusion and "q_sample" not in vars(scheduler)
+    return type(scheduler) is GaussianDiffusion and getattr(scheduler.q_sample, "__func__", None) is _Q_SAMPLE
 
 
 class Imagen(nn.Module):
@@ -109,10 +120,11 @@ class Imagen(nn.Module):
         if len({id(unet) for unet in unets}) < len(unets):
             raise ValueError("unets holds the same U-Net twice; every stage needs one of its own")
         number = len(unets)
-        if isinstance(image_sizes, int):
-            image_sizes = (image_sizes,)
+        image_sizes = tuple(image_sizes) if isinstance(image_sizes, Iterable) else (image_sizes,)
         if len(image_sizes) != number:
             raise ValueError(f"image_sizes must have {number} entries, one for each U-Net; got {image_sizes!r}")
+        image_sizes = tuple(whole_number("image_sizes", size, least=1) for size in image_sizes)
+        channels = whole_number("channels", channels, least=1)
         if loss_type not in _LOSSES:
             raise ValueError(f"loss_type must be one of {', '.join(_LOSSES)}; got {loss_type!r}")
         for name, value, allowed in (
@@ -129,21 +141,22 @@ class Imagen(nn.Module):
             raise ValueError(f"lowres_max_noise_level must lie in (0, 1], got {lowres_max_noise_level}")
         self.lowres_max_noise_level = lowres_max_noise_level
         self._check_noise_level(lowres_sample_noise_level)
-        if exists(only_train_unet_number) and only_train_unet_number not in range(1, number + 1):
-            raise ValueError(f"only_train_unet_number must lie in 1 to {number}, got {only_train_unet_number}")
+        if exists(only_train_unet_number):
+            only_train_unet_number = _checked_place("only_train_unet_number", only_train_unet_number, number)
 
         self.loss_type = loss_type
         self.loss_fn: Callable = _LOSSES[loss_type]
         self.channels = channels
         self.sample_channels = (channels,) * number
-        self.image_sizes = tuple(image_sizes)
-        timesteps = _one_for_each("timesteps", timesteps, number)
+        self.image_sizes = image_sizes
+        timesteps = [whole_number("timesteps", steps) for steps in _one_for_each("timesteps", timesteps, number)]
         self.noise_schedulers = nn.ModuleList(GaussianDiffusion(timesteps=steps) for steps in timesteps)
         # One schedule for all low-resolution images; the longest resolves the noise levels best.
         self.lowres_noise_schedule = GaussianDiffusion(timesteps=max(timesteps))
         self.text_encoder_name = text_encoder_name
         self.text_embed_dim = default(text_embed_dim, lambda: get_encoded_dim(text_encoder_name))
         self.only_train_unet_number = only_train_unet_number
+        self.unet_being_trained_index = -1
         self.lowres_sample_noise_level = lowres_sample_noise_level
         self.cond_drop_prob = cond_drop_prob
         self.can_classifier_guidance = cond_drop_prob > 0.0
@@ -153,7 +166,8 @@ class Imagen(nn.Module):
         self.input_image_range = (0.0 if auto_normalize_img else -1.0, 1.0)
         self.dynamic_thresholding_percentile = dynamic_thresholding_percentile
 
-        self.unets = nn.ModuleList(self._fit_to_place(unet, place) for place, unet in enumerate(unets, start=1))
+        # By a list, or the warning would point to torch, which would call for them.
+        self.unets = nn.ModuleList(list(map(self._fit_to_place, unets, range(1, number + 1))))
         for unet, size in zip(self.unets, self.image_sizes, strict=True):
             unet.check_image_size(size, size)
 
@@ -180,7 +194,7 @@ class Imagen(nn.Module):
                 f"U-Net {number} was replaced by a new one with fresh weights, because its place in this Imagen needs"
                 f" {', '.join(changed)}. The one in use is imagen.unets[{number - 1}]; make it with these settings to"
                 " keep its weights",
-                stacklevel=4,
+                stacklevel=3,
             )
         return fitted
 
@@ -192,6 +206,15 @@ class Imagen(nn.Module):
                 f"lowres_sample_noise_level is {level}, more than the U-Nets see in training:"
                 f" lowres_max_noise_level is {self.lowres_max_noise_level}; choose one no larger"
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickle of the original package's lacks what only we have, and after a training step keeps its U-Nets in a
+        # list.
+        unets = state.pop("unets", None)
+        state = {"lowres_max_noise_level": 1.0, "_acceleration": {}, "unet_being_trained_index": -1, **state}
+        super().__setstate__(state)
+        if exists(unets):
+            self.unets = nn.ModuleList(unets)
 
     @property
     def device(self) -> torch.device:
@@ -236,16 +259,14 @@ class Imagen(nn.Module):
         number = len(self.unets)
         if not exists(unet_number) and number > 1:
             raise ValueError(f"unet_number must say which U-Net is meant, 1 to {number}")
-        unet_number = default(unet_number, 1)
-        if unet_number not in range(1, number + 1):
-            raise ValueError(f"unet_number must lie in 1 to {number}, got {unet_number!r}")
-        return self.unets[unet_number - 1]
+        return self.unets[_checked_place("unet_number", default(unet_number, 1), number) - 1]
 
     def _reset_unets_all_one_device(self, device: torch.device | None = None) -> None:
         """Place all U-Nets on one device, that of this instance if none is given."""
         device = default(device, self.device)
         for unet in self.unets:
             self._move(unet, device)
+        self.unet_being_trained_index = -1
 
     def state_dict(self, *args, **kwargs):
         """The state dict, after U-Nets that were moved elsewhere have been placed on this instance's device."""
@@ -272,20 +293,27 @@ class Imagen(nn.Module):
             texts = [texts] if isinstance(texts, str) else list(texts)
             if exists(batch) and len(texts) != batch:
                 raise ValueError(f"texts must hold one caption for each of the {batch} images, got {len(texts)}")
-            text_embeds, text_masks = t5_encode_text(texts, name=self.text_encoder_name, device=device)
+            where = {"device": device} if t5_encode_text is _ENCODE_TEXT else {}
+            text_embeds, text_masks = t5_encode_text(texts, name=self.text_encoder_name, **where)
         if text_embeds.ndim != 3 or text_embeds.shape[-1] != self.text_embed_dim:
             raise ValueError(
                 f"text_embeds must have shape (b, n, {self.text_embed_dim}) for the text encoder"
                 f" {self.text_encoder_name!r}, got {tuple(text_embeds.shape)}"
             )
-        if exists(batch) and len(text_embeds) != batch:
-            raise ValueError(f"text_embeds must hold one entry for each of the {batch} images, got {len(text_embeds)}")
-        if exists(text_masks) and text_masks.shape != text_embeds.shape[:2]:
+        batch = default(batch, len(text_embeds))
+        if len(text_embeds) not in (1, batch):
             raise ValueError(
-                f"text_masks must have shape {tuple(text_embeds.shape[:2])} like text_embeds,"
+                f"text_embeds must hold one entry for each of the {batch} images, got {len(text_embeds)};"
+                " a single one stands for all"
+            )
+        tokens = text_embeds.shape[1]
+        if exists(text_masks) and text_masks.shape not in ((batch, tokens), (1, tokens)):
+            raise ValueError(
+                f"text_masks must have shape {(batch, tokens)} like text_embeds, or {(1, tokens)};"
                 f" got {tuple(text_masks.shape)}"
             )
-        return text_embeds.to(device), maybe(lambda mask: mask.to(device))(text_masks)
+        text_embeds = text_embeds.to(device).expand(batch, -1, -1)
+        return text_embeds, maybe(lambda mask: mask.to(device).expand(batch, -1))(text_masks)
 
     # Training
 
@@ -307,8 +335,9 @@ class Imagen(nn.Module):
             images: Floating point, in [0, 1] ([-1, 1] without ``auto_normalize_img``), shape (b, channels, h, w), each
                 side at least the U-Net's image size. They are resized to it, each axis on its own.
             texts: Captions, one for each image.
-            text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions.
-            text_masks: Which of their tokens are text, bool, shape (b, n); all, if not given.
+            text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions; of batch size 1, the same
+                for all images.
+            text_masks: Which of their tokens are text, bool, shape (b, n) or (1, n); all, if not given.
             unet_number: Which U-Net to train, counted from 1; needed if there is more than one.
             seeds: A whole number for each image, from which all that is random about it is drawn (see
                 :mod:`.image_random`), the level of the low-resolution noise too; if not given, torch's global
@@ -325,12 +354,13 @@ class Imagen(nn.Module):
             TypeError, ValueError: if an argument is missing, out of range or of the wrong shape or type.
         """
         unet = self._get_unet(unet_number)
-        unet_number = default(unet_number, 1)
+        unet_number = whole_number("unet_number", default(unet_number, 1))
         if exists(self.only_train_unet_number) and unet_number != self.only_train_unet_number:
             raise ValueError(
                 f"unet_number is {unet_number}, but this Imagen was made with"
                 f" only_train_unet_number={self.only_train_unet_number}"
             )
+        self.unet_being_trained_index = unet_number - 1
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point, got {images.dtype}; convert them first, e.g. images / 255")
         if images.ndim != 4 or images.shape[1] != self.channels:
@@ -367,18 +397,23 @@ class Imagen(nn.Module):
                 steps = self.lowres_noise_schedule._steps_up_to(self.lowres_max_noise_level)
                 lowres_aug_times = own.lowres_times(steps)
             else:
-                # One level for the whole batch, as in the original.
-                lowres_aug_times = self.lowres_noise_schedule._sample_random_times(
-                    1, max_noise_level=self.lowres_max_noise_level, device=device
-                ).expand(batch)
+                # One level for the whole batch, as in the original, which knows no limit.
+                limit = {} if self.lowres_max_noise_level == 1 else {"max_noise_level": self.lowres_max_noise_level}
+                lowres_aug_times = self.lowres_noise_schedule._sample_random_times(1, device=device, **limit)
+                lowres_aug_times = lowres_aug_times.expand(batch)
 
         x_start = resize_image_to(images, size)
+        noise = own.noise(x_start) if exists(own) else noise_for(x_start, resized=x_start is not images)
+        lowres_noise = None
+        if exists(lowres_cond_img):
+            resized = lowres_cond_img is not images
+            lowres_noise = own.lowres_noise(x_start) if exists(own) else noise_for(lowres_cond_img, resized)
         losses = self._p_losses(
             unet,
             x_start,
             times,
-            noise=own.noise(x_start) if exists(own) else noise_for(x_start, resized=x_start is not images),
-            lowres_noise=own.lowres_noise(x_start) if exists(own) and unet_number > 1 else None,
+            noise=noise,
+            lowres_noise=lowres_noise,
             keep_text=own.keep(1 - self.cond_drop_prob) if exists(own) else None,
             per_image=per_image or exists(min_snr_gamma),
             noise_scheduler=noise_scheduler,
@@ -443,11 +478,12 @@ class Imagen(nn.Module):
         )
         schedulers = noise_scheduler, self.lowres_noise_schedule
         # What users have put in the place of ours is called; and an attribute that cannot be is refused by the U-Net.
-        as_made = self.loss_fn in _LOSSES.values() and all(map(_is_plain_scheduler, schedulers))
+        functions_as_made = self.loss_fn in _LOSSES.values() and self.normalize_img in _NORMALIZES
+        as_made = functions_as_made and all(map(_is_plain_scheduler, schedulers))
         if not as_made or not 0 <= self.cond_drop_prob <= 1:
             return losses(unet, **inputs)
         schedules = (buffer for scheduler in schedulers for buffer in scheduler.buffers())
-        what = self.loss_fn, self.auto_normalize_img, per_image, tuple(each.data_ptr() for each in schedules)
+        what = self.loss_fn, self.normalize_img, per_image, tuple(each.data_ptr() for each in schedules)
         return losses_of(unet, losses, inputs, acceleration, what)
 
     def _losses(
@@ -470,11 +506,11 @@ class Imagen(nn.Module):
         """What :meth:`_p_losses` returns, once all that is random is there."""
         layout = acceleration.layout
         with acceleration.training(x_start.device, unet.dtype):
-            x_noisy = noise_scheduler.q_sample(
-                x_start, times, noise, normalize=self.auto_normalize_img, memory_format=layout
-            )
+            x_noisy = self._noised(noise_scheduler, x_start, times, noise, layout)
             if exists(lowres_cond_img):
-                lowres_cond_img = self._noise_lowres(lowres_cond_img, lowres_aug_times, lowres_noise, layout)
+                lowres_cond_img = self._noised(
+                    self.lowres_noise_schedule, lowres_cond_img, lowres_aug_times, lowres_noise, layout
+                )
             pred = unet(
                 x_noisy,
                 times,
@@ -489,13 +525,21 @@ class Imagen(nn.Module):
             return self.loss_fn(pred.float(), noise.float(), reduction="none").flatten(1).mean(dim=1)
         return self.loss_fn(pred.float(), noise.float())
 
-    def _noise_lowres(
-        self, images: torch.Tensor, times: torch.Tensor, noise: torch.Tensor, layout: torch.memory_format | None = None
+    def _noised(
+        self,
+        scheduler: GaussianDiffusion,
+        images: torch.Tensor,
+        times: torch.Tensor,
+        noise: torch.Tensor,
+        layout: torch.memory_format | None = None,
     ) -> torch.Tensor:
-        """Noise conditioning augmentation: normalise low-resolution images, then noise them."""
-        return self.lowres_noise_schedule.q_sample(
-            images, times, noise, normalize=self.auto_normalize_img, memory_format=layout
-        )
+        """Normalise images, then noise them."""
+        if _is_plain_scheduler(scheduler) and self.normalize_img in _NORMALIZES:
+            return scheduler.q_sample(
+                images, times, noise, normalize=_NORMALIZES[self.normalize_img], memory_format=layout
+            )
+        noised = scheduler.q_sample(x_start=self.normalize_img(images), t=times, noise=noise)
+        return noised.contiguous(memory_format=layout) if exists(layout) else noised
 
     # Sampling
 
@@ -530,7 +574,7 @@ class Imagen(nn.Module):
 
         Args:
             texts: Captions.
-            text_masks: Which tokens of ``text_embeds`` are text, bool, shape (b, n); all, if not given.
+            text_masks: Which tokens of ``text_embeds`` are text, bool, shape (b, n) or (1, n); all, if not given.
             text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions.
             cond_scale: Guidance weight, see :meth:`.Unet.forward_with_cond_scale`; one value or one for each U-Net.
             lowres_sample_noise_level: Overrides the instance's value, in [0, 1).
@@ -574,9 +618,7 @@ class Imagen(nn.Module):
             "lowres_sample_noise_level", default(lowres_sample_noise_level, self.lowres_sample_noise_level)
         )
         self._check_noise_level(level)
-        last = default(stop_at_unet_number, number)
-        if last not in range(1, number + 1):
-            raise ValueError(f"stop_at_unet_number must lie in 1 to {number}, got {stop_at_unet_number!r}")
+        last = _checked_place("stop_at_unet_number", default(stop_at_unet_number, number), number)
         if return_pil_images and self.channels not in PIL_MODES:
             raise ValueError(f"PIL images have 1 to 4 channels, these have {self.channels}")
         device = usable_device(default(device, self.device))
@@ -586,6 +628,8 @@ class Imagen(nn.Module):
             len(img) if exists(img) else None, device, texts, text_embeds, text_masks
         )
         batch = len(text_embeds)
+        if not batch:
+            raise ValueError("texts, or text_embeds, must hold at least one caption, got none")
 
         with self._placed_on(device, offload_idle_unets):
             for unet_number in range(first, last + 1):
@@ -601,7 +645,7 @@ class Imagen(nn.Module):
                         noised = self.lowres_noise_schedule.q_sample(x_start=img, t=lowres_noise_times, noise=noise)
                         lowres_cond_img = self.normalize_img(noised)
                     else:
-                        lowres_cond_img = self._noise_lowres(img, lowres_noise_times, noise)
+                        lowres_cond_img = self._noised(self.lowres_noise_schedule, img, lowres_noise_times, noise)
                 scheduler, cond_scale = self.noise_schedulers[unet_number - 1], cond_scales[unet_number - 1]
                 task = Task(
                     unet=unet,
@@ -660,7 +704,7 @@ class Imagen(nn.Module):
         if exists(seed):
             if exists(generator):
                 raise ValueError("give either seed or generator, not both")
-            return torch.Generator(device).manual_seed(seed)
+            return torch.Generator(device).manual_seed(whole_number("seed", seed, else_=" or None"))
         if exists(generator) and generator.device.type != device.type:
             raise ValueError(f"generator must be on the sampling device {device}, it is on {generator.device}")
         return generator
@@ -679,7 +723,8 @@ class Imagen(nn.Module):
             )
         if start_image.ndim != 4 or start_image.shape[1] != self.channels:
             raise ValueError(f"start_image must have shape (b, {self.channels}, h, w), got {tuple(start_image.shape)}")
-        start_image = start_image.to(device=device, dtype=torch.float32)
+        # Or another layout would give other noise, see `noise_for`.
+        start_image = start_image.to(device=device, dtype=torch.float32).contiguous()
         return 2, resize_image_to(start_image, self.image_sizes[0], clamp_range=self.input_image_range)
 
     @contextmanager

@@ -1,6 +1,8 @@
 """The U-Net that predicts the noise in an image, and its four built-in sizes."""
 
+import inspect
 import itertools
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .arguments import whole_number
 from .blocks import run_block
 from .helpers import cast_tuple, default, exists, prob_mask_like
 from .kept import KEPT, forget_all
@@ -25,6 +28,7 @@ from .layers import (
     _OverPixels,
     has_plain_time_mlp,
 )
+from .plain import is_untouched
 from .t5 import MAX_LENGTH, get_encoded_dim
 
 ATTN_DIM_HEAD = 64
@@ -45,16 +49,22 @@ def _per_level(name: str, value: Any, levels: int) -> tuple:
         ) from None
 
 
-def _check_int(name: str, value: Any, at_least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-
-
 # What a ResnetBlock is told about time and text: arguments of its forward, by name. A plain dict, which
 # torch.compile takes.
 BlockCondition = dict[str, torch.Tensor]
+
+
+class _TimeHiddens(nn.Sequential):
+    """Timesteps (b,) to hidden states, in the dtype of its weights."""
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        embedding, *rest = self
+        # The angles need float32: in half precision large timesteps would fall together.
+        angles = embedding(time)
+        x = angles.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), angles.dtype))
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 class Unet(nn.Module):
@@ -109,21 +119,24 @@ class Unet(nn.Module):
 
         cond_dim = default(cond_dim, dim)
         channels_out = default(channels_out, channels)
-        for name, value in (
-            ("dim", dim),
-            ("channels", channels),
-            ("channels_out", channels_out),
-            ("cond_dim", cond_dim),
-            ("text_embed_dim", text_embed_dim),
-            ("attn_heads", attn_heads),
-        ):
-            _check_int(name, value)
+        dim, channels, channels_out, cond_dim, text_embed_dim, attn_heads = (
+            whole_number(name, value, least=1)
+            for name, value in (
+                ("dim", dim),
+                ("channels", channels),
+                ("channels_out", channels_out),
+                ("cond_dim", cond_dim),
+                ("text_embed_dim", text_embed_dim),
+                ("attn_heads", attn_heads),
+            )
+        )
         dim_mults = cast_tuple(dim_mults)
         dims = self._level_dims(dim, dim_mults, memory_efficient)
         levels = len(dim_mults)
-        num_resnet_blocks = _per_level("num_resnet_blocks", num_resnet_blocks, levels)
-        for blocks in num_resnet_blocks:
-            _check_int("num_resnet_blocks", blocks, at_least=0)
+        num_resnet_blocks = tuple(
+            whole_number("num_resnet_blocks", blocks, least=0)
+            for blocks in _per_level("num_resnet_blocks", num_resnet_blocks, levels)
+        )
         layer_attns = _per_level("layer_attns", layer_attns, levels)
         layer_cross_attns = _per_level("layer_cross_attns", layer_cross_attns, levels)
 
@@ -237,12 +250,8 @@ class Unet(nn.Module):
             raise ValueError("dim_mults must have at least one entry, got none")
         dims = [dim]
         for mult in dim_mults:
-            if (
-                isinstance(mult, bool)
-                or not isinstance(mult, int | float)
-                or mult <= 0
-                or dim * mult != int(dim * mult)
-            ):
+            is_number = isinstance(mult, numbers.Real) and not isinstance(mult, bool)
+            if not is_number or mult <= 0 or not float(dim * mult).is_integer():
                 raise ValueError(
                     f"dim_mults must be positive and give whole numbers of channels with dim={dim}; got {dim_mults}"
                 )
@@ -264,7 +273,7 @@ class Unet(nn.Module):
     def _time_layers(dim: int, time_cond_dim: int, cond_dim: int) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
         """Timestep to hidden state, hidden state to time conditioning, hidden state to time tokens."""
         return (
-            nn.Sequential(SinusoidalPosEmb(dim), nn.Linear(dim, time_cond_dim), nn.SiLU()),
+            _TimeHiddens(SinusoidalPosEmb(dim), nn.Linear(dim, time_cond_dim), nn.SiLU()),
             nn.Sequential(nn.Linear(time_cond_dim, time_cond_dim)),
             nn.Sequential(
                 nn.Linear(time_cond_dim, cond_dim * NUM_TIME_TOKENS), nn.Unflatten(1, (NUM_TIME_TOKENS, cond_dim))
@@ -275,6 +284,38 @@ class Unet(nn.Module):
         # What is kept belongs to these very tensors: it goes into no copy and no file.
         return {name: value for name, value in super().__getstate__().items() if name not in KEPT}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_config" not in state:
+            self._make_of_original(state)
+
+    def _make_of_original(self, state: dict[str, Any]) -> None:
+        """Become a U-Net of ours with what was pickled of one of the original package's, which is made otherwise.
+
+        Raises:
+            ValueError: if it was changed after it was made: what was done to it would be lost.
+        """
+        found = nn.Module()
+        found.__setstate__(state)
+        parts, tensors = dict(found.named_modules()), found.state_dict(keep_vars=True)
+        names = inspect.signature(Unet).parameters
+        # Weights that are drawn only to be replaced must not change what is drawn afterwards.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            Unet.__init__(self, **{name: value for name, value in state["_locals"].items() if name in names})
+        shapes, own = ({name: x.shape for name, x in each.items()} for each in (tensors, self.state_dict()))
+        if shapes != own or state.get("init_conv_to_final_conv_residual") or not all(map(is_untouched, parts.values())):
+            raise ValueError(
+                "this pickle holds a U-Net of minimagen's whose parts were replaced or given hooks: load it there, save"
+                " unet.state_dict(), and load that into a Unet made here"
+            )
+        for name, value in tensors.items():
+            place, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(place), leaf, value)
+        self.to(self.null_text_embed.device)
+        for name, part in self.named_modules():
+            part.training = parts[name].training if name in parts else found.training
+        vars(self).update({name: value for name, value in state.items() if not name.startswith("_")})
+
     def _apply(self, *args, **kwargs):
         # All that moves or converts a module comes through here. What is kept would go on filling the memory that it is
         # to leave.
@@ -283,6 +324,18 @@ class Unet(nn.Module):
         if (self.null_text_embed.device, self.dtype) != before:
             forget_all(self)
         return result
+
+    @property
+    def init_conv_to_final_conv_residual(self) -> bool:
+        """Whether what follows :attr:`init_conv` is also led to :attr:`final_res_block`: never, as in minimagen."""
+        return False
+
+    @init_conv_to_final_conv_residual.setter
+    def init_conv_to_final_conv_residual(self, value: bool) -> None:
+        if value:
+            raise ValueError(
+                f"init_conv_to_final_conv_residual must be False, got {value!r}: no U-Net here has the channels for it"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -334,9 +387,9 @@ class Unet(nn.Module):
             time: Timestep of each image, shape (b,).
             lowres_cond_img: Low-resolution images, noised, enlarged to (b, channels, h, w); only with ``lowres_cond``.
             lowres_noise_times: Timestep to which each of them was noised, shape (b,); with ``lowres_cond`` only.
-            text_embeds: Text embeddings, shape (b, n, text_embed_dim); tokens past the 256th are cut off. Without them
-                the U-Net is conditioned on time alone.
-            text_mask: Which tokens are text and not padding, bool, shape (b, n); all, if not given.
+            text_embeds: Text embeddings, shape (b, n, text_embed_dim), or (1, n, text_embed_dim) for all images; tokens
+                past the 256th are cut off. Without them the U-Net is conditioned on time alone.
+            text_mask: Which tokens are text and not padding, bool, shape (b, n) or (1, n); all, if not given.
             cond_drop_prob: Probability with which an image's text is dropped, in [0, 1].
             keep_text: Which images keep their text, bool, shape (b,); drawn at random, if not given.
 
@@ -349,6 +402,12 @@ class Unet(nn.Module):
         self._check_inputs(x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob)
         if exists(keep_text) and keep_text.shape != time.shape:
             raise ValueError(f"keep_text must have shape {tuple(time.shape)}, got {tuple(keep_text.shape)}")
+        # One text stands for all images.
+        batch = x.shape[0]
+        if exists(text_embeds):
+            text_embeds = text_embeds.expand(batch, -1, -1)
+        if exists(text_embeds) and exists(text_mask):
+            text_mask = text_mask.expand(batch, -1)
         t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
         t, c = self._text_condition(text_embeds, cond_drop_prob, keep_text, text_mask, t, time_tokens)
         return self.denoise(x, lowres_cond_img, self._block_conditions(t, c))
@@ -463,37 +522,41 @@ class Unet(nn.Module):
                     f"lowres_noise_times must have shape ({batch},), got {tuple(lowres_noise_times.shape)}"
                 )
         if exists(text_embeds) and (
-            text_embeds.ndim != 3 or text_embeds.shape[0] != batch or text_embeds.shape[2] != self.text_embed_dim
+            text_embeds.ndim != 3
+            or text_embeds.shape[0] not in (1, batch)
+            or text_embeds.shape[2] != self.text_embed_dim
         ):
             raise ValueError(
-                f"text_embeds must have shape ({batch}, n, {self.text_embed_dim}), got {tuple(text_embeds.shape)}"
+                f"text_embeds must have shape ({batch}, n, {self.text_embed_dim}), got {tuple(text_embeds.shape)};"
+                " a single text stands for all images"
             )
-        if exists(text_embeds) and exists(text_mask) and text_mask.shape != text_embeds.shape[:2]:
-            raise ValueError(
-                f"text_mask must have shape {tuple(text_embeds.shape[:2])} like text_embeds,"
-                f" got {tuple(text_mask.shape)}"
-            )
+        if exists(text_embeds) and exists(text_mask):
+            tokens = text_embeds.shape[1]
+            if text_mask.shape not in ((batch, tokens), (1, tokens)):
+                raise ValueError(
+                    f"text_mask must have shape {(batch, tokens)} like text_embeds, or {(1, tokens)};"
+                    f" got {tuple(text_mask.shape)}"
+                )
         if not 0 <= cond_drop_prob <= 1:
             raise ValueError(f"cond_drop_prob must lie in [0, 1], got {cond_drop_prob}")
 
     @staticmethod
     def _embed_times(
-        layers: tuple[nn.Sequential, nn.Sequential, nn.Sequential], time: torch.Tensor, dtype: torch.dtype
+        layers: tuple[nn.Module, nn.Module, nn.Module], time: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Time conditioning (b, time_cond_dim) and time tokens (b, 2, cond_dim) of timesteps (b,)."""
         to_hiddens, to_cond, to_tokens = layers
-        # The angles need float32: in half precision large timesteps would fall together.
-        hiddens = to_hiddens[1:](to_hiddens[0](time).to(dtype))
+        hiddens = to_hiddens(time)
         return to_cond(hiddens), to_tokens(hiddens)
 
     def _generate_t_tokens(
         self, time: torch.Tensor, lowres_noise_times: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Time conditioning (b, time_cond_dim) and time tokens (b, 2, cond_dim); 4 of them with ``lowres_cond``."""
-        t, tokens = self._embed_times((self.to_time_hiddens, self.to_time_cond, self.to_time_tokens), time, self.dtype)
+        t, tokens = self._embed_times((self.to_time_hiddens, self.to_time_cond, self.to_time_tokens), time)
         if self.lowres_cond:
             lowres_layers = (self.to_lowres_time_hiddens, self.to_lowres_time_cond, self.to_lowres_time_tokens)
-            lowres_t, lowres_tokens = self._embed_times(lowres_layers, lowres_noise_times, self.dtype)
+            lowres_t, lowres_tokens = self._embed_times(lowres_layers, lowres_noise_times)
             t, tokens = t + lowres_t, torch.cat((tokens, lowres_tokens), dim=1)
         return t, tokens
 

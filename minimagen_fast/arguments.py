@@ -23,13 +23,13 @@ def finite_number(name: str, value: Any) -> float:
     return number
 
 
-def whole_number(name: str, value: Any, *, least: int, else_: str = "") -> int:
+def whole_number(name: str, value: Any, *, least: int | None = None, else_: str = "") -> int:
     """A whole number as an int.
 
     Args:
         name: What the caller calls it.
         value: What came.
-        least: The smallest that is allowed.
+        least: The smallest that is allowed; any, if not given.
         else_: What else is allowed, for the message, such as " or None".
 
     Raises:
@@ -42,6 +42,6 @@ def whole_number(name: str, value: Any, *, least: int, else_: str = "") -> int:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int{else_}, got {value!r}") from None
-    if number < least:
+    if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number

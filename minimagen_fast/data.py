@@ -95,6 +95,16 @@ class MinimagenDataset(CaptionedPictures):
         self.timeout = timeout
         self.retries = retries
 
+    @property
+    def urls(self) -> Sequence[str]:
+        """The address of each picture, all read at once."""
+        return self.rows["image_url"]
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """Its caption, likewise."""
+        return self.rows["caption"]
+
     def __len__(self) -> int:
         return len(self.rows["image_url"]) if isinstance(self.rows, Mapping) else len(self.rows)
 

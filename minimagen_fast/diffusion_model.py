@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import kernels
+from .arguments import whole_number
 from .helpers import default, extract, log
 
 MIN_TIMESTEPS = 20
@@ -55,8 +56,7 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, *, timesteps: int):
         super().__init__()
-        if isinstance(timesteps, bool) or not isinstance(timesteps, int):
-            raise TypeError(f"timesteps must be an int, got {timesteps!r}")
+        timesteps = whole_number("timesteps", timesteps)
         if timesteps < MIN_TIMESTEPS:
             raise ValueError(
                 f"timesteps must be at least {MIN_TIMESTEPS}, got {timesteps}: with fewer steps the linear schedule"

@@ -68,7 +68,8 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
     """Loads a trained Imagen from a training directory or from a folder that ``minimagen-fast export`` has made.
 
     Each U-Net gets the exported weights or those in ``state_dicts`` (the last by name, that is by timestamp, if there
-    are several) or, where there are none, with a warning, the latest, in ``tmp`` or in the newest checkpoint.
+    are several) or, where there are none, with a warning, the latest, in ``tmp`` or in the newest checkpoint. Files of
+    a U-Net with other names, such as ``unet_0_best.pt``, are taken where there is only one.
 
     Args:
         directory: Training directory, see :mod:`.training`, or exported folder.
@@ -88,7 +89,7 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
     device = usable_device(device)
     if device.type == "meta":
         raise ValueError("device 'meta' cannot be used here: it holds no values. Give cpu, or cuda if there is one")
-    imagen = build_imagen(*load_params(directory))
+    imagen = build_imagen(*load_params(directory), draw_as_original=True)
     folder = TrainedFolder(directory)
     for index, unet in enumerate(imagen.unets):
         weights = folder.weights(index + 1)
@@ -103,12 +104,16 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
     return imagen.to(device).eval()
 
 
-def build_imagen(unets_params: list[dict[str, Any]], imagen_params: dict[str, Any]) -> Imagen:
+def build_imagen(
+    unets_params: list[dict[str, Any]], imagen_params: dict[str, Any], *, draw_as_original: bool = False
+) -> Imagen:
     """Makes an Imagen, with fresh weights, from the parameters that a training directory keeps.
 
     Args:
         unets_params: The parameters of each U-Net, as :func:`load_params` returns them.
         imagen_params: The parameters of the Imagen.
+        draw_as_original: Whether to draw all the random numbers that the original package draws, which first makes
+            each U-Net without regard to its place: what is drawn afterwards is then the same for a seed.
 
     Raises:
         TypeError, ValueError: The parameters do not fit together.
@@ -117,7 +122,12 @@ def build_imagen(unets_params: list[dict[str, Any]], imagen_params: dict[str, An
     channels = imagen_params.get("channels", 3)
     text_embed_dim = imagen_params.get("text_embed_dim") or get_encoded_dim(imagen_params["text_encoder_name"])
     fitted = {"text_embed_dim": text_embed_dim, "channels": channels, "channels_out": channels}
-    unets = [Unet(**{**params, **fitted, "lowres_cond": index > 0}) for index, params in enumerate(unets_params)]
+    if not draw_as_original:
+        unets = [Unet(**{**params, **fitted, "lowres_cond": index > 0}) for index, params in enumerate(unets_params)]
+        return Imagen(unets, **imagen_params)
+    unets = [Unet(**params) for params in unets_params]
+    for index, unet in enumerate(unets):
+        unets[index] = unet._cast_model_parameters(**fitted, lowres_cond=index > 0)
     return Imagen(unets, **imagen_params)
 
 

@@ -15,11 +15,13 @@ import json
 import os
 import re
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -137,8 +139,8 @@ def MinimagenTrain(
             device then; with other optimizers it does, see :class:`.settings.TrainingSettings`.
         timeout: Seconds after which the forward and backward pass of a batch is given up, with the gradients that wait
             for the next step; None or 0 for no limit. Works in the main thread, and not on Windows.
-        unet_numbers: Numbers, from 1, of the U-Nets to train. All of `unets` by default, or Imagen's
-            `only_train_unet_number`.
+        unet_numbers: Numbers, from 1, of the U-Nets to train. By default Imagen's `only_train_unet_number`, or those of
+            `unets` whose parameters `optimizer` holds.
         lr_scheduler: Learning rate scheduler, stepped once after each optimizer step.
         ema_decay: If given, an exponential moving average of the weights is kept (see :class:`.ema.EMA`), validated
             and saved to ``state_dicts/``, while ``tmp/`` has the weights themselves.
@@ -160,7 +162,16 @@ def MinimagenTrain(
         directory = Path.cwd() if entered is None else Path(entered)
     Trainer(
         _settings(
-            values, imagen, len(unets), unet_numbers, timeout, ema_decay, autocast_dtype, max_grad_norm, max_seconds
+            values,
+            imagen,
+            optimizer,
+            len(unets),
+            unet_numbers,
+            timeout,
+            ema_decay,
+            autocast_dtype,
+            max_grad_norm,
+            max_seconds,
         ),
         imagen,
         optimizer,
@@ -178,6 +189,7 @@ def MinimagenTrain(
 def _settings(
     values: dict[str, Any],
     imagen: Imagen,
+    optimizer: torch.optim.Optimizer,
     given_unets: int,
     unet_numbers: Sequence[int] | None,
     timeout: float | None,
@@ -191,7 +203,7 @@ def _settings(
         raise ValueError(f"args lacks {', '.join(missing)}: parse it with get_minimagen_parser()")
     for name, least in (("EPOCHS", 0), ("ACCUM_ITER", 1), ("CHCKPT_NUM", 1)):
         value = values[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if timeout is not None and timeout < 0:
         raise ValueError(f"timeout must be a number of seconds, or 0 or None for no limit, got {timeout!r}")
@@ -204,11 +216,11 @@ def _settings(
     if unet_numbers is None and given_unets > available:
         raise ValueError(f"unets has {given_unets} U-Nets, but imagen has {available}: pass those that it was made of")
     if unet_numbers is None and imagen.only_train_unet_number is None:
-        unet_numbers = range(1, given_unets + 1)
+        unet_numbers = _default_numbers(imagen, optimizer, given_unets)
     return TrainingSettings(
-        epochs=values["EPOCHS"],
-        accumulate=values["ACCUM_ITER"],
-        checkpoint_interval=values["CHCKPT_NUM"],
+        epochs=int(values["EPOCHS"]),
+        accumulate=int(values["ACCUM_ITER"]),
+        checkpoint_interval=int(values["CHCKPT_NUM"]),
         unet_numbers=None if unet_numbers is None else tuple(unet_numbers),
         ema_decay=ema_decay,
         precision=None if autocast_dtype is None else "bfloat16",
@@ -216,6 +228,16 @@ def _settings(
         max_seconds=max_seconds,
         batch_seconds=timeout,
     )
+
+
+def _default_numbers(imagen: Imagen, optimizer: torch.optim.Optimizer, given_unets: int) -> list[int]:
+    """Numbers of the U-Nets to train: of those given, the ones that the optimizer is of."""
+    every = list(range(1, given_unets + 1))
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    # Parameters of no U-Net here are those of one that Imagen has replaced: that it would not learn is to be said.
+    if not held <= {id(parameter) for parameter in imagen.parameters()}:
+        return every
+    return [n for n in every if any(id(parameter) in held for parameter in imagen.unets[n - 1].parameters())] or every
 
 
 def load_restart_training_parameters(
@@ -357,9 +379,16 @@ def save_training_info(
 
 def _as_json(parameters: dict[str, Any], name: str) -> str:
     try:
-        return json.dumps(parameters, indent=4)
+        return json.dumps(parameters, indent=4, default=_plain)
     except TypeError as error:
         raise TypeError(f"{name} must hold only values that JSON has: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is of type {type(value).__name__}")
 
 
 def _newest_files(folder: Path, pattern: str) -> dict[str, Path]:
@@ -370,12 +399,20 @@ def _newest_files(folder: Path, pattern: str) -> dict[str, Path]:
     return {match[1]: folder / match[0] for match in matches}
 
 
+def _only_files(folder: Path, pattern: str) -> dict[str, Path]:
+    """As `_newest_files`, but only those files that no other agrees with."""
+    matches = [match for file in folder.iterdir() if (match := re.fullmatch(pattern, file.name))]
+    number = Counter(match[1] for match in matches)
+    return {match[1]: folder / match[0] for match in matches if number[match[1]] == 1}
+
+
 def get_model_params(parameters_dir: str | os.PathLike) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Reads the parameters that :func:`save_training_info` wrote. Other files in the folder are let be.
 
     Args:
         parameters_dir: The ``parameters`` folder of a training directory. Of several files for the same U-Net the last
-            by name, that is by timestamp, counts.
+            by name, that is by timestamp, counts. Where none has the documented name, another ``unet_I_*.json`` or
+            ``imagen*.json`` is taken if it is the only one.
 
     Returns:
         The parameters of each U-Net in their order, and those of the Imagen.
@@ -385,8 +422,9 @@ def get_model_params(parameters_dir: str | os.PathLike) -> tuple[list[dict[str, 
         ValueError: A file is not valid JSON.
     """
     folder = Path(parameters_dir)
-    imagen_files = _newest_files(folder, r"(imagen_params).*\.json")
-    unet_files = {int(number): file for number, file in _newest_files(folder, r"unet_(\d+)_params.*\.json").items()}
+    imagen_files = _newest_files(folder, r"(imagen)_params.*\.json") or _only_files(folder, r"(imagen).*\.json")
+    found = _newest_files(folder, r"unet_(\d+)_params.*\.json") or _only_files(folder, r"unet_(\d+)_.*\.json")
+    unet_files = {int(number): file for number, file in found.items()}
     if not imagen_files or not unet_files:
         missing = "unet_0_params_TIMESTAMP.json" if imagen_files else "imagen_params_TIMESTAMP.json"
         raise FileNotFoundError(f"{folder} has no {missing}: it is not the parameters folder of a training directory")
@@ -394,7 +432,7 @@ def get_model_params(parameters_dir: str | os.PathLike) -> tuple[list[dict[str, 
         raise FileNotFoundError(
             f"{folder} lacks the parameters of U-Net {min(gaps)}, but has those of {max(unet_files)}"
         )
-    return [_read_json(unet_files[index]) for index in sorted(unet_files)], _read_json(imagen_files["imagen_params"])
+    return [_read_json(unet_files[index]) for index in sorted(unet_files)], _read_json(imagen_files["imagen"])
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -165,18 +165,22 @@ class TrainedFolder:
     # Weights
 
     def best_file(self, number: int) -> Path | None:
-        """The exported weights, or the best of the training by name, that is by timestamp; None if there are none."""
+        """The exported weights, or the best of the training by name, that is by timestamp; None if there are none.
+
+        Where no name is the documented one, the only ``unet_I_*.pt`` is taken.
+        """
         exported = self.directory / f"unet_{number - 1}.safetensors"
         if exported.is_file():
             return exported
         folder = self.directory / "state_dicts"
-        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        matching = [name for name in names if re.fullmatch(rf"unet_{number - 1}_.*\.pth", name)]
-        return folder / matching[-1] if matching else None
+        matching = _matching(folder, rf"unet_{number - 1}_.*\.pth")
+        return matching[-1] if matching else _only_one(folder, number)
 
     def latest_file(self, number: int) -> Path:
-        """Where the training keeps its latest weights."""
-        return self.directory / "tmp" / f"unet_{number - 1}_tmp.pth"
+        """Where the training keeps its latest weights, or the only other file of them there is."""
+        folder = self.directory / "tmp"
+        documented = folder / f"unet_{number - 1}_tmp.pth"
+        return documented if documented.is_file() else _only_one(folder, number) or documented
 
     def weights(self, number: int, kind: str = "best") -> Weights:
         """The weights of a U-Net.
@@ -230,7 +234,19 @@ class TrainedFolder:
     def _only_others_trained(self, number: int) -> bool:
         """Whether the best of others are there and of this one not, which then is the same in every file."""
         folder = self.directory / "state_dicts"
-        return self.best_file(number) is None and folder.is_dir() and any(folder.glob("unet_*.pth"))
+        return self.best_file(number) is None and bool(_matching(folder, r"unet_.*\.pth?"))
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """The files in a folder, if it is there, whose whole names match, in the order of their names."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if re.fullmatch(pattern, path.name)]
+
+
+def _only_one(folder: Path, number: int) -> Path | None:
+    """Weights of a U-Net whose name is not the documented one, as minimagen takes them too."""
+    others = _matching(folder, rf"unet_{number - 1}_.*\.pth?")
+    return others[0] if len(others) == 1 else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -94,6 +94,11 @@ def test_copies_count_for_themselves(server):
     assert dataset.failures == {"http": 1} and other.failures == {"http": 2}
 
 
+def test_the_columns_can_be_had(server):
+    dataset = web(server, ["rgb", "grey"], captions=["one", "two"])
+    assert dataset.urls == [server.url + "rgb", server.url + "grey"] and dataset.captions == ["one", "two"]
+
+
 def test_a_hugging_face_split_is_read_by_row():
     class Rows:
         def __len__(self):

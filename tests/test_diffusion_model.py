@@ -1,5 +1,6 @@
 """The noise schedule at its limits, and in other dtypes and devices."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,3 +62,8 @@ def test_sampling_timesteps_count_down():
     diffusion = GaussianDiffusion(timesteps=20)
     steps = diffusion._get_sampling_timesteps(3, device=torch.device("cpu"))
     assert [step.tolist() for step in steps] == [[i] * 3 for i in reversed(range(20))]
+
+
+def test_timesteps_may_be_a_numpy_integer():
+    steps = GaussianDiffusion(timesteps=np.int64(25)).num_timesteps
+    assert steps == 25 and type(steps) is int

@@ -71,7 +71,20 @@ def test_the_best_weights_are_loaded_ready_for_inference(trained, recwarn):
     assert all(map(same_weights, loaded.unets, imagen.unets))
     assert not loaded.training and not loaded.unets[0].training
     assert loaded.image_sizes == (8, 16) and loaded.device == torch.device("cpu")
-    assert not recwarn.list, "no U-Net is made twice, none is missing"
+    assert not recwarn.list, "every U-Net fits its place, none is missing"
+
+
+def test_a_seed_before_loading_gives_what_it_gives_in_the_original(trained):
+    directory, _ = trained
+    unets_params, _ = load_params(directory)
+    torch.manual_seed(3)
+    # The original makes all U-Nets, then those anew that do not fit their place: here the second.
+    for params in (*unets_params, {**unets_params[1], "lowres_cond": True}):
+        Unet(**params)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    load_minimagen(directory)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_default_device_is_cuda_where_there_is_one(trained):
@@ -117,6 +130,20 @@ def test_unet_10_is_not_unet_1_and_each_unet_falls_back_on_its_own(tmp_path):
         loaded = load_minimagen(directory, device="cpu")
     assert len(said) == 1 and Path(said[0].filename).name == "test_generate.py"
     assert same_weights(loaded.unets[0], best.unets[0]) and same_weights(loaded.unets[1], latest.unets[1])
+
+
+@pytest.mark.parametrize("names", ["tmp/unet_{}_0_percent.pth", "state_dicts/unet_{}_best.pt"])
+def test_weights_by_other_names_are_loaded_where_there_is_one_file_of_each(tmp_path, names):
+    directory, imagen = write_directory(tmp_path), make_imagen(1)
+    write_weights(directory, imagen, names.format(0), names.format(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if "best" in names else "ignore")
+        assert all(map(same_weights, load_minimagen(directory, device="cpu").unets, imagen.unets))
+    write_weights(directory, imagen, names.format("0_later"))
+    with pytest.raises(ValueError, match="has no weights of U-Net 0"):
+        load_minimagen(directory)
+    write_weights(directory, imagen, "state_dicts/unet_0_state_1.pth", "state_dicts/unet_1_state_1.pth")
+    assert same_weights(load_minimagen(directory, device="cpu").unets[0], imagen.unets[0])
 
 
 def test_missing_damaged_and_foreign_weights_are_named(trained):

@@ -1,11 +1,15 @@
 """Imagen: the faults of the original that are fixed here, and what is new in sampling."""
 
+import copy
 import warnings
+from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.pictures import to_pil_images
 from minimagen_fast.t5 import register_text_encoder
@@ -56,9 +60,11 @@ def test_parameters_are_there_after_a_training_step(words):
 
 
 def test_a_replaced_unet_is_said():
-    with pytest.warns(UserWarning, match="U-Net 2 was replaced by a new one.*lowres_cond=True instead of False"):
+    match = "U-Net 2 was replaced by a new one.*lowres_cond=True instead of False"
+    with pytest.warns(UserWarning, match=match) as said:
         imagen = Imagen([BaseTest(), SuperTest()], text_encoder_name="t5_small", image_sizes=SIZES)
     assert isinstance(imagen.unets[1], SuperTest) and imagen.unets[1].lowres_cond
+    assert Path(said[0].filename).name == "test_imagen.py"
 
 
 def test_a_fitting_unet_is_kept():
@@ -77,6 +83,42 @@ def test_a_replaced_unet_keeps_dtype_and_mode():
 
 def test_one_size_may_be_an_int():
     assert Imagen(BaseTest(), text_encoder_name="t5_small", image_sizes=8).image_sizes == (8,)
+
+
+def test_numpy_integers_are_integers(words):
+    imagen = make_imagen(
+        image_sizes=tuple(np.array(SIZES)), timesteps=np.int64(20), channels=3, only_train_unet_number=np.int64(2)
+    )
+    numbers = (*imagen.image_sizes, imagen.noise_schedulers[0].num_timesteps, imagen.only_train_unet_number)
+    assert numbers == (8, 16, 20, 2) and {type(number) for number in numbers} == {int}
+    images = [imagen.sample(**words, progress=False, seed=seed, steps=2, sampler="ddim") for seed in (3, np.int64(3))]
+    assert torch.equal(*images)
+
+
+def test_the_u_net_that_is_trained_is_told(words):
+    imagen = make_imagen()
+    assert imagen.unet_being_trained_index == -1
+    imagen(torch.rand(2, 3, 16, 16), **words, unet_number=2)
+    assert imagen.unet_being_trained_index == 1
+    imagen.state_dict()
+    assert imagen.unet_being_trained_index == -1
+
+
+def test_an_imagen_that_the_original_has_pickled(words):
+    imagen = make_imagen()
+    state = dict(copy.deepcopy(imagen).__getstate__())
+    for name in ("lowres_max_noise_level", "_acceleration"):
+        del state[name]
+    # After a training step the original has its U-Nets in a list.
+    state["unets"] = list(state["_modules"].pop("unets"))
+    loaded = Imagen.__new__(Imagen)
+    loaded.__setstate__(state)
+    assert loaded.state_dict().keys() == imagen.state_dict().keys()
+    losses = []
+    for each in (imagen, loaded):
+        torch.manual_seed(2)
+        losses.append(each(torch.full((2, 3, 16, 16), 0.3), **words, unet_number=2))
+    assert torch.equal(*losses)
 
 
 def test_timesteps_may_be_given_for_each_unet(words):
@@ -102,6 +144,8 @@ def test_timesteps_may_be_given_for_each_unet(words):
         (dict(lowres_max_noise_level=0.1), ValueError, "lowres_sample_noise_level is 0.2, more than"),
         (dict(dynamic_thresholding_percentile=95), ValueError, "dynamic_thresholding_percentile must lie in"),
         (dict(only_train_unet_number=3), ValueError, "only_train_unet_number must lie in 1 to 2"),
+        (dict(only_train_unet_number=1.0), TypeError, "only_train_unet_number must be an int, got 1.0"),
+        (dict(image_sizes=(8.0, 16.0)), TypeError, "image_sizes must be an int, got 8.0"),
         (dict(text_encoder_name="t6"), ValueError, "t6"),
     ],
 )
@@ -189,6 +233,7 @@ def test_autocast(words):
         (dict(unet_number=None), ValueError, "unet_number must say which U-Net"),
         (dict(unet_number=3), ValueError, "unet_number must lie in 1 to 2"),
         (dict(unet_number=0), ValueError, "unet_number must lie in 1 to 2"),
+        (dict(unet_number=1.0), TypeError, "unet_number must be an int, got 1.0"),
         (dict(images=torch.rand(2, 3, 12, 20)), ValueError, "at least 16x16 pixels for U-Net 2, got 12x20"),
         (dict(images=torch.rand(2, 4, 16, 16)), ValueError, "images must have shape"),
         (dict(images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8)), TypeError, "must be floating point"),
@@ -229,6 +274,72 @@ def test_captions_are_encoded_by_the_named_encoder():
     assert torch.equal(*losses)
     by_text = imagen.sample(texts=texts, seed=1, progress=False)
     assert torch.equal(by_text, imagen.sample(text_embeds=embeds, text_masks=masks, seed=1, progress=False))
+
+
+class Halved(GaussianDiffusion):
+    def q_sample(self, x_start, t, noise=None):
+        return super().q_sample(0.5 * x_start, t, noise)
+
+
+def halve(schedule):
+    original = schedule.q_sample
+    schedule.q_sample = lambda x_start, t, noise=None: original(0.5 * x_start, t, noise)
+    return schedule
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("kind", ["class", "instance", "normalize_img"])
+def test_noising_and_normalising_may_be_replaced(words, kind, number):
+    def loss(imagen, images):
+        torch.manual_seed(3)
+        return imagen(images, **words, unet_number=number)
+
+    images = torch.linspace(0, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    # Half of an image that lies in [-1, 1].
+    expected = loss(make_imagen(auto_normalize_img=False), images - 0.5)
+    imagen = make_imagen()
+    if kind == "normalize_img":
+        imagen.normalize_img = lambda image: image - 0.5
+    else:
+        make = Halved if kind == "class" else lambda timesteps: halve(GaussianDiffusion(timesteps=timesteps))
+        imagen.noise_schedulers = torch.nn.ModuleList(make(timesteps=STEPS) for _ in SIZES)
+        imagen.lowres_noise_schedule = make(timesteps=STEPS)
+    torch.testing.assert_close(loss(imagen, images), expected)
+    assert abs(loss(make_imagen(), images) - expected) > 1e-4
+
+
+def test_an_encoder_that_was_put_in_place_is_called_as_the_original_calls_it(words):
+    def encode(text, name="t5_base", max_length=256):
+        assert text == ["a", "b"] and name == "t5_small"
+        return words["text_embeds"], words["text_masks"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minimagen_fast.Imagen.t5_encode_text", encode)
+        assert make_imagen()(torch.rand(2, 3, 16, 16), texts=["a", "b"], unet_number=1).isfinite()
+
+
+def test_one_text_stands_for_all_images(imagen, words):
+    one = {name: value[:1] for name, value in words.items()}
+    both = {name: value[:1].expand(2, *value.shape[1:]) for name, value in words.items()}
+    losses = []
+    for given in (one, both):
+        torch.manual_seed(3)
+        losses.append(imagen(torch.full((2, 3, 16, 16), 0.3), **given, unet_number=2))
+    assert torch.equal(*losses)
+    start = torch.rand(2, 3, 8, 8)
+    samples = [imagen.sample(**given, progress=False, seed=1, start_image=start) for given in (one, both)]
+    assert torch.equal(*samples)
+
+
+def test_noise_lies_as_the_images_do_where_none_is_resized(words):
+    # Noise is drawn in the order of memory, see `noise_for`, and stages of one size leave images as they are.
+    imagen = make_imagen(image_sizes=(16, 16))
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minimagen_fast.Imagen.noise_for", lambda image, resized: drawn.append(resized) or image)
+        for side in (16, 20):
+            imagen(torch.rand(2, 3, side, side), **words, unet_number=2)
+    assert drawn == [False, False, True, True]
 
 
 # Sampling
@@ -289,6 +400,16 @@ def test_guidance_may_differ_by_unet(imagen, words):
     assert not torch.equal(both, first_only)
 
 
+def test_the_layout_of_a_start_image_does_not_count(words):
+    imagen, start = make_imagen(image_sizes=(16, 16)), torch.rand(2, 3, 16, 16)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    first, second = (
+        imagen.sample(**words, seed=0, progress=False, start_image=start.contiguous(memory_format=layout))
+        for layout in layouts
+    )
+    torch.testing.assert_close(first, second)
+
+
 def test_stop_and_start(imagen, words):
     small = imagen.sample(**words, seed=0, progress=False, stop_at_unet_number=1)
     assert small.shape == (2, 3, 8, 8)
@@ -343,6 +464,10 @@ def test_progress_is_one_bar_for_each_unet_and_can_be_silenced(imagen, words, ca
     [
         (dict(cond_scale=(1.0, 2.0, 3.0)), ValueError, "cond_scale must be one value or 2"),
         (dict(stop_at_unet_number=3), ValueError, "stop_at_unet_number must lie in 1 to 2"),
+        (dict(stop_at_unet_number=1.0), TypeError, "stop_at_unet_number must be an int, got 1.0"),
+        (dict(stop_at_unet_number=True), TypeError, "stop_at_unet_number must be an int, got True"),
+        (dict(seed=1.5), TypeError, "seed must be an int or None, got 1.5"),
+        (dict(text_embeds=torch.zeros(0, 4, 512), text_masks=None), ValueError, "at least one caption, got none"),
         (dict(lowres_sample_noise_level=-0.1), ValueError, "lowres_sample_noise_level must lie in"),
         (dict(seed=1, generator=torch.Generator()), ValueError, "either seed or generator"),
         (dict(start_image=torch.rand(2, 4, 8, 8)), ValueError, "start_image must have shape"),

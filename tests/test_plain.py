@@ -107,9 +107,30 @@ def test_every_part_runs_its_hooks_and_sees_what_it_makes_itself(make, kind):
     result = forward(unet)
     result.square().mean().backward()
     assert distance(result, expected) < 1e-5
-    # Of the time embedding the first part, on which no gradient depends, is called by itself.
-    never = {name for name in parts if name.endswith("time_hiddens") or (name.endswith("hiddens.0") and "back" in kind)}
-    assert set(parts) - called == never
+    # No gradient depends on the first part of the time embedding.
+    assert set(parts) - called == {name for name in parts if name.endswith("hiddens.0") and "back" in kind}
+
+
+class Scaled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 0.5 * self.inner(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedding_of_the_time_may_be_replaced(dtype):
+    unet = make_super().to(dtype)
+    before = forward(unet)
+    for name in ("to_time_hiddens", "to_lowres_time_hiddens"):
+        setattr(unet, name, Scaled(getattr(unet, name)))
+    replaced = forward(unet)
+    for name in ("to_time_hiddens", "to_lowres_time_hiddens"):
+        setattr(unet, name, getattr(unet, name).inner)
+        getattr(unet, name).register_forward_hook(lambda module, args, result: 0.5 * result)
+    assert torch.equal(replaced, forward(unet)) and distance(before, replaced) > 1e-3
 
 
 FOREIGN = {

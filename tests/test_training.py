@@ -1,5 +1,6 @@
 """The training loop and its validation."""
 
+import numpy as np
 import pytest
 import torch
 from fast_path import Counts
@@ -249,6 +250,25 @@ def test_wrong_options_are_refused(tmp_path, options, message):
 def test_wrong_args_are_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name} must be a whole number"):
         Run(tmp_path, **{name: value}).train()
+
+
+def test_of_an_optimizer_of_some_u_nets_only_these_are_trained(tmp_path):
+    run = Run(tmp_path, stages=2)
+    run.optimizer = torch.optim.Adam(run.imagen.unets[1].parameters(), lr=1e-3)
+    before = run.weights
+    steps = []
+    run.train(callback=steps.append)
+    moved = {int(name.split(".")[1]) for name, x in run.weights.items() if not torch.equal(x, before[name])}
+    assert moved == {1} and {step.unet_number for step in steps} == {2}
+    # Not where Imagen has replaced a U-Net whose parameters it holds: that one was meant to learn.
+    run.optimizer.add_param_group({"params": list(BaseTest().parameters())})
+    with pytest.raises(ValueError, match=r"optimizer holds no parameter of imagen.unets\[0\]"):
+        run.train("2")
+
+
+def test_args_may_be_numpy_integers(tmp_path):
+    run = Run(tmp_path, EPOCHS=np.int64(1), ACCUM_ITER=np.int64(2), CHCKPT_NUM=np.int64(3)).train()
+    assert run.log.count("checkpoint") == 2
 
 
 def test_training_that_cannot_work_is_refused(tmp_path):

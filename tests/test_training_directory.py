@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -174,6 +175,27 @@ def test_training_info_can_be_read_by_the_original(tmp_path):
     assert get_model_params(tmp_path / "parameters")[1] == documented
     save_training_info({}, "2", [{"dim": 8}], {**documented, "lowres_max_noise_level": 0.1}, 1.0, training_dir)
     assert get_model_params(tmp_path / "parameters")[1] == {**documented, "lowres_max_noise_level": 0.1}
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+    unet = {"dim": np.int64(8), "dim_mults": (np.int32(1), np.float32(1.5)), "attend_at_middle": np.bool_(True)}
+    save_training_info(Namespace(), "1", [unet], {"timesteps": np.int64(25)}, 1.0, create_directory(tmp_path))
+    (read,), imagen_params = get_model_params(tmp_path / "parameters")
+    assert read == {"dim": 8, "dim_mults": [1, 1.5], "attend_at_middle": True} and imagen_params == {"timesteps": 25}
+    assert type(read["dim"]) is int
+
+
+def test_other_names_of_parameters_count_where_there_is_one_file_of_each(tmp_path):
+    for index in range(11):
+        (tmp_path / f"unet_{index}_config.json").write_text(json.dumps({"dim": index}))
+    (tmp_path / "imagen_config_x.json").write_text('{"channels": 1}')
+    unets_params, imagen_params = get_model_params(tmp_path)
+    assert [params["dim"] for params in unets_params] == list(range(11)) and imagen_params == {"channels": 1}
+    (tmp_path / "imagen_config_y.json").write_text('{"channels": 2}')
+    with pytest.raises(FileNotFoundError, match="no imagen_params_TIMESTAMP.json"):
+        get_model_params(tmp_path)
+    (tmp_path / "imagen_params.json").write_text('{"channels": 3}')
+    assert get_model_params(tmp_path)[1] == {"channels": 3}
 
 
 def test_parameters_that_json_does_not_have_leave_no_half_written_file(tmp_path):

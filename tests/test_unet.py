@@ -3,9 +3,11 @@
 import copy
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from minimagen_fast.layers import ResnetBlock
 from minimagen_fast.Unet import BaseTest, Super, SuperTest, Unet
@@ -60,6 +62,20 @@ def test_impossible_sizes_are_refused(config, message):
 def test_a_number_that_is_no_int_is_refused():
     with pytest.raises(TypeError, match="dim must be an int"):
         Unet(dim=8.0)
+
+
+def test_numpy_numbers_are_numbers():
+    given = dict(dim=8, dim_mults=[1, 2], channels=4, num_resnet_blocks=[1, 2], attn_heads=2, text_embed_dim=16)
+    torch.manual_seed(3)
+    expected = Unet(**given)
+    torch.manual_seed(3)
+    as_numpy = {name: list(np.array(x)) if isinstance(x, list) else np.int64(x) for name, x in given.items()}
+    unet = Unet(**as_numpy)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, unet.state_dict()[name]), name
+    assert type(unet.channels) is type(unet.channels_out) is type(unet.text_embed_dim) is int
+    with pytest.raises(TypeError, match="num_resnet_blocks must be an int, got 1.0"):
+        Unet(dim=8, num_resnet_blocks=1.0)
 
 
 def test_memory_efficient_may_start_with_another_multiple():
@@ -266,3 +282,67 @@ def test_a_block_without_a_bias_makes_its_own_scale_and_shift():
     expected = unet(**inputs)
     layer.bias = None
     torch.testing.assert_close(unet(**inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_text_stands_for_all_images():
+    torch.manual_seed(1)
+    unet = Unet(**TINY)
+    inputs = _inputs(unet, batch=3)
+    inputs["text_mask"][:, 3:] = False
+    one = {name: inputs[name][:1] for name in ("text_embeds", "text_mask")}
+    expected = unet(**{**inputs, **{name: value.expand(3, *value.shape[1:]) for name, value in one.items()}})
+    assert torch.equal(unet(**{**inputs, **one}), expected)
+    assert torch.equal(unet(**{**inputs, "text_mask": one["text_mask"]}), unet(**inputs))
+    for name, value in inputs.items():
+        if name.startswith("text_"):
+            with pytest.raises(ValueError, match=f"{name} must have shape"):
+                unet(**{**inputs, name: value[:2]})
+
+
+def as_pickled_by_minimagen(unet):
+    """What a pickle of the original package's holds of the same U-Net: nothing that only ours has."""
+    state = dict(unet.__getstate__())
+    state["_locals"] = state.pop("_config")
+    del state["downsampling_factor"]
+    return {**state, "init_conv_to_final_conv_residual": False}
+
+
+def test_a_u_net_that_the_original_has_pickled():
+    torch.manual_seed(1)
+    unet = SuperTest(lowres_cond=True)
+    unet.final_conv.bias.requires_grad_(False)
+    unet.mid_block1.eval()
+    unet.note = "mine"
+    inputs, expected = _inputs(unet), unet(**_inputs(unet))
+    state = as_pickled_by_minimagen(copy.deepcopy(unet))
+    # A part that is made otherwise there, without weights.
+    state["_modules"]["to_time_tokens"][1] = nn.Identity()
+    loaded, random = SuperTest.__new__(SuperTest), torch.get_rng_state()
+    loaded.__setstate__(state)
+    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(loaded(**inputs), expected)
+    assert not loaded.final_conv.bias.requires_grad and loaded.final_conv.weight.requires_grad
+    assert not loaded.mid_block1.training and loaded.training and loaded.note == "mine"
+    assert loaded.final_conv.weight is state["_modules"]["final_conv"].weight
+    assert loaded._cast_model_parameters(lowres_cond=True, text_embed_dim=512, channels=1, channels_out=1).channels == 1
+
+
+@pytest.mark.parametrize("change", ["hook", "part", "residual"])
+def test_a_changed_u_net_that_the_original_has_pickled_is_refused(change):
+    state = as_pickled_by_minimagen(BaseTest())
+    if change == "hook":
+        state["_modules"]["final_conv"].register_forward_hook(print)
+    elif change == "part":
+        state["_modules"]["final_conv"] = nn.Sequential(state["_modules"]["final_conv"])
+    else:
+        state["init_conv_to_final_conv_residual"] = True
+    with pytest.raises(ValueError, match="parts were replaced or given hooks"):
+        BaseTest.__new__(BaseTest).__setstate__(state)
+
+
+def test_no_residual_from_the_first_convolution():
+    unet = BaseTest()
+    unet.init_conv_to_final_conv_residual = False
+    assert unet.init_conv_to_final_conv_residual is False
+    with pytest.raises(ValueError, match="init_conv_to_final_conv_residual must be False, got True"):
+        unet.init_conv_to_final_conv_residual = True

@@ -132,7 +132,8 @@ def _backward(ctx, dy, _):
 )
 def _launch_backward(dy, x, skip, weight, bias, scale, shift, statistics, groups, skip_scale, silu, needed):
     operands = Operands.of(x, skip, weight, bias, scale, shift, None, groups, skip_scale, silu)
-    dy = dy.contiguous(memory_format=memory_format(operands.x))
+    # Not the layout of the copy of x: dense, an image of one channel counts as contiguous.
+    dy = dy.contiguous(memory_format=torch.channels_last if operands.channels_last else torch.contiguous_format)
     gradients = _empty_gradients(x, skip, (weight, bias, scale, shift), needed)
     _, run = _plan(operands)
     run(operands, dy, statistics, gradients[:2], gradients[2:])

@@ -394,6 +394,13 @@ def test_strided_parameters(plan):
     check(inputs, 4, dtype=torch.float32)
 
 
+def test_one_channel_out_of_many_beside_others(plan):
+    # Dense, it lies in both memory formats at once; what stands beside it does not.
+    inputs = case(2, 4, 3, 5, skip=4, memory_format=NHWC)
+    inputs |= {name: inputs[name][..., :5] for name in ("weight", "bias", "scale", "shift")}
+    check(inputs | {"x": inputs["x"][:, :1]}, 1, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("cotangent", ["one number", "no stride"])
 def test_gradients_without_strides(cotangent, plan):
     inputs = case(2, 8, 3, 5, skip=4)

@@ -25,7 +25,8 @@ from . import (
     group_norm_split_backward,
     launch,
 )
-from .group_norm_tiles import Operands, empty_like, memory_format
+from .group_norm_tiles import Operands, empty_like
+from .images import in_format_of
 from .modulated_silu import modulated_silu
 
 # In channels_last memory groups of other widths than multiples of this are not read one by one, but in blocks of
@@ -38,7 +39,7 @@ LARGEST_PIXELS, LARGEST_CHANNELS = 2**27, 2**20
 
 def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu):
     if skip is not None:
-        x = torch.cat((x, skip * skip_scale), dim=1).contiguous(memory_format=memory_format(x))
+        x = in_format_of(x, torch.cat((x, skip * skip_scale), dim=1))
     dtype = x.dtype
     wide = dtype
     for vector in (weight, bias):
@@ -80,7 +81,7 @@ def _trained_on_cpu(x, groups, weight, bias, eps):
     if not x.requires_grad:
         # Images of one axis it takes for contiguous ones, which are copied.
         y = torch.group_norm(x.flatten(2), groups, weight, bias, eps)
-        return y.view(x.shape).contiguous(memory_format=memory_format(x))
+        return in_format_of(x, y.view(x.shape))
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         # All gradients are asked for, or by formulas that have gradients of their own.
         return torch.group_norm(x, groups, weight, bias, eps)

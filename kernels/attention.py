@@ -73,8 +73,10 @@ def null_key_attention(
         raise ValueError(f"all tensors must be on one device; got {where}")
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
-    if q.ndim != 3 or q.shape[-1] % heads:
-        raise ValueError(f"q must have shape (b, n, heads * d) with heads = {heads}; got {tuple(q.shape)}")
+    if q.ndim != 3 or q.shape[-1] == 0 or q.shape[-1] % heads:
+        raise ValueError(
+            f"q must have shape (b, n, heads * d) with heads = {heads} and d at least 1; got {tuple(q.shape)}"
+        )
     dim_head = q.shape[-1] // heads
     if k.shape != v.shape or k.ndim != 3 or k.shape[0] != q.shape[0] or k.shape[-1] not in (dim_head, q.shape[-1]):
         raise ValueError(

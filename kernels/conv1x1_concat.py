@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from .arguments import check_floating_point, check_one_device, check_one_dtype
 from .cpu_products import linear
+from .images import in_format_of, is_channels_last
 
 
 def conv1x1_concat(
@@ -38,7 +39,10 @@ def conv1x1_concat(
     """
     _check(x, skip, weight, bias)
     b, c1, h, w = x.shape
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+    if 0 in (c1, skip.shape[1]):
+        # torch takes no product of nothing for zeros.
+        return in_format_of(x, F.conv2d(torch.cat((x, skip * skip_scale), dim=1), weight, bias))
+    if not is_channels_last(x):
         to_x, to_skip = weight.split((c1, skip.shape[1]), dim=1)
         return torch.add(F.conv2d(x, to_x, bias), F.conv2d(skip, to_skip), alpha=skip_scale)
     to_x, to_skip = weight.flatten(1).split((c1, skip.shape[1]), dim=1)
@@ -63,6 +67,8 @@ def _check(x, skip, weight, bias) -> None:
             f"skip must have shape (b, c2, h, w), like x of shape {tuple(x.shape)} but for c2; got {tuple(skip.shape)}"
         )
     channels = x.shape[1] + skip.shape[1]
+    if channels == 0:
+        raise ValueError("x and skip must have channels, at least one together; got none")
     if weight.ndim != 4 or weight.shape[1:] != (channels, 1, 1):
         raise ValueError(
             f"weight must have shape (c_out, {channels}, 1, 1), c_out by the channels of x and skip together; got"

@@ -6,6 +6,9 @@ the yardstick of every other one) and, for attention alone, ``sdpa``, ``sdpa_mer
 :func:`use_implementation` (for attention :func:`use_attention`) for a block of code, an operation's ``implementation``
 argument for one call. A choice for the process leaves operations that do not have it as under ``auto``; for a call it
 is an error.
+
+``reference`` has derivatives of every order and in both modes, kernels have first ones in reverse mode and refuse all
+others.
 """
 
 import os
@@ -82,7 +85,8 @@ def as_now() -> AbstractContextManager[None]:
 def is_eager_float32_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether torch runs float32 on a CPU, one operator after the other, and each may be left to what is faster there.
 
-    Not so under autocast, nor where torch transforms or traces what is run, or counts it.
+    Not so under autocast, nor where torch transforms or traces what is run, counts it, or computes derivatives in
+    forward mode.
     """
     return (
         all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
@@ -91,6 +95,7 @@ def is_eager_float32_on_cpu(*tensors: torch.Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         # Counters and fake tensors.
         and not torch._C._len_torch_dispatch_stack()
+        and not launch.in_forward_mode()
         and implementation() == "auto"
         and not torch.is_autocast_enabled("cpu")
     )

@@ -25,7 +25,8 @@ from . import (
     group_norm_split_backward,
     launch,
 )
-from .group_norm_tiles import Operands, empty_like, memory_format
+from .group_norm_tiles import Operands, empty_like
+from .images import in_format_of
 from .modulated_silu import modulated_silu
 
 # In channels_last memory groups of other widths than multiples of this are not read one by one, but in blocks of
@@ -38,7 +39,7 @@ LARGEST_PIXELS, LARGEST_CHANNELS = 2**27, 2**20
 
 def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu):
     if skip is not None:
-        x = torch.cat((x, skip * skip_scale), dim=1)
+        x = in_format_of(x, torch.cat((x, skip * skip_scale), dim=1))
     dtype = x.dtype
     wide = dtype
     for vector in (weight, bias):
@@ -52,10 +53,8 @@ def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, sil
         # On a CPU torch has no gradients for a bias alone.
         weight = torch.ones_like(bias)
     trained = any(vector is not None and vector.requires_grad for vector in (weight, bias))
-    if x.device.type == "cpu" and trained and torch.is_grad_enabled() and not x.requires_grad:
-        # With a channels_last image that needs no gradient torch's backward ends the process.
-        layout = memory_format(x)
-        x = torch.group_norm(x.contiguous(), groups, weight, bias, eps).contiguous(memory_format=layout)
+    if x.device.type == "cpu" and trained and torch.is_grad_enabled() and _may_be_channels_last(x):
+        x = _trained_on_cpu(x, groups, weight, bias, eps)
     else:
         # Unlike torch.nn.functional's, this takes a single value per group.
         x = torch.group_norm(x, groups, weight, bias, eps)
@@ -67,6 +66,49 @@ def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, sil
         # In place unless the backward pass needs what was there.
         x = F.silu(x, inplace=not torch.is_grad_enabled())
     return x.to(dtype)
+
+
+def _may_be_channels_last(x: torch.Tensor) -> bool:
+    """Whether torch may take an image for one in channels_last memory; of one channel or pixel it takes some so."""
+    return not x.is_contiguous() or x.stride(1) == 1
+
+
+def _trained_on_cpu(x, groups, weight, bias, eps):
+    """torch.group_norm, whose backward on a CPU ends the process in channels_last memory unless it is asked for x's.
+
+    Vectors are gradients of it, and x may need none, or not in this pass: torch.autograd.grad(out, [weight]).
+    """
+    if not x.requires_grad:
+        # Images of one axis it takes for contiguous ones, which are copied.
+        y = torch.group_norm(x.flatten(2), groups, weight, bias, eps)
+        return in_format_of(x, y.view(x.shape))
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # All gradients are asked for, or by formulas that have gradients of their own.
+        return torch.group_norm(x, groups, weight, bias, eps)
+    if x.is_leaf:
+        # Of a leaf it cannot be told whether its gradient is asked for.
+        x = x.view_as(x)
+    y = torch.group_norm(x, groups, weight, bias, eps)
+    y.grad_fn.register_prehook(_by_formulas_unless_followed_by(x.grad_fn))
+    return y
+
+
+def _by_formulas_unless_followed_by(of_x):
+    """A hook for a node of autograd: unless that of x is to run as well, it computes as for gradients of gradients."""
+
+    def hook(_):
+        if torch.is_grad_enabled() or torch._C._will_engine_execute_node(of_x):
+            return
+
+        def detached(gradients, _):
+            handle.remove()
+            return tuple(gradient if gradient is None else gradient.detach() for gradient in gradients)
+
+        # torch sets it anew for every node.
+        torch._C._set_grad_enabled(True)
+        handle = torch._C._current_autograd_node().register_hook(detached)
+
+    return hook
 
 
 def _channels(x: torch.Tensor, skip: torch.Tensor | None):
@@ -132,7 +174,8 @@ def _backward(ctx, dy, _):
 )
 def _launch_backward(dy, x, skip, weight, bias, scale, shift, statistics, groups, skip_scale, silu, needed):
     operands = Operands.of(x, skip, weight, bias, scale, shift, None, groups, skip_scale, silu)
-    dy = dy.contiguous(memory_format=memory_format(operands.x))
+    # Not the layout of the copy of x: dense, an image of one channel counts as contiguous.
+    dy = dy.contiguous(memory_format=torch.channels_last if operands.channels_last else torch.contiguous_format)
     gradients = _empty_gradients(x, skip, (weight, bias, scale, shift), needed)
     _, run = _plan(operands)
     run(operands, dy, statistics, gradients[:2], gradients[2:])
@@ -213,7 +256,10 @@ def group_norm_silu(
             x, x_bias = x + x_bias[:, None, None], None
     if choice == "reference":
         return _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu)
-    if skip is not None and skip.dtype != x.dtype:
+    if skip is not None and x.shape[1] == 0:
+        # The kernels take the first image to have channels.
+        x, skip = torch.cat((x, skip * skip_scale), dim=1), None
+    elif skip is not None and skip.dtype != x.dtype:
         wider = torch.promote_types(x.dtype, skip.dtype)
         x, skip = x.to(wider), skip.to(wider)
     return _launch_forward(x, skip, weight, bias, scale, shift, x_bias, groups, eps, skip_scale, silu)[0]

@@ -9,15 +9,8 @@ from typing import NamedTuple
 import torch
 
 from . import launch
+from .images import memory_format
 from .launch import tl, triton
-
-
-def memory_format(x: torch.Tensor) -> torch.memory_format:
-    """The format that the kernels read ``x`` in and give results in; other layouts are copied to the nearest one."""
-    # What is both (one channel, or one pixel) counts as contiguous.
-    if not x.is_contiguous() and x.stride(1) == 1:
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def empty_like(x: torch.Tensor, channels: int) -> torch.Tensor:

@@ -9,7 +9,28 @@ from .launch import tl, triton  # noqa: F401, Triton's interpreter looks for tl 
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether images lie densely in channels_last order and not also in that of contiguous memory."""
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if x.ndim != 4 or x.is_contiguous() or x.stride(1) != 1:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The format of images, of those in other layouts the nearest one: what results of them are in."""
+    # What is both (one channel, or one pixel) counts as contiguous.
+    if not x.is_contiguous() and x.stride(1) == 1:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def in_format_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``y`` in the memory format of ``x``, copied if it must be; as it is for torch.func, whose vmap knows one only."""
+    if torch._C._are_functorch_transforms_active():
+        return y
+    layout = memory_format(x)
+    # What is both has no format to go by.
+    if layout == torch.contiguous_format and x.is_contiguous(memory_format=torch.channels_last):
+        return y
+    return y.contiguous(memory_format=layout)
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -39,6 +40,7 @@ __all__ = [
     "capability",
     "ceil_div",
     "define",
+    "in_forward_mode",
     "missing",
     "next_power_of_2",
     "nothing_looks",
@@ -181,6 +183,8 @@ def define(
 ) -> Callable[[Callable], Callable]:
     """Register a function that launches kernels as an operator: opaque to torch.compile, with fake and autograd.
 
+    Derivatives that there is no formula for, those in forward mode among them, raise a NotImplementedError.
+
     Registered by hand and not through ``torch.library.custom_op``, whose checks cost every call more host time than the
     launch itself. Where nothing looks at operators, what is given back does not go through torch's dispatcher either,
     and the operator goes through it once, not for autograd and then again.
@@ -188,7 +192,8 @@ def define(
     Args:
         schema: Name and signature, as in ``"norm(Tensor x, float eps) -> Tensor"``.
         fake: Takes the same arguments and returns empty outputs: same shapes, dtypes and strides.
-        backward: ``backward(ctx, *grads)`` as in ``torch.autograd.Function``; none if not differentiable.
+        backward: ``backward(ctx, *grads)`` as in ``torch.autograd.Function``; none if not differentiable. It is not
+            called where nothing depends on the first output.
         setup_context: ``setup_context(ctx, inputs, output)`` likewise.
 
     Returns:
@@ -210,16 +215,16 @@ def define(
 
         torch.library.register_fake(qualified, fake_or_recorded, lib=_library)
         operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-        # Without a formula the operator says so.
-        apply = operator
-        if backward is not None:
-            apply = _differentiable(name, function, backward, setup_context).apply
-            _library.impl(name, _autograd_of(name, operator, function, backward, setup_context), "Autograd")
+        apply = _differentiable(name, function, backward, setup_context).apply
+        _library.impl(name, _autograd_of(name, operator, function, backward, setup_context), "Autograd")
 
         @functools.wraps(function)
         def call(*args):
             if not nothing_looks(args):
                 return operator(*args)
+            # As in_forward_mode(), without the time of a call.
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(name, args)
             return (apply if _needs_gradients(args) else function)(*args)
 
         return call
@@ -228,7 +233,7 @@ def define(
 
 
 def _autograd_of(
-    name: str, operator: Any, function: Callable, backward: Callable, setup_context: Callable | None
+    name: str, operator: Any, function: Callable, backward: Callable | None, setup_context: Callable | None
 ) -> Callable:
     """What torch's dispatcher calls for autograd: compiled code calls operators, and needs no gradients of them."""
 
@@ -239,6 +244,8 @@ def _autograd_of(
     apply = _differentiable(name, below, backward, setup_context).apply
 
     def autograd(*args):
+        if in_forward_mode():
+            _refuse_tangents(name, args)
         if _needs_gradients(args):
             return apply(*args)
         return (function if nothing_looks(args) else below)(*args)
@@ -246,17 +253,45 @@ def _autograd_of(
     return autograd
 
 
-def _differentiable(name: str, function: Callable, backward: Callable, setup_context: Callable | None) -> Any:
+def _differentiable(
+    name: str, function: Callable, backward: Callable | None, setup_context: Callable | None
+) -> type[torch.autograd.Function]:
     """What is to autograd what the operator is, but calls this function."""
 
     def forward(ctx, *args):
         output = function(*args)
         if setup_context is not None:
             setup_context(ctx, args, output)
-        return output
+        # A list autograd would take for something else than tensors.
+        return tuple(output) if isinstance(output, list) else output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def backward_or_refuse(ctx, *grads):
+        if backward is None:
+            raise NotImplementedError(_no_derivative(name, "gradients"))
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_or_refuse)}
     return type(name, (torch.autograd.Function,), members)
+
+
+def in_forward_mode() -> bool:
+    """Whether something computes derivatives in forward mode, in this thread or another."""
+    return forward_ad._current_level >= 0
+
+
+def _refuse_tangents(name: str, args: tuple) -> None:
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(_no_derivative(name, "derivatives in forward mode"))
+
+
+def _no_derivative(name: str, which: str) -> str:
+    return (
+        f"{NAMESPACE}::{name} has no {which}: the kernels have first derivatives in reverse mode alone. For others take"
+        ' plain torch, as with minimagen_fast.kernels.use_implementation("reference")'
+    )
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -78,7 +78,8 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
         raise ValueError(f"x_t must have values in each image, its shape is {tuple(x_t.shape)}")
     if not 0 <= percentile <= 1:
         raise ValueError(f"percentile must lie in [0, 1], got {percentile}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given.values()):
+    differentiable = (*given.values(), cond_scale) if weighted else given.values()
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
         raise ValueError(f"{operation} is not differentiable: call it under torch.no_grad(), or detach its inputs")
     reasons = dispatch.triton_reasons(*given.values(), *schedules.values()) + too_large(x_t)
     chosen = dispatch.select(operation, {"triton": reasons, "reference": []}, x_t.device, implementation)

@@ -22,8 +22,8 @@ import torch
 from . import launch
 from .launch import tl, triton
 
-# torch.quantile refuses tensors (before torch 2.13; since then rows) with more elements than this: it has its ranks in
-# float32. Beyond it they are float64 here.
+# torch.quantile refuses tensors (before torch 2.13; since then rows) with more elements than this: of float32 values it
+# has its ranks in float32, too. Beyond it they are float64 here.
 _TORCH_LIMIT = 2**24
 # Values that a program takes at a time: one pass of a loop over its part of an image.
 TILE = 2048
@@ -45,11 +45,18 @@ def _float32(x: float) -> float:
 
 
 def rank_of(q: float, n: int) -> tuple[int, int, float]:
-    """Rank of the ``q``-quantile among n sorted values: the whole part, the step to the next, and its weight."""
+    """Rank of the ``q``-quantile among n sorted float32: the whole part, the step to the next, and its weight."""
     rank = _float32(_float32(q) * (n - 1)) if n <= _TORCH_LIMIT else q * (n - 1)
     below = int(rank)
     weight = _float32(rank - below)
     return below, int(weight > 0), weight
+
+
+def _rank_in_float64(q: float, n: int) -> tuple[int, int, float]:
+    """The same among float64."""
+    rank = q * (n - 1)
+    below = int(rank)
+    return below, int(rank > below), rank - below
 
 
 def quantile(x: torch.Tensor, q: float) -> torch.Tensor:
@@ -66,7 +73,7 @@ def quantile(x: torch.Tensor, q: float) -> torch.Tensor:
         return x.new_empty(0)
     if x.numel() <= _TORCH_LIMIT:
         return torch.quantile(x, q, dim=-1)
-    below, step, weight = rank_of(q, x.shape[-1])
+    below, step, weight = (_rank_in_float64 if x.dtype == torch.float64 else rank_of)(q, x.shape[-1])
     low, high = (torch.kthvalue(x, place + 1, dim=-1).values for place in (below, below + step))
     return torch.where(x.isnan().any(dim=-1), torch.nan, torch.lerp(low, high, weight))
 

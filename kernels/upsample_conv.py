@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .arguments import check_floating_point, check_one_device, check_one_dtype
-from .images import empty_images, is_channels_last
+from .images import empty_images, in_format_of, is_channels_last
 
 __all__ = ["summed_kernel", "upsample_conv3x3"]
 
@@ -43,6 +43,11 @@ def upsample_conv3x3(
         ValueError: if the shapes do not fit together, or the tensors are on several devices.
     """
     _check(x, weight, bias, kernel)
+    # torch's convolutions follow the weight, too.
+    return in_format_of(x, _convolved(x, weight, bias, kernel))
+
+
+def _convolved(x, weight, bias, kernel):
     transposed = _is_transposed(x.device)
     # What interleaves the four pixels is not for transforms of functions, such as vmap.
     transformed = torch._C._are_functorch_transforms_active() and not transposed

@@ -224,6 +224,7 @@ def test_with_every_key_masked_the_null_key_is_left():
     "change, message",
     [
         (dict(heads=5), "q must have shape"),
+        (dict(q=torch.zeros(2, 5, 0)), "q must have shape .* d at least 1; got"),
         (dict(k=torch.zeros(2, 7, 12)), "k and v must have one shape"),
         (dict(v=torch.zeros(2, 6, 24)), "k and v must have one shape"),
         (dict(null_key=torch.zeros(24)), r"null_key must have shape \(8,\), .* got \(24,\)"),

@@ -85,6 +85,14 @@ def test_empty_batch(memory_format):
 
 
 @FORMATS
+@pytest.mark.parametrize("channels", [(0, 8), (8, 0)])
+def test_no_channels_beside_others(channels, memory_format):
+    inputs = case(2, *channels, 6, 3, 3, memory_format=memory_format)
+    out = check_parity(ours, reference, inputs, dtype=torch.float32)
+    assert channels[0] == 0 or out.is_contiguous(memory_format=memory_format)
+
+
+@FORMATS
 @pytest.mark.parametrize("images", [torch.float32, torch.bfloat16])
 def test_autocast(images, memory_format):
     inputs = case(2, 16, 16, 8, 4, 4, memory_format=memory_format)
@@ -129,6 +137,7 @@ def test_no_graph_break(memory_format):
         ({"weight": torch.ones(6, 13, 1, 1)}, r"weight must have shape \(c_out, 12, 1, 1\).*got \(6, 13, 1, 1\)"),
         ({"weight": torch.ones(6, 12, 3, 3)}, "weight must have shape"),
         ({"bias": torch.ones(5)}, r"bias must have shape \(6,\)"),
+        ({"x": torch.ones(2, 0, 3, 3), "skip": torch.ones(2, 0, 3, 3)}, "x and skip must have channels"),
     ],
 )
 def test_clear_errors(changes, words):

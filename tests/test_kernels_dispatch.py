@@ -1,19 +1,24 @@
 """Which implementation runs, and how launches are recorded."""
 
+import contextlib
 import warnings
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from fast_path import Counts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimagen_fast.kernels import (
     channel_layer_norm,
+    ddim_step,
     dispatch,
     group_norm_silu,
     implementation,
     launch,
     layer_norm,
+    null_key_attention,
+    q_sample,
     use_implementation,
 )
 
@@ -201,3 +206,106 @@ def test_operators_are_called_where_something_looks_at_them():
 
     own = x.as_subclass(Own)
     assert operators_of(lambda: layer_norm(own, gain, implementation="triton")) == {forward}
+
+
+def with_kernels(implementation):
+    """Functions of images (2, 32, 2, 2) by name, one for every pair of operators."""
+    vector, t, schedule = torch.linspace(0.5, 1.5, 32), torch.tensor([3, 7]), torch.linspace(0.9, 0.1, 10)
+
+    def attention(x, implementation):
+        tokens = x.flatten(2).mT
+        return null_key_attention(tokens, tokens, tokens, vector, vector, heads=1, implementation=implementation)
+
+    return {
+        "layer_norm": lambda x: layer_norm(x.flatten(2).mT, vector, implementation=implementation),
+        "channel_layer_norm": lambda x: channel_layer_norm(x, vector, implementation=implementation),
+        "group_norm_silu": lambda x: group_norm_silu(x, vector, groups=4, implementation=implementation),
+        "mix": lambda x: q_sample(x, t, x, schedule, schedule, implementation=implementation),
+        "null_key_flash": lambda x: attention(x, implementation),
+        "null_key_merge": lambda x: attention(x, "reference" if implementation == "reference" else "sdpa_merge"),
+    }
+
+
+OPERATORS = pytest.mark.parametrize("name", with_kernels("triton"))
+
+
+def images():
+    return torch.randn(2, 32, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+@OPERATORS
+def test_gradients_of_gradients_are_refused_by_name(name):
+    def gradient_of(function, x):
+        return torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)[0]
+
+    x = images().requires_grad_()
+    gradient = gradient_of(with_kernels("triton")[name], x)
+    expected = gradient_of(with_kernels("reference")[name], x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotImplementedError, match=f'::{name}_backward has no gradients.*"reference"'):
+        gradient.square().sum().backward()
+    expected.square().sum().backward()
+
+
+@OPERATORS
+@pytest.mark.parametrize("counted", [False, True])
+def test_derivatives_in_forward_mode_are_refused_by_name(name, counted):
+    function, x = with_kernels("triton")[name], images()
+    refused = pytest.raises(NotImplementedError, match=f'::{name} has no derivatives in forward mode.*"reference"')
+    with contextlib.ExitStack() as stack:
+        if counted:
+            stack.enter_context(Counts())
+        with fwAD.dual_level():
+            # What has no tangent is computed as ever.
+            torch.testing.assert_close(function(x), with_kernels("reference")[name](x), rtol=1e-4, atol=1e-5)
+            with refused:
+                function(fwAD.make_dual(x, x))
+            with torch.no_grad(), refused:
+                function(fwAD.make_dual(x, x))
+        with refused:
+            torch.func.jvp(function, (x,), (x,))
+    with refused:
+        torch.func.jacfwd(function)(x)
+    _, slope = torch.func.jvp(lambda factor: function(x) * factor, (torch.ones(()),), (torch.ones(()),))
+    torch.testing.assert_close(slope, function(x))
+
+
+@OPERATORS
+def test_the_reference_has_derivatives_in_forward_mode(name):
+    function, x = with_kernels("reference")[name], images()
+    _, slope = torch.func.jvp(function, (x,), (x.sin(),))
+    gradient = torch.func.grad(lambda x: (function(x) * slope).sum())(x)
+    torch.testing.assert_close((gradient * x.sin()).sum(), slope.square().sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_steps_refuse_derivatives_in_forward_mode():
+    schedule, t = torch.linspace(0.9, 0.1, 10), torch.tensor([3, 7])
+
+    def step(x):
+        return ddim_step(x, t, t - 1, x, schedule, schedule, percentile=0.9, implementation="triton")
+
+    with pytest.raises(NotImplementedError, match="::sampling_step has no derivatives in forward mode"):
+        torch.func.jvp(step, (images(),), (images(),))
+
+
+@OPERATORS
+def test_an_output_on_which_nothing_depends_gives_no_gradients(name):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    x = images().requires_grad_()
+    (Stop.apply(with_kernels("triton")[name](x)).sum() + 2 * x.sum()).backward()
+    assert (x.grad == 2).all()
+
+
+def test_nothing_is_left_to_other_libraries_in_forward_mode():
+    x = torch.ones(2)
+    assert dispatch.is_eager_float32_on_cpu(x)
+    with fwAD.dual_level():
+        assert not dispatch.is_eager_float32_on_cpu(x)

@@ -1,7 +1,9 @@
 """The GroupNorm-SiLU kernels, of one image and two, in both memory formats, against the reference path in float64."""
 
 import itertools
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,6 +396,13 @@ def test_strided_parameters(plan):
     check(inputs, 4, dtype=torch.float32)
 
 
+def test_one_channel_out_of_many_beside_others(plan):
+    # Dense, it lies in both memory formats at once; what stands beside it does not.
+    inputs = case(2, 4, 3, 5, skip=4, memory_format=NHWC)
+    inputs |= {name: inputs[name][..., :5] for name in ("weight", "bias", "scale", "shift")}
+    check(inputs | {"x": inputs["x"][:, :1]}, 1, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("cotangent", ["one number", "no stride"])
 def test_gradients_without_strides(cotangent, plan):
     inputs = case(2, 8, 3, 5, skip=4)
@@ -540,6 +549,87 @@ def test_reference_gradients_are_those_of_its_values():
         lambda x, w, b, s, t, k: reference(x=x, weight=w, bias=b, groups=2, scale=s, shift=t, skip=k, skip_scale=0.7),
         (*inputs, *more),
     )
+
+
+# What goes wrong here ends the process.
+PARTIAL_GRADIENTS = """
+import itertools, sys, torch
+import torch.nn.functional as F
+from minimagen_fast.kernels import group_norm_silu
+
+many = torch.randn(2, 16, 5, 3).contiguous(memory_format=torch.channels_last)
+images = {
+    "channels_last": many,
+    "a slice": many[:, :8],
+    "every second channel": many[:, ::2],
+    "one channel": torch.empty(2, 1, 5, 3, memory_format=torch.channels_last).normal_(),
+    "one pixel": torch.empty(2, 8, 1, 1, memory_format=torch.channels_last).normal_(),
+    "contiguous": many.contiguous(),
+    "transposed": many.contiguous().transpose(2, 3),
+}
+
+
+def check(image, form):
+    x = image.detach().requires_grad_(form != "needs none")
+    tensors = {"w": torch.randn(x.shape[1], requires_grad=True), "b": torch.randn(x.shape[1], requires_grad=True)}
+    if x.requires_grad:
+        tensors["x"] = x
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    y = group_norm_silu(x * 1 if form == "node" else x, tensors["w"], tensors["b"], groups=1)
+    # Of images of one axis, which are not in channels_last memory.
+    normalised = torch.group_norm(exact.get("x", x.double()).flatten(2), 1, exact["w"], exact["b"])
+    expected = F.silu(normalised.view(x.shape))
+    gradient = torch.randn(x.shape)
+    for size in range(1, 4):
+        for names in itertools.combinations(tensors, size):
+            wanted = torch.autograd.grad(
+                expected, [exact[name] for name in names], gradient.double(), retain_graph=True
+            )
+            with torch.no_grad():
+                got = torch.autograd.grad(y, [tensors[name] for name in names], gradient, retain_graph=True)
+                assert not torch.is_grad_enabled()
+            for one, other in zip(got, wanted):
+                torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+                assert not one.requires_grad
+    y.backward(gradient, inputs=[tensors["b"]])
+    assert not tensors["b"].grad.requires_grad and tensors["w"].grad is None
+
+
+for name, image in images.items():
+    for form in ("leaf", "node", "needs none"):
+        print(name, form, flush=True)
+        check(image, form)
+"""
+
+
+def test_reference_has_the_gradients_of_vectors_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", PARTIAL_GRADIENTS],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@FORMATS
+def test_the_result_is_laid_out_like_the_first_image(memory_format, implementation):
+    inputs = case(2, 8, 3, 5, skip=4, memory_format=memory_format)
+    inputs["skip"] = inputs["skip"].contiguous(memory_format=NCHW if memory_format == NHWC else NHWC)
+    if implementation == "reference":
+        # torch's own on CUDA knows one layout.
+        inputs = {name: tensor.cpu() for name, tensor in inputs.items()}
+    out = group_norm_silu(**inputs, groups=4, implementation=implementation)
+    assert out.is_contiguous(memory_format=memory_format)
+
+
+@FORMATS
+def test_no_channels_beside_others(memory_format, plan):
+    inputs = case(2, 0, 3, 5, skip=8, memory_format=memory_format)
+    check(inputs, 4, dtype=torch.float32)
+    check(case(2, 8, 3, 5, memory_format=memory_format) | {"skip": inputs["skip"][:, :0]}, 4, dtype=torch.float32)
 
 
 def test_reference_is_the_concatenation_normalised_scaled_and_activated():

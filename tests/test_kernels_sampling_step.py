@@ -291,12 +291,15 @@ def test_rank_is_that_of_torch_quantile(n, q):
     assert torch.equal(torch.quantile(values, q), torch.lerp(values[below], values[below + step], weight))
 
 
-def test_quantile_beyond_the_limit_of_torch(monkeypatch):
-    x = torch.stack((spread(1000), spread(1000, math.nan)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quantile_beyond_the_limit_of_torch(dtype, monkeypatch):
+    x = torch.stack((spread(1000), spread(1000, math.nan))).to(dtype)
     expected = [threshold.quantile(x, q) for q in (0.0, 0.9, 1.0)]
-    monkeypatch.setattr(threshold, "_TORCH_LIMIT", 10)
-    for q, value in zip((0.0, 0.9, 1.0), expected, strict=True):
-        torch.testing.assert_close(threshold.quantile(x, q), value, equal_nan=True)
+    # Fewer than a row has, and than all rows have.
+    for limit in (10, 1000):
+        monkeypatch.setattr(threshold, "_TORCH_LIMIT", limit)
+        for q, value in zip((0.0, 0.9, 1.0), expected, strict=True):
+            torch.testing.assert_close(threshold.quantile(x, q), value, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -431,6 +434,7 @@ def test_wrong_arguments():
     refused(ValueError, "cond_scale must be on .* it is on meta", cond_scale=weight(1.0).to("meta"))
     refused(ValueError, "pred must be on .* it is on meta", pred=pred.to("meta"))
     refused(ValueError, "is not differentiable", pred=pred.clone().requires_grad_())
+    refused(ValueError, "is not differentiable", null_pred=pred, cond_scale=weight(3.0).requires_grad_())
     refused(ValueError, "must have values in each image", x_t=x_t[:, :0], pred=pred[:, :0], third=noise[:, :0])
     other = dict(schedules(OTHERS, x_t), percentile=0.9)
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], got 2"):

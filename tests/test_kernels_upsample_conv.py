@@ -83,6 +83,26 @@ def test_layouts():
     )
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("one, other", [(NCHW, NHWC), (NHWC, NCHW)])
+def test_the_result_is_laid_out_like_the_images(one, other, implementation):
+    inputs = case(2, 8, 6, 4, 4, memory_format=one)
+    inputs["weight"] = inputs["weight"].contiguous(memory_format=other)
+    with use_implementation(implementation):
+        assert upsample_conv3x3(**inputs).is_contiguous(memory_format=one)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@FORMATS
+def test_vmap(memory_format, axis):
+    inputs = case(2, 8, 6, 4, 4, memory_format=memory_format)
+    batch = torch.stack((inputs["x"], 2 * inputs["x"]), dim=axis)
+    given = inputs["weight"], inputs["bias"]
+    out = torch.func.vmap(lambda x: upsample_conv3x3(x, *given), in_dims=axis)(batch)
+    expected = [upsample_conv3x3(x, *given) for x in batch.unbind(axis)]
+    torch.testing.assert_close(out, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
 def test_second_derivatives():
     inputs = {name: value.double().requires_grad_() for name, value in case(1, 2, 3, 2, 3).items()}
     # cuDNN's gradients of weights may be summed in another order every time.

@@ -36,6 +36,7 @@ from .helpers import (
 from .image_random import ImageRandom
 from .kept import forget, forget_training
 from .pictures import PIL_MODES, to_pil_images
+from .plain import methods_of, overridden
 from .predictions import Task
 from .resize import noise_for
 from .samplers import Sampler, Update
@@ -46,7 +47,7 @@ from .Unet import Unet
 _LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 _NORMALIZES = {identity: False, normalize_neg_one_to_one: True}
 # As they were made: what users put in their place is called as the original package calls it.
-_ENCODE_TEXT, _Q_SAMPLE = t5_encode_text, GaussianDiffusion.q_sample
+_ENCODE_TEXT, _Q_SAMPLE = t5_encode_text, methods_of(GaussianDiffusion, "q_sample")
 
 
 def _one_for_each(name: str, value, number: int) -> tuple:
@@ -65,7 +66,7 @@ def _checked_place(name: str, value: Any, number: int) -> int:
 
 
 def _is_plain_scheduler(scheduler: GaussianDiffusion) -> bool:
-    return type(scheduler) is GaussianDiffusion and getattr(scheduler.q_sample, "__func__", None) is _Q_SAMPLE
+    return not overridden(scheduler, _Q_SAMPLE)
 
 
 class Imagen(nn.Module):
@@ -694,7 +695,7 @@ class Imagen(nn.Module):
         )
         samplers = [Sampler(*each) for each in zip(*values, strict=True)]
         for one, scheduler in zip(samplers, self.noise_schedulers, strict=True):
-            one.timesteps(scheduler.num_timesteps)
+            one.check(scheduler)
         return samplers
 
     @staticmethod

@@ -2,9 +2,10 @@
 
 import inspect
 import os
-import shutil
+import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
@@ -122,12 +123,16 @@ def build_imagen(
     channels = imagen_params.get("channels", 3)
     text_embed_dim = imagen_params.get("text_embed_dim") or get_encoded_dim(imagen_params["text_encoder_name"])
     fitted = {"text_embed_dim": text_embed_dim, "channels": channels, "channels_out": channels}
-    if not draw_as_original:
-        unets = [Unet(**{**params, **fitted, "lowres_cond": index > 0}) for index, params in enumerate(unets_params)]
-        return Imagen(unets, **imagen_params)
-    unets = [Unet(**params) for params in unets_params]
-    for index, unet in enumerate(unets):
-        unets[index] = unet._cast_model_parameters(**fitted, lowres_cond=index > 0)
+    placed = [{**params, **fitted, "lowres_cond": index > 0} for index, params in enumerate(unets_params)]
+    drawn: list[Unet | None] = [None] * len(placed)
+    if draw_as_original:
+        # Of those that do not fit nothing is needed but that they were drawn: one at a time is in memory.
+        for index, (params, wanted) in enumerate(zip(unets_params, placed, strict=True)):
+            unet = Unet(**params)
+            if all(getattr(unet, name) == wanted[name] for name in (*fitted, "lowres_cond")):
+                drawn[index] = unet
+            del unet
+    unets = [Unet(**params) if unet is None else unet for unet, params in zip(drawn, placed, strict=True)]
     return Imagen(unets, **imagen_params)
 
 
@@ -190,19 +195,20 @@ def sample_and_save(
     _check_filetype(filetype, minimagen)
     inspect.signature(minimagen.sample).bind(texts=captions, return_pil_images=True, **sample_args)
 
-    found = root.exists()
+    new = [path for path in (folder, root) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [" ".join(caption.splitlines()) + "\n" for caption in captions]
-    (root / "captions.txt").write_text("".join(lines), encoding="utf-8")
-    if training_directory is not None:
-        (root / "imagen_training_directory.txt").write_text(os.fspath(training_directory), encoding="utf-8")
-
     try:
         images = minimagen.sample(texts=list(captions), return_pil_images=True, **sample_args)
     except BaseException:
-        if not found:  # a folder without pictures is of no use
-            shutil.rmtree(root, ignore_errors=True)
+        # Folders without pictures are of no use.
+        for made in new:
+            with suppress(OSError):
+                made.rmdir()
         raise
+    lines = [" ".join(re.split(r"[\r\n]+", caption)) + "\n" for caption in captions]
+    (root / "captions.txt").write_text("".join(lines), encoding="utf-8")
+    if training_directory is not None:
+        (root / "imagen_training_directory.txt").write_text(os.fspath(training_directory), encoding="utf-8")
     for index, image in enumerate(images):
         image.save(folder / f"image_{index}.{filetype}")
 

@@ -50,20 +50,23 @@ def eval_decorator(fn: Callable) -> Callable:
 
 # By module, who is evaluating it: how many, and the modes that the first of them met.
 _evaluated: "WeakKeyDictionary[torch.nn.Module, tuple[int, dict[torch.nn.Module, bool]]]" = WeakKeyDictionary()
-_changing_modes = threading.Lock()
+# The `train` of a part may be someone's, and do anything.
+_changing_modes = threading.RLock()
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Have a module in eval mode; every submodule gets its own mode back with the end of the last of such blocks.
+    """Have a module in eval mode; every submodule gets its own mode back.
 
-    Several threads may evaluate one module at a time.
+    Several threads may evaluate one module at a time: the modes are those before the first of such blocks, and come
+    back with the end of the last.
     """
     with _changing_modes:
         number, modes = _evaluated.get(model) or (0, {module: module.training for module in model.modules()})
         _evaluated[model] = number + 1, modes
-        model.eval()
     try:
+        with _changing_modes:
+            model.eval()
         yield
     finally:
         with _changing_modes:

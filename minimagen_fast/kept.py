@@ -4,6 +4,7 @@ It lives and dies with the U-Net. A copy of the U-Net, and what is read from a f
 """
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ class Kept(KeptGraphs):
         # Of a copy, which is remade when the U-Net changes, it is enough to know which it is: no graph outlives it.
         copy = self._copy
         is_copy = copy is not None and copy.unet is unet
-        now = (id(unet),) if is_copy else (id(unet), Signature(unet))
+        now = (weakref.ref(unet),) if is_copy else (weakref.ref(unet), Signature(unet))
         if now != self._graphs_of:
             self.graphs.clear()
         self._graphs_of = now

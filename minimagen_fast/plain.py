@@ -20,9 +20,14 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
-def is_overridden(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
-    """Whether one of these methods of a class is another one in a module of this class, or of one derived from it."""
-    return any(name in vars(module) or getattr(type(module), name) is not getattr(kind, name) for name in names)
+def methods_of(kind: type[nn.Module], *names: str) -> dict[str, object]:
+    """Methods of a class as it was made, by name, to find what was put in their place."""
+    return {name: getattr(kind, name) for name in names}
+
+
+def overridden(module: nn.Module, methods: dict[str, object]) -> list[str]:
+    """Which of a class's methods are others in a module: in itself, in a class derived from it, or in the class."""
+    return [name for name, made in methods.items() if name in vars(module) or getattr(type(module), name) is not made]
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -8,11 +8,12 @@ from typing import TypeVar
 import torch
 
 from .conditioning import Conditions, SharedConditions
-from .plain import is_overridden
+from .plain import methods_of, overridden
 from .samplers import Update
 from .Unet import Unet
 
 _Result = TypeVar("_Result")
+_GUIDANCE = methods_of(Unet, "forward_with_cond_scale")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Task:
     @property
     def guided_by_unet(self) -> bool:
         """Whether the U-Net has its own way of guidance: its predictions are then guided already."""
-        return is_overridden(self.unet, Unet, "forward_with_cond_scale")
+        return bool(overridden(self.unet, _GUIDANCE))
 
     @property
     def with_text(self) -> tuple[bool, ...]:
@@ -200,7 +201,7 @@ class CachedPrediction(Prediction):
 
     def rest(self) -> None:
         """Let go of the task and the U-Net, until :meth:`load`: this is kept with the U-Net, and must not hold it."""
-        del self._task, self._unet
+        self._task = self._unet = None  # type: ignore[assignment]
 
     def load(self, task: Task, unet: Unet) -> None:
         """Go on with another task of the same signature: its conditions take the place of those that there are."""

@@ -17,11 +17,11 @@ from .arguments import finite_number, whole_number
 from .diffusion_model import GaussianDiffusion
 from .kernels import ancestral_step, ddim_step, dpm_solver_pp_2m_step
 from .kernels.threshold import quantile
-from .plain import is_overridden
+from .plain import methods_of, overridden
 
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 # What a diffusion process computes in a step of ancestral sampling.
-_METHODS = ("predict_start_from_noise", "q_posterior")
+_METHODS = methods_of(GaussianDiffusion, "predict_start_from_noise", "q_posterior")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,26 @@ class Sampler:
         # Half up, in whole numbers: floats would round some of the halves down.
         return [(2 * i * (total - 1) + number - 1) // (2 * (number - 1)) for i in range(number - 1, -1, -1)]
 
+    def is_ancestral(self, scheduler: GaussianDiffusion) -> bool:
+        """Whether a step is the one that the diffusion process itself describes."""
+        return self.name == "ddpm" and self.steps in (None, scheduler.num_timesteps)
+
+    def check(self, scheduler: GaussianDiffusion) -> None:
+        """Whether it can sample with a diffusion process.
+
+        Raises:
+            ValueError: if there are to be more steps than timesteps, or methods of the process are overridden that only
+                ancestral sampling calls.
+        """
+        number = len(self.timesteps(scheduler.num_timesteps))
+        others = overridden(scheduler, _METHODS)
+        if others and not self.is_ancestral(scheduler):
+            raise ValueError(
+                f"sampler={self.name!r} with {number} of {scheduler.num_timesteps} steps takes nothing but the noise"
+                f" schedule from a diffusion process, and {' and '.join(others)} of this {type(scheduler).__name__}"
+                " was overridden: choose sampler='ddpm' with all steps"
+            )
+
 
 def _limited(
     alphas: torch.Tensor, sigmas: torch.Tensor, before: int, now: int, to: int
@@ -111,17 +131,11 @@ class Update:
         # The timestep of the step before, which the first step has not.
         self._last = torch.tensor([visited[0], *visited[:-1]], device=device)
         self._visited = tuple(visited)
-        ancestral = len(visited) == scheduler.num_timesteps
-        self._kind = "ancestral" if sampler.name == "ddpm" and ancestral else sampler.name
+        self._kind = "ancestral" if sampler.is_ancestral(scheduler) else sampler.name
         self._eta = 1.0 if sampler.name == "ddpm" else sampler.eta
         self.draws = self._kind == "ancestral" or (self._kind in ("ddpm", "ddim") and self._eta > 0)
-        self.is_plain = not is_overridden(scheduler, GaussianDiffusion, *_METHODS)
-        if not self.is_plain and self._kind != "ancestral":
-            raise ValueError(
-                f"sampler={sampler.name!r} with {len(visited)} of {scheduler.num_timesteps} steps takes nothing but the"
-                f" noise schedule from a diffusion process, and {' or '.join(_METHODS)} of this"
-                f" {type(scheduler).__name__} was overridden: choose sampler='ddpm' with all steps"
-            )
+        self.is_plain = not overridden(scheduler, _METHODS)
+        assert self.is_plain or self._kind == "ancestral", "the sampler was not checked"
         schedules = scheduler.sqrt_alphas_cumprod, scheduler.sqrt_one_minus_alphas_cumprod
         self._schedules = cast("tuple[torch.Tensor, torch.Tensor]", schedules)
         if self.multistep and len(visited) > 2:

@@ -19,12 +19,12 @@ guidance weight, their random numbers, and the values of weights and noise sched
 The last four kinds are kept for each U-Net.
 """
 
-import inspect
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch.nn.modules.module import _has_any_global_hook
@@ -36,15 +36,45 @@ from .cuda_capture import capturing, library_settings
 from .kept import Kept, kept_with
 from .kernels import dispatch
 from .module_watch import is_known
-from .plain import is_overridden, is_untouched
+from .plain import is_untouched, methods_of, overridden
 from .predictions import CachedPrediction, PlainPrediction, Prediction, Task
 from .samplers import Update
 from .Unet import Unet
 
 # Captured steps that are kept for each U-Net: every one holds the memory of a step.
 _MOST_GRAPHS = 4
-# Methods of a U-Net that take part in a prediction.
-_OF_CALLS = tuple(name for name, value in vars(Unet).items() if inspect.isfunction(value) and name != "__init__")
+# Of the methods that take part in a whole call of a U-Net, those that the fast path stands in for.
+_OF_CALLS = methods_of(
+    Unet, "forward", "forward_with_cond_scale", "_check_inputs", "_text_condition", "_block_conditions"
+)
+
+
+@dataclass(frozen=True)
+class _Hand:
+    """What someone has taken a hand in, found out once a sampling.
+
+    Attributes:
+        calls: How the U-Net or a part of it is called, in words, if so: then it must be called, whole, itself.
+        is_copied: Whether a copy computes what the U-Net does, now and later: not if a part may have a state that is
+            not known. What such a part is told, and what it notes down itself, would not come to the one in the copy,
+            or only there.
+    """
+
+    calls: str | None
+    is_copied: bool
+
+    @classmethod
+    def in_(cls, unet: Unet) -> "_Hand":
+        calls = None
+        if others := overridden(unet, _OF_CALLS):
+            calls = f"{' and '.join(others)} of the U-Net was overridden"
+        elif _has_any_global_hook():
+            calls = "torch has hooks for all modules"
+        elif not all(map(is_untouched, unet.modules())):
+            calls = "the forward of the U-Net, or of a part of it, was replaced, compiled or given hooks"
+        elif not can_be_conditioned_ahead(unet.resnet_blocks):
+            calls = "a block of the U-Net, or what it does with time and text, was replaced"
+        return cls(calls, calls is None and all(is_known(part) for part in unet.modules() if part is not unet))
 
 
 def sample_images(
@@ -71,7 +101,8 @@ def sample_images(
     Returns:
         Images x_0, dtype and shape of ``x``.
     """
-    with _running(task, x, acceleration), _steps(task, x, acceleration) as steps:
+    hand = _Hand.in_(task.unet)
+    with _running(task, x, acceleration, hand), _steps(task, x, acceleration, hand) as steps:
         for number in tqdm(range(len(task.update.times)), desc=description, disable=not progress):
             if task.update.draws:
                 steps.noise.normal_(generator=generator)
@@ -99,16 +130,17 @@ def repeated_step(
         A function that draws noise, makes the step from the images of its last call, and gives the new ones. They are
         its own: the next call changes them.
     """
+    hand = _Hand.in_(task.unet)
     with ExitStack() as stack:
-        with _running(task, x, acceleration):
-            steps = stack.enter_context(_steps(task, x, acceleration))
+        with _running(task, x, acceleration, hand):
+            steps = stack.enter_context(_steps(task, x, acceleration, hand))
             # The first step may differ from the others, and what is captured must have run before.
             for first in (True, False) if task.update.multistep else (True,):
                 steps.advance(first)
             steps.x.copy_(x)
 
         def step() -> torch.Tensor:
-            with _running(task, x, acceleration):
+            with _running(task, x, acceleration, hand):
                 steps.number.fill_(number)
                 if task.update.draws:
                     steps.noise.normal_()
@@ -119,11 +151,11 @@ def repeated_step(
 
 
 @contextmanager
-def _running(task: Task, x: torch.Tensor, acceleration: Acceleration) -> Iterator[None]:
+def _running(task: Task, x: torch.Tensor, acceleration: Acceleration, hand: _Hand) -> Iterator[None]:
     """Have steps made in the way of ``acceleration``."""
     # What is kept for the next sampling must be usable in it, also if this one runs in inference mode.
     with torch.inference_mode(False), torch.no_grad(), acceleration.active():
-        with _autocast_if_needed(task.unet, x.device, acceleration):
+        with _autocast_if_needed(task.unet, x.device, acceleration, hand):
             yield
 
 
@@ -213,26 +245,11 @@ class _ReplayedSteps(_Steps):
         return graph
 
 
-def _is_customised(unet: Unet) -> bool:
-    """Whether someone has taken a hand in how it or a part of it is called: then it must be called, whole, itself."""
-    if is_overridden(unet, Unet, *_OF_CALLS) or _has_any_global_hook() or not all(map(is_untouched, unet.modules())):
-        return True
-    return not can_be_conditioned_ahead(unet.resnet_blocks)
-
-
-def _has_known_parts(unet: Unet) -> bool:
-    """Whether a copy computes what the U-Net does, now and later: not if a part may have a state that is not known.
-
-    What such a part is told, and what it notes down itself, would not come to the one in the copy, or only there.
-    """
-    return all(is_known(part) for part in unet.modules() if part is not unet)
-
-
-def _autocast_if_needed(unet: Unet, device: torch.device, acceleration: Acceleration) -> AbstractContextManager:
+def _autocast_if_needed(
+    unet: Unet, device: torch.device, acceleration: Acceleration, hand: _Hand
+) -> AbstractContextManager:
     """Autocast, where it has to stand for a working copy."""
-    if unet.dtype == acceleration.dtype or autocast_dtype(device) is not None:
-        return nullcontext()
-    if not _is_customised(unet) and _has_known_parts(unet):
+    if hand.is_copied or unet.dtype == acceleration.dtype or autocast_dtype(device) is not None:
         return nullcontext()
     return torch.autocast(device.type, acceleration.dtype)
 
@@ -244,17 +261,15 @@ def _refuse_if_asked_for(names: tuple[str, ...], acceleration: Acceleration, obs
 
 
 @contextmanager
-def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator[_Steps]":
-    autocast, customised = autocast_dtype(x.device), _is_customised(task.unet)
-    copied = not customised and _has_known_parts(task.unet)
-    if customised:
+def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration, hand: _Hand) -> "Iterator[_Steps]":
+    autocast = autocast_dtype(x.device)
+    if hand.calls is not None:
         _refuse_if_asked_for(
             ("condition_cache", "cuda_graphs"),
             acceleration,
-            "the forward of the U-Net, or of a part of it, was replaced, compiled or given hooks, and would not be"
-            " called. Compile with imagen.accelerate(compile='blocks')",
+            f"{hand.calls}, and would not be called. To compile there is imagen.accelerate(compile='blocks')",
         )
-    elif not copied or not task.update.is_plain:
+    elif not hand.is_copied or not task.update.is_plain:
         _refuse_if_asked_for(
             ("cuda_graphs",),
             acceleration,
@@ -269,7 +284,7 @@ def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration) -> "Iterator
             " imagen.accelerate(precision='bfloat16') instead",
         )
     kept = kept_with(task.unet)
-    with kept.in_order(x.device), _steps_of(kept, task, x, acceleration, autocast, customised, copied) as steps:
+    with kept.in_order(x.device), _steps_of(kept, task, x, acceleration, autocast, hand) as steps:
         yield steps
 
 
@@ -280,18 +295,17 @@ def _steps_of(
     x: torch.Tensor,
     acceleration: Acceleration,
     autocast: torch.dtype | None,
-    customised: bool,
-    copied: bool,
+    hand: _Hand,
 ) -> "Iterator[_Steps]":
     unet, update = task.unet, task.update
-    copied = copied and autocast is None
+    copied = hand.is_copied and autocast is None
     if copied:
         unet = kept.working_copy(unet, acceleration.dtype, acceleration.layout)
     # Autocast keeps converted weights while it is active: a graph must not hold on to those.
     replays = acceleration.cuda_graphs == "on" and copied and update.is_plain
     if not replays:
         kept.forget_graphs()
-    if acceleration.condition_cache == "off" or customised:
+    if acceleration.condition_cache == "off" or hand.calls is not None:
         update = update.unguided() if task.guided_by_unet else update
         yield _Steps(PlainPrediction(task, unet, acceleration.layout), update, x)
         return
@@ -320,8 +334,13 @@ def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration:
     key = (*settings, unet.dtype, x.shape, task.signature, task.update.signature)
     if key in graphs:
         graphs.move_to_end(key)
-        graphs[key].begin(task, unet, x)
-        return graphs[key]
+        steps = graphs[key]
+        try:
+            steps.begin(task, unet, x)
+        except BaseException:
+            steps.rest()
+            raise
+        return steps
 
     # What is kept must not hold on to itself: its memory would stay taken when it is forgotten.
     keeper = weakref.ref(kept)

@@ -290,6 +290,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         create_directory(run.directory)
     ranks.wait()
     held.enter_context(_alone_in(run.directory, ranks))
+    if run.restart is None and ranks.from_first(any(Snapshots(run.directory / "checkpoints", ranks).steps())):
+        raise ValueError(f"another training has begun in {run.directory} meanwhile: give the command again to go on")
     watch = Watch(
         run.directory,
         imagen,
@@ -487,4 +489,8 @@ def _model(args: argparse.Namespace) -> tuple[Imagen, list[dict[str, Any]], dict
         {**get_default_args(Unet), **params, "lowres_cond": place > 0} for place, params in enumerate(unets_params)
     ]
     imagen_params = {**get_default_args(Imagen), **imagen_params}
-    return build_imagen(unets_params, imagen_params), unets_params, imagen_params
+    imagen = build_imagen(unets_params, imagen_params)
+    # As they were fitted to their places: whoever loads them makes them once.
+    for params, unet in zip(unets_params, imagen.unets, strict=True):
+        params |= {name: getattr(unet, name) for name in ("text_embed_dim", "channels", "channels_out")}
+    return imagen, unets_params, imagen_params

@@ -665,7 +665,7 @@ class Trainer:
         batches = values["batches_in_epoch"], self.batches_in_epoch
         if place["batch"]:
             must_agree("batches in an epoch", *batches)
-        elif batches[0] != batches[1]:
+        elif None not in batches and batches[0] != batches[1]:
             self._say(
                 f"From here on an epoch has {batches[1]} batches, before it had {batches[0]}: with another split some"
                 " of the validation images may have been trained on."

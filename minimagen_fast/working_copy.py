@@ -89,7 +89,8 @@ class Signature:
         self._objects: list[object] = []
         for part in module.modules():
             # But not to the module itself, with which this may be kept.
-            self._objects.append(type(part) if part is module else part)
+            if part is not module:
+                self._objects.append(part)
             self._values.append(type(part))
             for name, value in vars(part).items():
                 if name != "training" and not name.startswith("_"):

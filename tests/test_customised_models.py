@@ -1,16 +1,18 @@
 """Models in which someone has taken a hand are sampled as they are now, and what their parts note down stays."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
-from fast_path import T, distance, make_imagen, make_unet, sample
+from fast_path import T, distance, fake_cuda_graphs, make_imagen, make_unet, sample
 from torch import nn
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.helpers import evaluating
 from minimagen_fast.layers import Block, CrossAttention
-from minimagen_fast.Unet import BaseTest
+from minimagen_fast.Unet import BaseTest, Unet
 
 RUN = {"steps": 3, "sampler": "ddim", "cond_scale": 2.0}
 ROUNDING = 2e-4
@@ -329,3 +331,59 @@ def test_threads_that_sample_in_several_precisions_do_not_disturb_one_another():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_part_that_cannot_be_evaluated_leaves_nothing_behind():
+    class Stubborn(nn.Linear):
+        def train(self, mode=True):
+            if not mode:
+                raise RuntimeError("not now")
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Dropout(), Stubborn(2, 2))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not now"), evaluating(model):
+            pass
+        assert all(part.training for part in model.modules())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_subclass_with_other_defaults_is_sampled_as_fast(monkeypatch):
+    class Own(BaseTest):
+        def __init__(self, **arguments):
+            super().__init__(**{"dim_mults": (1,), **arguments})
+
+        def __getstate__(self):
+            return super().__getstate__()
+
+    graphs = fake_cuda_graphs(monkeypatch)
+    imagen = make_imagen(unets=[Own()])
+    for _ in range(2):
+        sample(imagen, **RUN)
+    assert len(graphs) == 1
+
+
+def test_methods_that_are_replaced_in_the_class_are_called(monkeypatch):
+    imagen = make_imagen()
+    before = sample(imagen, cond_scale=2.0)
+    posterior = GaussianDiffusion.q_posterior
+    monkeypatch.setattr(GaussianDiffusion, "q_posterior", lambda *args, **kwargs: posterior(*args, **kwargs))
+    assert distance(sample(imagen, cond_scale=2.0), before) < ROUNDING
+    monkeypatch.setattr(GaussianDiffusion, "q_posterior", lambda self, x_start, x_t, t: (x_start, t, x_t * 0 - 99))
+    assert distance(sample(imagen, cond_scale=2.0), before) > 1e-2
+    monkeypatch.undo()
+    forward = Unet.forward
+    monkeypatch.setattr(Unet, "forward", lambda *args, **kwargs: 0.5 * forward(*args, **kwargs))
+    assert distance(assert_followed(imagen), before) > 1e-2
+
+
+def test_all_samplers_are_checked_before_the_first_step():
+    imagen = make_imagen(stages=2)
+    imagen.noise_schedulers[1].__class__ = Diffusion
+    steps = []
+    with pytest.raises(ValueError, match="choose sampler='ddpm'"):
+        sample(imagen, sampler=("ddpm", "ddim"), callback=lambda *args: steps.append(args))
+    assert not steps

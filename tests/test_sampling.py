@@ -361,7 +361,7 @@ def test_a_u_net_with_its_own_ways_is_really_called(customise, monkeypatch, pred
             calls.clear()
             assert run(imagen, "reference").isfinite().all() and len(calls) >= 8
         else:
-            with pytest.raises(ValueError, match="condition_cache='on' cannot be had: the forward of the U-Net"):
+            with pytest.raises(ValueError, match="condition_cache='on' cannot be had: .*forward of the U-Net"):
                 run(imagen, condition_cache="on")
 
 
@@ -387,7 +387,7 @@ def test_graphs_that_were_asked_for_and_cannot_be_had(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="cuda_graphs='on'.*autocast is in"):
         run(imagen)
     hooked(imagen.unets[0])
-    with pytest.raises(ValueError, match="cuda_graphs='on' cannot be had: the forward of the U-Net"):
+    with pytest.raises(ValueError, match="cuda_graphs='on' cannot be had: .*forward of the U-Net"):
         run(imagen)
 
 

@@ -101,6 +101,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.profile:
         words += ["--profile", args.profile]
     if args.results:
+        if args.results.exists() and not args.results.is_dir():
+            raise ValueError(f"--results {args.results} is a file: name a folder")
         # pytest works at the root of the checkout.
         words += ["--results", str(args.results.resolve())]
     if args.k:
@@ -131,8 +133,11 @@ def _report(args: argparse.Namespace) -> int:
     from .report import write_report
 
     run = read(args.file)
+    folder = args.out or args.file.parent / run.stem
+    if folder.is_file():
+        raise ValueError(f"the report cannot be written to {folder}, which is a file: name a folder with --out")
     try:
-        report = write_report(run, args.out or args.file.parent / run.stem)
+        report = write_report(run, folder)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from minimagen_fast import host_memory
+
 from .ceilings import ceilings
 from .floors import Floor, floor_of
 from .machine import cache_bytes
@@ -133,6 +135,8 @@ class Harness:
         self.results = results
         self.last_summary = ""
         self._started = started
+        # The allocator of the C library learns from what a program frees: here from the start, whatever runs first.
+        host_memory.keep_freed(True)
 
     def run(self, plan: Plan, benchmark) -> Record:
         """Measure one case with pytest-benchmark's fixture.
@@ -153,6 +157,8 @@ class Harness:
             record.status, record.reason = "error", f"{type(error).__name__}: {_first_line(error)}"
             raise
         finally:
+            if not record.samples:
+                record.beside = None
             if record.samples or record.status != "ok":
                 self.results.add(record, self.seconds)
                 self.last_summary = summary(record)
@@ -175,6 +181,8 @@ class Harness:
             raise Unavailable(f"the {profile.seconds:.0f} s of profile {profile.name} were used up{left}")
         if plan.identity.graph and context.device.type != "cuda":
             raise Unavailable("CUDA graphs need a CUDA device")
+        # What ours keeps, it says itself.
+        host_memory.keep_freed(False)
         with ExitStack() as stack:
             if context.device.type == "cuda":
                 # What autograd recorded on one stream it also runs there, and the default one cannot be captured.
@@ -209,10 +217,10 @@ class Harness:
             return None
         try:
             peer = plan.beside[1](self.context)
-        except Unavailable:
+            stack.callback(peer.close)
+            return None if self._check(peer) else peer
+        except Exception:
             return None  # its own case says why
-        stack.callback(peer.close)
-        return None if self._check(peer) else peer
 
     def _samples(self, plan: Plan, prepared: Prepared, peer: Prepared | None, record: Record, benchmark) -> list[float]:
         sample, rounds = self._sampler(prepared, plan.identity.graph)

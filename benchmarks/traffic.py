@@ -302,6 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write and options.cases:
         parser.error("--write keeps the whole table: name no cases")
     names = tuple(options.cases) or ("",)
+    if not any(case.name.startswith(names) for case in SMALL):
+        parser.error(f"no case has a name that starts with {' or '.join(names)}")
     rows = []
     for run in runs(case for case in SMALL if case.name.startswith(names)):
         for row in measure(*run):

@@ -11,10 +11,23 @@ from .acceleration import ENVIRONMENT_VARIABLE, resolve
 from .kernels import dispatch, implementation
 from .tiny_t5 import embedded_t5_directory
 
-REQUIRED = ("torch", "triton", "transformers", "sentencepiece", "protobuf", "einops", "pillow", "numpy", "safetensors")
+REQUIRED = (
+    "torch",
+    *(("triton",) if platform.system() == "Linux" else ()),
+    "transformers",
+    "sentencepiece",
+    "protobuf",
+    "einops",
+    "pillow",
+    "tqdm",
+    "numpy",
+    "safetensors",
+)
 OPTIONAL = {
     "datasets": "Conceptual Captions; pip install 'minimagen_fast[data]'",
     "xformers": "its attention, on CUDA; pip install 'minimagen_fast[xformers]'",
+    "matplotlib": "plots of reports; pip install 'minimagen_fast[report]'",
+    "tensorboard": "train --TENSORBOARD; pip install 'minimagen_fast[tensorboard]'",
     "pytest": "the tests; pip install 'minimagen_fast[test]'",
     "pytest-benchmark": "benchmarks; pip install 'minimagen_fast[bench]'",
 }

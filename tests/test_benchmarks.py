@@ -150,16 +150,34 @@ def test_a_peer_is_timed_in_turn(harness):
     assert case["beside"]["variant"] == "peer" and case["beside"]["seconds"]["samples"] == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("wrong", [True, False])
-def test_without_a_sound_peer_a_case_is_timed_alone(harness, wrong):
+def broken(*_):
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("peer", ["wrong", "unavailable", "broken", "broken later"])
+def test_without_a_sound_peer_a_case_is_timed_alone(harness, peer):
+    kind = peer
+
     def peer(context) -> Prepared:
-        if wrong:
-            return Prepared(lambda _: None, lambda result: "0.3 away")
-        raise Unavailable("not installed")
+        if kind == "unavailable":
+            raise Unavailable("not installed")
+        if kind == "broken":
+            broken()
+        return Prepared(broken if kind == "broken later" else lambda _: None, lambda result: "0.3 away")
 
     own = Prepared(lambda index: torch.ones(256), lambda result: None)
     record = harness.run(Plan(IDENTITY, lambda context: own, beside=("peer", peer)), Benchmark())
     assert record.status == "ok" and record.samples and record.beside is None
+
+
+def test_a_case_that_fails_after_it_was_timed_leaves_a_file_that_can_be_read(harness):
+    own = Prepared(lambda index: torch.ones(256), lambda result: None, more=broken)
+    peer = Prepared(lambda index: torch.ones(256), lambda result: None)
+    with pytest.raises(RuntimeError, match="broken"):
+        harness.run(Plan(IDENTITY, lambda context: own, beside=("peer", lambda context: peer)), Benchmark())
+    (case,) = json.loads(harness.results.path.read_text())["cases"]
+    assert case["status"] == "error" and case["reason"] == "RuntimeError: broken"
+    assert case["seconds"] is None and case["beside"] is None
 
 
 def wrong_in_one_value(x, weight, bias, **options):

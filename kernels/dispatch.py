@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 
@@ -77,9 +78,19 @@ def _use(name: str, attention: str | None) -> Iterator[None]:
         yield
 
 
-def as_now() -> AbstractContextManager[None]:
-    """A block of code that, whenever it runs, has the choices that are in force now."""
-    return _use(_implementation.value, _attention.value)
+class as_now(AbstractContextManager[None]):
+    """A block of code that, whenever it runs, and however often, has the choices that are in force now."""
+
+    def __init__(self) -> None:
+        self._choices = _implementation.value, _attention.value
+        self._running: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._running.append(_use(*self._choices))
+        self._running[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._running.pop().__exit__(*error)
 
 
 def is_eager_float32_on_cpu(*tensors: torch.Tensor) -> bool:

@@ -19,6 +19,18 @@ from .plain import is_untouched
 
 # Shapes of blocks that a process may compile; Dynamo's own limit of 8 is less than one U-Net has.
 _MOST_SHAPES = 512
+_NOT_RANDOM = (
+    nn.Conv2d,
+    nn.GELU,
+    nn.GroupNorm,
+    nn.Identity,
+    nn.Linear,
+    nn.ModuleList,
+    nn.Sequential,
+    nn.SiLU,
+    nn.Unflatten,
+    nn.Upsample,
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,10 @@ def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.
     if way.compiled and not torch.compiler.is_compiling() and _is_untouched_within(block):
         call = functools.partial(_run_compiled, block)
     if level in way.checkpoint_levels and torch.is_grad_enabled():
-        # Nothing in a block is random, and to save the state of the random numbers would wait for the device.
+        # To save the state of the random numbers would wait for the device.
+        random = _may_be_random(block)
         return checkpoint(
-            call, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_then_and_again, **kwargs
+            call, *args, use_reentrant=False, preserve_rng_state=random, context_fn=_then_and_again, **kwargs
         )
     return call(*args, **kwargs)
 
@@ -73,6 +86,14 @@ def _is_untouched_within(block: nn.Module) -> bool:
                     return False
                 parts.append(inner)
     return True
+
+
+def _may_be_random(block: nn.Module) -> bool:
+    """Whether something in a block may draw random numbers, which nothing does that it is made of."""
+    return not all(
+        is_untouched(part) and (type(part) in _NOT_RANDOM or f"{type(part).__module__}.".startswith("minimagen_fast."))
+        for part in block.modules()
+    )
 
 
 def _then_and_again() -> tuple[AbstractContextManager, AbstractContextManager]:

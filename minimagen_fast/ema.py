@@ -73,6 +73,7 @@ class EMA:
         """The averages by parameter name, and the number of updates, for a checkpoint."""
         return {"updates": self.updates, "averages": dict(self.averages)}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave.
 

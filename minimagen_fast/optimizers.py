@@ -59,6 +59,9 @@ def fuse(optimizer: torch.optim.Optimizer) -> bool:
                 if "step" in state:
                     state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
             return True
+    if isinstance(optimizer, torch.optim.SGD) and any(group["momentum"] for group in optimizer.param_groups):
+        # If the first step is left out, torch's fused one begins with momenta that nobody has written.
+        return False
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 

@@ -381,8 +381,12 @@ class Trainer:
         image, encoding, mask = (batch[key].to(self.imagen.device, non_blocking=True) for key in BATCH_KEYS)
         options: dict[str, Any] = {"text_embeds": encoding, "text_masks": mask}
         if self.settings.seed is not None:
-            ids = batch["id"].tolist() if "id" in batch else list(range(len(image)))
-            options["seeds"] = image_seeds(ids, self.settings.seed, number, *what)
+            if "id" not in batch:
+                raise ValueError(
+                    f"with a seed, here {self.settings.seed}, batches need the numbers of their images as 'id', int64"
+                    f" of shape (b,), from which their random numbers are drawn; got {', '.join(batch)}"
+                )
+            options["seeds"] = image_seeds(batch["id"].tolist(), self.settings.seed, number, *what)
         if self.settings.min_snr_gamma is not None:
             options["min_snr_gamma"] = self.settings.min_snr_gamma
         return (image,), options

@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 SUBDIRECTORIES = ("parameters", "state_dicts", "tmp")
+# Seconds beyond which a time limit is none; timers know no such times.
+_FOREVER = 10**8
 # Arguments of Imagen that minimagen 0.0.9 does not have. They are written only where they change something: so it can
 # read the training directory too.
 ADDED_DEFAULTS = (("lowres_max_noise_level", 1.0),)
@@ -205,7 +207,7 @@ def _settings(
         value = values[name]
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if timeout is not None and timeout < 0:
+    if timeout is not None and not timeout >= 0:
         raise ValueError(f"timeout must be a number of seconds, or 0 or None for no limit, got {timeout!r}")
     if autocast_dtype not in (None, torch.bfloat16):
         raise ValueError(
@@ -226,7 +228,7 @@ def _settings(
         precision=None if autocast_dtype is None else "bfloat16",
         max_grad_norm=max_grad_norm,
         max_seconds=max_seconds,
-        batch_seconds=timeout,
+        batch_seconds=None if timeout is None or timeout > _FOREVER else timeout,
     )
 
 

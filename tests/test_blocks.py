@@ -227,6 +227,28 @@ def test_each_block_is_computed_twice_and_no_more(monkeypatch):
     assert {calls.count(block) for block in calls} == {1}, "nothing is to be computed again in sampling"
 
 
+def test_a_block_with_dropout_drops_the_same_when_it_is_computed_again():
+    imagen = make_imagen()
+    for block in imagen.unets[0].resnet_blocks:
+        block.block2.project = torch.nn.Sequential(block.block2.project, torch.nn.Dropout(0.5))
+    expected = loss_and_gradients(imagen)
+    loss, gradients = loss_and_gradients(imagen.accelerate(checkpoint_levels=[0, 1]))
+    assert torch.equal(loss, expected[0]) and largest(gradients, expected[1]) < 1e-5
+
+
+def test_levels_that_are_computed_again_have_several_backward_passes():
+    imagen = make_imagen()
+    _, expected = loss_and_gradients(imagen)
+    imagen.accelerate(checkpoint_levels=[0, 1])
+    imagen.zero_grad()
+    torch.manual_seed(3)
+    loss = imagen(torch.rand(2, 3, 8, 8), **make_words())
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    gradients = {name: p.grad / 2 for name, p in imagen.unets[0].named_parameters() if p.grad is not None}
+    assert largest(gradients, expected) < 1e-5
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_other_kernels_at_the_time_of_the_backward_pass(precision):
     imagen = make_imagen().accelerate(checkpoint_levels=[0, 1, 2], precision=precision)

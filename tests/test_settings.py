@@ -143,6 +143,7 @@ class Derived(torch.optim.Adam):
         (torch.optim.Adam, {"fused": True}, True),
         (torch.optim.SGD, {}, False),
         (torch.optim.SGD, {"fused": True}, True),
+        (torch.optim.SGD, {"fused": True, "momentum": 0.9}, False),
         (Derived, {}, False),
     ],
 )

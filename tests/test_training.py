@@ -122,7 +122,10 @@ def operators_of_a_step(folder, optimizer, **settings):
     """How often each operator runs in one more step of training two U-Nets."""
     counts, accumulate = [], settings.get("accumulate", 1)
     for batches in (accumulate, 2 * accumulate):
-        run = Run(folder / str(batches), stages=2, data=Pictures(2 * batches), optimizer=optimizer)
+        data = Pictures(2 * batches)
+        for number, item in enumerate(data.items):
+            item["id"] = torch.tensor(number)
+        run = Run(folder / str(batches), stages=2, data=data, optimizer=optimizer)
         trainer = Trainer(
             TrainingSettings(epochs=1, **settings),
             run.imagen,
@@ -155,6 +158,15 @@ def test_a_step_waits_for_nothing_and_updates_all_parameters_at_once(tmp_path, s
     assert seen.get("_foreach_mul_", 0) == ("seed" in settings), "clipping"
     # One for each U-Net.
     assert seen.get("_foreach_lerp_", 0) == (2 if "ema_decay" in settings else 0)
+
+
+def test_with_a_seed_images_need_numbers(tmp_path):
+    run = Run(tmp_path)
+    options = {"timestamp": "1", "progress": False}
+    loader = GivenLoader(run.train_loader)
+    trainer = Trainer(TrainingSettings(epochs=1, seed=3), run.imagen, run.optimizer, loader, None, tmp_path, **options)
+    with pytest.raises(ValueError, match="with a seed, here 3, batches need the numbers of their images as 'id'"):
+        trainer.run()
 
 
 def test_with_other_optimizers_a_step_waits_once(tmp_path):
@@ -239,6 +251,7 @@ def test_progress_is_silent_on_request_and_one_bar_an_epoch_otherwise(tmp_path, 
         ({"max_grad_norm": 0}, "max_grad_norm must be positive or None"),
         ({"max_seconds": -1}, "max_seconds must be positive or None"),
         ({"timeout": -1}, "timeout must be"),
+        ({"timeout": float("nan")}, "timeout must be"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path, options, message):

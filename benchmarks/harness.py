@@ -1,6 +1,7 @@
 """One case from beginning to end: prepare, check, time, count, record."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -219,8 +220,13 @@ class Harness:
             peer = plan.beside[1](self.context)
             stack.callback(peer.close)
             return None if self._check(peer) else peer
-        except Exception:
+        except Unavailable:
             return None  # its own case says why
+        except Exception as error:
+            # Its own case fails likewise, if it is measured at all.
+            what = f"{plan.identity.id} is timed alone, without {plan.beside[0]}"
+            warnings.warn(f"{what}: {type(error).__name__}: {_first_line(error)}", stacklevel=2)
+            return None
 
     def _samples(self, plan: Plan, prepared: Prepared, peer: Prepared | None, record: Record, benchmark) -> list[float]:
         sample, rounds = self._sampler(prepared, plan.identity.graph)

@@ -1,8 +1,10 @@
 """The command line: train, go on, sample, doctor, and how errors end."""
 
 import json
+import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from minimagen_fast import cli, train_command
 from minimagen_fast.acceleration import CHOICES, ENVIRONMENT_VARIABLE, resolve
+from minimagen_fast.doctor import REQUIRED
 from minimagen_fast.generate import load_minimagen
 from minimagen_fast.shapes import ShapesDataset
 
@@ -149,6 +152,12 @@ def test_the_command_as_a_program():
     assert "--RESTART_DIRECTORY" in run("train", "--help").stdout
     nothing = run()
     assert nothing.returncode == 2 and "COMMAND" in nothing.stderr
+
+
+def test_the_doctor_asks_for_what_the_installation_does():
+    demands = [one for one in requires("minimagen_fast") if "extra ==" not in one]
+    # Triton is asked for on Linux alone.
+    assert {re.match(r"[\w-]+", one)[0] for one in demands} | {"triton"} == {*REQUIRED, "triton"}
 
 
 def test_doctor(capsys):

@@ -56,8 +56,8 @@ def null_key_attention(
     libraries. Where one is beyond 65504, gradients of q and k are infinite or NaN, which loss scaling notices.
     bfloat16 and float32 have no such limit.
 
-    On CUDA the kernels of this package, by which ``auto`` trains in head widths of 32, 64 and 128 (128 not in float32),
-    give the same gradients in every run. torch's attention, by which it trains in other widths, does so only under
+    On CUDA the kernels of this package, by which ``auto`` trains in head widths of 32, 64 and 128, give the same
+    gradients in every run. torch's attention, by which it trains in other widths, does so only under
     ``torch.use_deterministic_algorithms(True)``, and so do ``sdpa`` and ``sdpa_merge``.
 
     Raises:

@@ -20,7 +20,7 @@ import torch
 
 from . import launch
 from .launch import ceil_div, tl, triton
-from .null_key_tiles import Tile, key_tile, query_tile, split_queries
+from .null_key_tiles import Tile, key_tile, query_part, query_tile, split_queries
 
 __all__ = ["null_key_flash", "reasons"]
 
@@ -35,14 +35,20 @@ PRECISION = "tf32x3"
 
 
 @triton.jit
-def _load_rows(pointer, row_stride, start, end, ROWS: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows start to start + ROWS of a matrix of width D, zeros from row ``end`` on; WHOLE promises that none is."""
+def _load_rows(
+    pointer, row_stride, start, end,
+    ROWS: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr, AGAIN: tl.constexpr = False,
+):  # fmt: skip
+    """Rows start to start + ROWS of a matrix of width D, zeros from row ``end`` on; WHOLE promises that none is.
+
+    AGAIN: read where it stands, not once before a loop.
+    """
     rows = tl.arange(0, ROWS)
     # The first row's offset may need 64 bits, those within the block do not.
     at = pointer + start * row_stride.to(tl.int64) + (rows[:, None] * row_stride + tl.arange(0, D)[None, :])
     if WHOLE:
-        return tl.load(at)
-    return tl.load(at, mask=(start + rows < end)[:, None], other=0.0)
+        return tl.load(at, volatile=AGAIN)
+    return tl.load(at, mask=(start + rows < end)[:, None], other=0.0, volatile=AGAIN)
 
 
 @triton.jit
@@ -68,14 +74,38 @@ def _hide(scores, mask, start, m, KEYS: tl.constexpr, MASKED: tl.constexpr, WHOL
 
 
 @triton.jit
+def _products_by_parts(
+    a, a_row, a_start, a_end, b, b_row, b_start, b_end,
+    A: tl.constexpr, A_WHOLE: tl.constexpr, B: tl.constexpr, B_WHOLE: tl.constexpr,
+    D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of all rows of a and all rows of b, as sums over parts of their width D.
+
+    As an operand of a float32 product, which is three of TF32, wide rows of a would fill the registers for as long as a
+    loop over b lasts.
+    """
+    total = tl.zeros((A, B), tl.float32)
+    for part in tl.static_range(0, D, PART):
+        some = _load_rows(a + part, a_row, a_start, a_end, A, PART, A_WHOLE, AGAIN=True)
+        others = _load_rows(b + part, b_row, b_start, b_end, B, PART, B_WHOLE)
+        total = tl.dot(some, tl.trans(others), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _attend(
-    q, highest, total, acc, k, v, mask, k_row, v_row, start, m,
-    SCALE: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    queries, q, q_row, first, n, highest, total, acc, k, v, mask, k_row, v_row, start, m,
+    SCALE: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, QUERIES: tl.constexpr, WHOLE_QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the online softmax, whose scores are in base 2: times SCALE, log2(e) / sqrt(D)."""
-    keys = _load_rows(k, k_row, start, m, KEYS, D, WHOLE)
-    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    if PART == D:
+        keys = _load_rows(k, k_row, start, m, KEYS, D, WHOLE)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    else:
+        scores = _products_by_parts(
+            q, q_row, first, n, k, k_row, start, m, QUERIES, WHOLE_QUERIES, KEYS, WHOLE, D, PART, PRECISION
+        )
     scores = _hide(scores, mask, start, m, KEYS, MASKED, WHOLE)
     now = tl.maximum(highest, tl.max(scores, 1) * SCALE)
     p = tl.exp2(scores * SCALE - now[:, None])
@@ -89,18 +119,19 @@ def _attend(
 def _forward(
     q, k, v, null_key, null_value, mask, out, lse,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, out_row, heads, n, m, blocks,
-    SCALE: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     start = program % blocks * QUERIES
     head = program // blocks % heads
     batch = (program // blocks // heads).to(tl.int64)
+    q += batch * q_batch + head * D
     k += batch * k_batch + head * D
     v += batch * v_batch + head * D
     mask += batch * m
 
-    queries = _load_rows(q + batch * q_batch + head * D, q_row, start, n, QUERIES, D, WHOLE)
+    queries = _load_rows(q, q_row, start, n, QUERIES, D, WHOLE)
     key_0 = tl.load(null_key + tl.arange(0, D)).to(tl.float32)
     value_0 = tl.load(null_value + tl.arange(0, D)).to(tl.float32)
     highest = tl.sum(queries.to(tl.float32) * key_0[None, :], 1) * SCALE
@@ -111,12 +142,13 @@ def _forward(
     whole_keys = m // KEYS * KEYS
     for key in range(0, whole_keys, KEYS):
         highest, total, acc = _attend(
-            queries, highest, total, acc, k, v, mask, k_row, v_row, key, m, SCALE, D, KEYS, MASKED, True, PRECISION
-        )
+            queries, q, q_row, start, n, highest, total, acc, k, v, mask, k_row, v_row, key, m,
+            SCALE, D, PART, QUERIES, WHOLE, KEYS, MASKED, True, PRECISION,
+        )  # fmt: skip
     if whole_keys < m:
         highest, total, acc = _attend(
-            queries, highest, total, acc, k, v, mask, k_row, v_row, whole_keys, m,
-            SCALE, D, KEYS, MASKED, False, PRECISION,
+            queries, q, q_row, start, n, highest, total, acc, k, v, mask, k_row, v_row, whole_keys, m,
+            SCALE, D, PART, QUERIES, WHOLE, KEYS, MASKED, False, PRECISION,
         )  # fmt: skip
 
     out += batch * n * out_row + head * D
@@ -127,16 +159,27 @@ def _forward(
 
 @triton.jit
 def _query_gradient(
-    dq, q, grad, highest, delta, k, v, mask, k_row, v_row, start, m,
-    SCALE: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq, queries, q, q_row, gradient, grad, grad_row, first, n, highest, delta, k, v, mask, k_row, v_row, start, m,
+    SCALE: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, QUERIES: tl.constexpr, WHOLE_QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    keys = _load_rows(k, k_row, start, m, KEYS, D, WHOLE)
-    values = _load_rows(v, v_row, start, m, KEYS, D, WHOLE)
-    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    if PART == D:
+        keys = _load_rows(k, k_row, start, m, KEYS, D, WHOLE)
+        values = _load_rows(v, v_row, start, m, KEYS, D, WHOLE)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    else:
+        scores = _products_by_parts(
+            q, q_row, first, n, k, k_row, start, m, QUERIES, WHOLE_QUERIES, KEYS, WHOLE, D, PART, PRECISION
+        )
     scores = _hide(scores, mask, start, m, KEYS, MASKED, WHOLE)
     p = tl.exp2(scores * SCALE - highest[:, None])
-    dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+    if PART == D:
+        dp = tl.dot(gradient, tl.trans(values), input_precision=PRECISION)
+    else:
+        dp = _products_by_parts(
+            grad, grad_row, first, n, v, v_row, start, m, QUERIES, WHOLE_QUERIES, KEYS, WHOLE, D, PART, PRECISION
+        )
+        keys = _load_rows(k, k_row, start, m, KEYS, D, WHOLE)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
 
@@ -145,7 +188,7 @@ def _query_gradient(
 def _backward_queries(
     grad, q, k, v, null_key, null_value, mask, out, lse, delta, dq, partials,
     grad_batch, grad_row, q_batch, q_row, k_batch, k_row, v_batch, v_row, out_row, heads, n, m, blocks,
-    SCALE: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, ROOT: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_NULL: tl.constexpr,
 ):  # fmt: skip
@@ -153,19 +196,21 @@ def _backward_queries(
     start = program % blocks * QUERIES
     head = program // blocks % heads
     batch = (program // blocks // heads).to(tl.int64)
+    grad += batch * grad_batch + head * D
+    q += batch * q_batch + head * D
     k += batch * k_batch + head * D
     v += batch * v_batch + head * D
     mask += batch * m
     statistics = (batch * heads + head) * n
     rows = start + tl.arange(0, QUERIES)
 
-    gradient = _load_rows(grad + batch * grad_batch + head * D, grad_row, start, n, QUERIES, D, WHOLE)
+    gradient = _load_rows(grad, grad_row, start, n, QUERIES, D, WHOLE)
     attended = _load_rows(out + batch * n * out_row + head * D, out_row, start, n, QUERIES, D, WHOLE)
     products = tl.sum(gradient.to(tl.float32) * attended.to(tl.float32), 1)
     tl.store(delta + statistics + rows, products, mask=rows < n)
 
     if NEED_Q or NEED_NULL:
-        queries = _load_rows(q + batch * q_batch + head * D, q_row, start, n, QUERIES, D, WHOLE)
+        queries = _load_rows(q, q_row, start, n, QUERIES, D, WHOLE)
         highest = tl.load(lse + statistics + rows, mask=rows < n, other=0.0)
         key_0 = tl.load(null_key + tl.arange(0, D)).to(tl.float32)
         value_0 = tl.load(null_value + tl.arange(0, D)).to(tl.float32)
@@ -183,13 +228,15 @@ def _backward_queries(
             whole_keys = m // KEYS * KEYS
             for key in range(0, whole_keys, KEYS):
                 acc = _query_gradient(
-                    acc, queries, gradient, highest, products, k, v, mask, k_row, v_row, key, m,
-                    SCALE, D, KEYS, MASKED, True, PRECISION,
+                    acc, queries, q, q_row, gradient, grad, grad_row, start, n, highest, products,
+                    k, v, mask, k_row, v_row, key, m,
+                    SCALE, D, PART, QUERIES, WHOLE, KEYS, MASKED, True, PRECISION,
                 )  # fmt: skip
             if whole_keys < m:
                 acc = _query_gradient(
-                    acc, queries, gradient, highest, products, k, v, mask, k_row, v_row, whole_keys, m,
-                    SCALE, D, KEYS, MASKED, False, PRECISION,
+                    acc, queries, q, q_row, gradient, grad, grad_row, start, n, highest, products,
+                    k, v, mask, k_row, v_row, whole_keys, m,
+                    SCALE, D, PART, QUERIES, WHOLE, KEYS, MASKED, False, PRECISION,
                 )  # fmt: skip
             dq += batch * n * out_row + head * D
             _store_rows(dq, out_row, start, n, acc * ROOT, QUERIES, D, WHOLE)
@@ -329,7 +376,7 @@ def null_key_flash(q, k, v, null_key, null_value, mask, heads):
         _forward, (b * heads * blocks,),
         q, k, v, null_key.contiguous(), null_value.contiguous(), _mask_bytes(mask, q), out, lse,
         q_batch, q_row, k_batch, k_row, v_batch, v_row, heads * d, heads, n, m, blocks,
-        **_constants(q, d, n, tile, mask),
+        **_constants(q, d, n, tile, mask), PART=query_part(q, d),
     )  # fmt: skip
     return out, lse
 
@@ -368,7 +415,7 @@ def null_key_flash_backward(grad, q, k, v, null_key, null_value, mask, out, lse,
     launch.run(
         _backward_queries, (programs,),
         grad, q, k, v, null_key, null_value, seen, out, lse, delta, dq, partials, *strides, heads, n, m, blocks,
-        **_constants(q, d, n, tile, mask), ROOT=d**-0.5, NEED_Q=need_q, NEED_NULL=need_null,
+        **_constants(q, d, n, tile, mask), PART=query_part(q, d), ROOT=d**-0.5, NEED_Q=need_q, NEED_NULL=need_null,
     )  # fmt: skip
     if need_null:
         d_null_key, d_null_value = (
@@ -396,6 +443,4 @@ def reasons(q: torch.Tensor, heads: int) -> list[str]:
     d = q.shape[2] // heads
     if d not in WIDTHS:
         found.append(f"it takes head widths {', '.join(map(str, WIDTHS))}, not {d}")
-    if d == 128 and q.dtype == torch.float32:
-        found.append("it does not take float32 with a head width of 128, which exceeds the registers")
     return found

@@ -10,7 +10,7 @@ import torch
 from . import launch
 from .launch import ceil_div, next_power_of_2
 
-__all__ = ["Tile", "key_tile", "query_tile", "split_queries"]
+__all__ = ["Tile", "key_tile", "query_part", "query_tile", "split_queries"]
 
 # The queries that a block of keys sums its gradients over are cut into parts where there are too few blocks of keys.
 MOST_PARTS = 32
@@ -30,6 +30,10 @@ def query_tile(q: torch.Tensor, d: int, heads: int, n: int, m: int, *, backward:
     """Blocks for the kernels over queries: as large as the registers of each card allow without a spill."""
     target = launch.target(q.device)
     major = target.capability[0]
+    if q.dtype == torch.float32 and d == 128:
+        if major not in (9, 10):
+            return Tile(16, 16, 8, 2) if backward else Tile(32, 32, 8, 2)
+        return Tile(64, 16 if backward or major == 9 else 32, 8, 2)
     if q.dtype == torch.float32:
         if major == 10:
             return Tile(64, 32, 8, 2)
@@ -45,9 +49,18 @@ def query_tile(q: torch.Tensor, d: int, heads: int, n: int, m: int, *, backward:
     return Tile(128, keys, 8, 3 if major == 9 and d < 128 and not backward else 2)
 
 
+def query_part(q: torch.Tensor, d: int) -> int:
+    """How many columns of a head these kernels multiply at once, over which products of d columns are then sums."""
+    if q.dtype != torch.float32 or d < 128:
+        return d
+    return 64 if launch.target(q.device).capability[0] == 10 else 32
+
+
 def key_tile(q: torch.Tensor, d: int, m: int) -> Tile:
     """The same for the kernel over keys."""
     major = launch.target(q.device).capability[0]
+    if q.dtype == torch.float32 and d == 128:
+        return Tile(32, 16, 8, 2)
     if q.dtype == torch.float32:
         return Tile(32, 64, 8, 2) if d == 32 and major in (9, 10) else Tile(16, 32, 4, 2)
     if major not in (9, 10):

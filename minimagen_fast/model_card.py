@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .Imagen import Imagen
+from .snapshots import Saved
 from .weights_files import TrainedFolder
 
 __all__ = ["KIND_WORDS", "ExportedUnet", "model_card", "training_facts"]
@@ -63,23 +64,24 @@ def training_facts(folder: TrainedFolder, number: int, available: int) -> dict[s
         number: Number of the U-Net, from 1.
         available: How many U-Nets the cascade has.
     """
-    return {
-        name: str(value) for name, value in {**_reached(folder, number), **_settings(folder, number, available)}.items()
-    }
-
-
-def _reached(folder: TrainedFolder, number: int) -> dict[str, Any]:
-    """How far the training came."""
     try:
         saved = folder.saved
     except ValueError as error:
         warnings.warn(f"{error}. The model card does not say how far the training came", stacklevel=2)
         saved = None
+    if saved is not None and number not in saved.values["unet_numbers"]:
+        # The best of it are from another training, of which nothing is known here.
+        elsewhere = folder.best_file(number) is not None
+        return {} if elsewhere else {"optimizer steps": "none: this U-Net was not trained there"}
+    facts = {**_reached(folder, saved, number), **_settings(folder, number, available)}
+    return {name: str(value) for name, value in facts.items()}
+
+
+def _reached(folder: TrainedFolder, saved: Saved | None, number: int) -> dict[str, Any]:
+    """How far the training came."""
     if saved is None:
         logged = _logged_best(folder.directory / "training_progess.txt", number)
         return {} if logged is None else {"best validation loss": logged}
-    if number not in saved.values["unet_numbers"]:
-        return {"optimizer steps": "none: this U-Net was not trained there"}
     loss = saved.values["best_losses"].get(number, math.inf)
     reached = {"optimizer steps": f"{saved.step:,}", "whole epochs": saved.values["position"]["epoch"]}
     return reached | ({"best validation loss": f"{loss:.4f}"} if math.isfinite(loss) else {})

@@ -187,6 +187,22 @@ def test_the_latest_are_the_newer_of_tmp_and_checkpoint(run, tmp_path, seconds, 
     assert identical(unets_of(tmp_path / "out"), saved) == from_checkpoint
 
 
+def test_a_unet_that_was_put_beside_the_training_of_another(tmp_path):
+    # As the quickstart does.
+    for number in (1, 2):
+        describe(tmp_path / str(number))
+        Run(tmp_path / str(number), stages=2, data=Pictures(2)).train(unet_numbers=[number])
+    for folder in ("state_dicts", "tmp"):
+        for file in (tmp_path / "2" / folder).glob("unet_1_*.pth"):
+            os.utime(file, (1, 1))
+            shutil.move(file, tmp_path / "1" / folder / file.name)
+    latest = checkpoint.load(tmp_path / "1" / "tmp" / "unet_1_tmp.pth")
+    export_cascade([tmp_path / "1"], tmp_path / "out", weights="latest")
+    assert identical(unets_of(tmp_path / "out")[1], latest)
+    facts = [training_facts(weights_files.TrainedFolder(tmp_path / "1"), number, 2) for number in (1, 2)]
+    assert facts[0]["optimizer steps"] == "1" and facts[1] == {}
+
+
 @pytest.mark.filterwarnings("ignore:.* has no weights of U-Net")
 def test_a_training_with_nothing_but_checkpoints(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")

@@ -144,7 +144,7 @@ class TrainedFolder:
         return {name: value for name, equals, value in pairs if equals}
 
     def trained(self, available: int) -> list[int]:
-        """Numbers, from 1, of the U-Nets that were trained here.
+        """Numbers, from 1, of the U-Nets that were trained here, as far as the files tell.
 
         A training of one U-Net keeps the others too, as they began, in ``tmp/`` and in its checkpoints.
 

@@ -185,6 +185,7 @@ def test_a_cameras_orientation_is_obeyed(kind, orientation):
             (20, 24),
         ),
     ],
+    ids=["garbage", "a unit that is no number"],
 )
 def test_odd_exif_loses_no_picture(exif, size):
     assert decode_image(encoded(picture(size=(24, 20)), exif=exif)).size == size

@@ -481,7 +481,7 @@ class Imagen(nn.Module):
         # What users have put in the place of ours is called; and an attribute that cannot be is refused by the U-Net.
         functions_as_made = self.loss_fn in _LOSSES.values() and self.normalize_img in _NORMALIZES
         as_made = functions_as_made and all(map(_is_plain_scheduler, schedulers))
-        if not as_made or not 0 <= self.cond_drop_prob <= 1:
+        if acceleration.cuda_graphs != "on" or not as_made or not 0 <= self.cond_drop_prob <= 1:
             return losses(unet, **inputs)
         schedules = (buffer for scheduler in schedulers for buffer in scheduler.buffers())
         what = self.loss_fn, self.normalize_img, per_image, tuple(each.data_ptr() for each in schedules)

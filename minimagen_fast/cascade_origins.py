@@ -76,8 +76,8 @@ def origins_of(
         if not candidates:
             names = ", ".join(str(folder.directory) for folder in folders.values())
             raise ValueError(
-                f"U-Net {number} of {available} was not trained in {names}: name the directory where it was, too (or"
-                f" --UNET {number}=DIR, to take what DIR has of it all the same)"
+                f"U-Net {number} of {available} was not trained in {names}, or never had a finite validation loss: name"
+                f" the directory where it was trained, too (or --UNET {number}=DIR, to take what DIR has all the same)"
             )
         if len(candidates) > 1:
             names = " and in ".join(str(folder.directory) for folder in candidates)

@@ -4,10 +4,23 @@ import io
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Beyond this many pixels a file is not decoded: a few kilobytes can claim to be gigabytes of picture.
 MAX_PIXELS = 64_000_000
+# Nor beyond so many in a row or a column, as many as JPEG has: the other side, enlarged, would make it gigabytes.
+MAX_SIDE = 65_535
+
+# What undoes the orientations of EXIF; 1 needs nothing.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Formats of pictures on the web and in folders. PIL knows more, but some of those start other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
@@ -39,7 +52,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Args:
         data: The file's bytes.
-        max_pixels: Larger pictures are refused before they are decoded.
+        max_pixels: Larger pictures are refused before they are decoded, as are those with a side beyond `MAX_SIDE`.
 
     Raises:
         ImageError: 'not_an_image', 'truncated' or 'too_large'.
@@ -48,8 +61,10 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError("too_large", f"{image.width}x{image.height} pixels, at most {max_pixels} are allowed")
+            if max(image.size) > MAX_SIDE:
+                raise ImageError("too_large", f"{image.width}x{image.height} pixels, a side has at most {MAX_SIDE}")
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return _as_rgb(_upright(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
@@ -66,6 +81,15 @@ def _formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this PIL was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As the camera was held; a picture whose EXIF cannot be read stays as it is."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # anything at all, as decoders
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

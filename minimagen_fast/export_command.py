@@ -148,7 +148,7 @@ def export_cascade(
             (part / PROGRESS).unlink()
         record = {unet.number: {"kind": unet.kind, "training": unet.training} for unet in exported}
         (part / EXPORTED).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        card = model_card(Path(os.path.abspath(out)).name, imagen, exported, pth=format == "pth")
+        card = model_card(Path(os.path.abspath(out)).name, imagen, exported, imagen_params, pth=format == "pth")
         (part / "README.md").write_text(card, encoding="utf-8")
     return exported
 
@@ -156,7 +156,7 @@ def export_cascade(
 @contextmanager
 def _written_whole(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `out` at the end of the block, or goes if there is an error in it."""
-    out = Path(os.path.abspath(out))
+    out = Path(out).resolve()  # what a link leads to can be replaced
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--OUT {out} is a file: name a folder that is not there yet")
     if out.is_dir() and any(out.iterdir()):

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -15,7 +15,8 @@ from .captioned import CaptionedPictures
 from .decode import decode_image
 from .t5 import MAX_LENGTH
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Of the formats that are decoded: see FORMATS.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 
 
 class FolderDataset(CaptionedPictures):
@@ -23,9 +24,9 @@ class FolderDataset(CaptionedPictures):
 
     The captions stand in ``metadata.jsonl`` or ``metadata.csv`` with the fields ``file_name`` (relative to the folder)
     and ``text``; without such a file, beside each picture ``x.jpg`` in a file ``x.txt``. Folders within are searched
-    too; files and folders whose name starts with a dot are not. Every picture must have a caption, and every caption a
-    picture. Items are like those of :class:`.data.MinimagenDataset`, but a picture is cropped to its middle square
-    before it is scaled, and its values are left as they are.
+    too, also those that links lead to, each once; files and folders whose name starts with a dot are not. Every picture
+    must have a caption, and every caption a picture. Items are like those of :class:`.data.MinimagenDataset`, but a
+    picture is cropped to its middle square before it is scaled, and its values are left as they are.
 
     Args:
         directory: The folder.
@@ -38,6 +39,7 @@ class FolderDataset(CaptionedPictures):
 
     Raises:
         FileNotFoundError: if there is no such folder.
+        OSError: if a folder within cannot be read.
         ValueError: if it holds no captioned picture, both metadata files, a picture without a caption or a caption
             without a picture, or an entry that cannot be read or points outside the folder; or if the captions were
             encoded otherwise.
@@ -78,7 +80,11 @@ class FolderDataset(CaptionedPictures):
         return caption, file
 
     def _picture(self, source: str) -> Image.Image:
-        return decode_image((self.directory / source).read_bytes())
+        path = self.directory / source
+        # A pipe or a device would be read for ever.
+        if not path.is_file() and path.exists():
+            raise OSError(f"{path} is no file")
+        return decode_image(path.read_bytes())
 
 
 def _entries(directory: Path) -> list[tuple[str, str]]:
@@ -107,13 +113,32 @@ def _entries(directory: Path) -> list[tuple[str, str]]:
 
 
 def visible_files(directory: Path) -> list[PurePosixPath]:
-    """Every file below a folder, relative to it; systems leave hidden ones that only look like pictures."""
-    files = []
-    for parent, folders, names in os.walk(directory):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(directory)
-        files += [PurePosixPath(below, name) for name in names if not name.startswith(".")]
+    """Every file below a folder, relative to it; systems leave hidden ones that only look like pictures.
+
+    Links to folders are followed where they lead to one that has not been searched by then: a loop has an end, and what
+    has a name without links goes by it.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    files, links = [], [str(directory)]
+    searched: set[str] = set()
+    for start in links:  # which grows
+        for parent, folders, names in os.walk(start, onerror=_raise):
+            real = os.path.realpath(parent)
+            if real in searched:
+                folders.clear()
+                continue
+            searched.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            below = Path(parent).relative_to(directory)
+            files += [PurePosixPath(below, name) for name in names if not name.startswith(".")]
     return sorted(files)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def is_picture(file: PurePosixPath) -> bool:
@@ -121,6 +146,9 @@ def is_picture(file: PurePosixPath) -> bool:
 
 
 def _text(file: Path, problems: list[str]) -> str:
+    if not file.is_file() and file.exists():
+        problems.append(f"{file.name} is no file")
+        return ""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

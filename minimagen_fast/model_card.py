@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .Imagen import Imagen
+from .snapshots import Saved
+from .t5 import T5_VERSIONS
+from .training import ADDED_DEFAULTS
 from .weights_files import TrainedFolder
 
 __all__ = ["KIND_WORDS", "ExportedUnet", "model_card", "training_facts"]
@@ -63,23 +66,24 @@ def training_facts(folder: TrainedFolder, number: int, available: int) -> dict[s
         number: Number of the U-Net, from 1.
         available: How many U-Nets the cascade has.
     """
-    return {
-        name: str(value) for name, value in {**_reached(folder, number), **_settings(folder, number, available)}.items()
-    }
-
-
-def _reached(folder: TrainedFolder, number: int) -> dict[str, Any]:
-    """How far the training came."""
     try:
         saved = folder.saved
     except ValueError as error:
         warnings.warn(f"{error}. The model card does not say how far the training came", stacklevel=2)
         saved = None
+    if saved is not None and number not in saved.values["unet_numbers"]:
+        # The best of it are from another training, of which nothing is known here.
+        elsewhere = folder.best_file(number) is not None
+        return {} if elsewhere else {"optimizer steps": "none: this U-Net was not trained there"}
+    facts = {**_reached(folder, saved, number), **_settings(folder, number, available)}
+    return {name: str(value) for name, value in facts.items()}
+
+
+def _reached(folder: TrainedFolder, saved: Saved | None, number: int) -> dict[str, Any]:
+    """How far the training came."""
     if saved is None:
         logged = _logged_best(folder.directory / "training_progess.txt", number)
         return {} if logged is None else {"best validation loss": logged}
-    if number not in saved.values["unet_numbers"]:
-        return {"optimizer steps": "none: this U-Net was not trained there"}
     loss = saved.values["best_losses"].get(number, math.inf)
     reached = {"optimizer steps": f"{saved.step:,}", "whole epochs": saved.values["position"]["epoch"]}
     return reached | ({"best validation loss": f"{loss:.4f}"} if math.isfinite(loss) else {})
@@ -150,15 +154,36 @@ or `minimagen-fast sample -d . -c "a caption"`.
 """
 
 
-def model_card(name: str, imagen: Imagen, exported: Sequence[ExportedUnet], *, pth: bool) -> str:
+def unknown_to_the_original(imagen_params: Mapping[str, Any]) -> list[str]:
+    """What minimagen 0.0.9 cannot load of the parameters of an Imagen, in words."""
+    reasons = [f"it has no `{name}`" for name, kept in ADDED_DEFAULTS if imagen_params.get(name, kept) != kept]
+    if not isinstance(imagen_params.get("timesteps", 1000), int):
+        reasons.append("it takes one number of `timesteps` for all U-Nets")
+    if not isinstance(imagen_params["image_sizes"], list | tuple):
+        reasons.append("it takes `image_sizes` as a list")
+    encoder = imagen_params["text_encoder_name"]
+    if encoder not in T5_VERSIONS:
+        reasons.append(f"it has no text encoder `{encoder}`")
+    return reasons
+
+
+def model_card(
+    name: str, imagen: Imagen, exported: Sequence[ExportedUnet], imagen_params: Mapping[str, Any], *, pth: bool
+) -> str:
     """The text of the card.
 
     Args:
         name: Name of the cascade.
         imagen: The cascade; its weights are not looked at.
         exported: What has been written, in the order of the U-Nets.
+        imagen_params: The parameters of `imagen` as they have been written.
         pth: Whether the folder has the layout of a training directory.
     """
+    original = ""
+    if pth:
+        reasons = unknown_to_the_original(imagen_params)
+        can = f"cannot load this folder ({'; '.join(reasons)}), though" if reasons else "loads this folder too:"
+        original = f"minimagen 0.0.9 {can} it has the layout of a training directory.\n"
     sizes = ", then ".join(f"{unet.image_size}x{unet.image_size}" for unet in exported)
     stages = "One U-Net makes" if len(exported) == 1 else f"{len(exported)} U-Nets, one after the other, make"
     total = sum(unet.parameters for unet in exported)
@@ -186,7 +211,7 @@ def model_card(name: str, imagen: Imagen, exported: Sequence[ExportedUnet], *, p
         f"Text encoder: `{imagen.text_encoder_name}`, embeddings {imagen.text_embed_dim} wide. It is not part of this"
         " folder.\n",
         USE.format(cond_scale=3.0 if imagen.can_classifier_guidance else 1.0),
-        "minimagen 0.0.9 loads this folder too: it has the layout of a training directory.\n" if pth else "",
+        original,
         "## Training\n",
         _training(exported),
         "Data, intended use and limits: to be said by those who publish the model.\n",

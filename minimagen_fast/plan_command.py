@@ -14,6 +14,7 @@ from .plan_setup import CARDS, STRATEGIES, Card, Setup, read_json
 from .plan_table import plan_text
 from .plan_time import from_mfu, from_profile
 from .plan_unet import Network
+from .settings import PRECISIONS
 from .t5 import get_encoded_dim
 from .Unet import Base, BaseTest, Super, SuperTest
 
@@ -27,7 +28,14 @@ UNETS: dict[str, tuple[dict[str, Any], int]] = {
     "SuperTest": ({**SuperTest.defaults, "lowres_cond": True}, 32),
 }
 # What the command line may leave to the settings of a training.
-DEFAULTS: dict[str, Any] = {"gpus": 1, "accumulate": 1, "ema": False, "checkpoint_levels": (), "strategy": "all"}
+DEFAULTS: dict[str, Any] = {
+    "gpus": 1,
+    "accumulate": 1,
+    "ema": False,
+    "checkpoint_levels": (),
+    "strategy": "all",
+    "precision": None,
+}
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +54,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-levels", help="levels of the U-Net to compute twice to save memory, such as 0,1")
     add("--ema", action="store_true", default=None, help="keep averages of the weights")
     add("--strategy", choices=(*STRATEGIES, "all"), help="(all)")
-    add("--gather", choices=("bfloat16", "float32"), default="bfloat16", help="of sharded weights (%(default)s)")
+    add("--gather", choices=("bfloat16", "float32"), help="of sharded weights (what is computed in)")
     add = parser.add_argument_group("where").add_argument
     add("--gpus", type=int, help="number of GPUs (1)")
     add("--gpus-per-node", type=int, default=8, help="(%(default)s)")
@@ -88,6 +96,8 @@ def run_plan(args: argparse.Namespace) -> int:
     for name in ("link_gbps", "node_link_gbps"):
         if getattr(args, name) is not None:
             card = replace(card, **{name: getattr(args, name)})
+    # As `train` does where it is not told otherwise.
+    precision = settings["precision"] or ("float32" if card.device == "cpu" else "bfloat16")
     setup = Setup(
         network=network,
         batch=_batch(args, settings),
@@ -96,7 +106,8 @@ def run_plan(args: argparse.Namespace) -> int:
         accumulate=settings["accumulate"],
         ema=settings["ema"],
         checkpoint_levels=settings["checkpoint_levels"],
-        gather={"float32": 4, "bfloat16": 2}[args.gather],
+        gather={"float32": 4, "bfloat16": 2}[args.gather or precision],
+        precision=precision,
         device=card.device,
     )
     if args.profile is None:
@@ -167,7 +178,8 @@ def _config(path: Path) -> dict[str, Any]:
         return read_json(path)
     if (path / "config.json").is_file():
         return read_json(path / "config.json")
-    unets, imagen = checked_params(path)
+    inside = path / "parameters"
+    unets, imagen = checked_params(inside if inside.is_dir() else path)
     return {"unets": unets, "imagen": imagen}
 
 
@@ -183,7 +195,13 @@ def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"parallel in the --config must be {' or '.join(STRATEGIES)}, got {config['parallel']!r}: correct it"
         )
+    if config.get("precision") not in (None, *PRECISIONS):
+        raise ValueError(
+            f"precision in the --config must be null or {' or '.join(PRECISIONS)}, got {config['precision']!r}:"
+            " correct it"
+        )
     return {
+        "precision": config.get("precision"),
         "batch_size": config.get("batch_size"),
         "gpus": config.get("ranks"),
         "accumulate": config.get("accumulate"),

@@ -23,7 +23,7 @@ class Card:
     Attributes:
         name: Part of the name by which the driver knows it.
         memory_gib: Memory, in GiB.
-        tflops: Dense matrix products in bfloat16, in 10^12 operations a second.
+        tflops: Dense matrix products in bfloat16, on a CPU in what is computed in, in 10^12 operations a second.
         memory_gbps: Bandwidth of the memory, in 10^9 bytes a second.
         link_gbps: What it sends to cards of its node, in 10^9 bits a second, one way.
         node_link_gbps: What it sends to other nodes.

@@ -4,9 +4,11 @@ Everything goes through the documented interface: the same training directory, l
 any size. The U-Nets of a cascade are independent of each other, so each can be trained by a process of its own.
 """
 
+import io
 import math
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,24 +141,26 @@ def train_unet(
     options = {**get_minimagen_dl_opts(imagen.device), "batch_size": batch_size}
     losses: Losses = []
     seconds = max(deadline - time.time(), 1.0)
-    MinimagenTrain(
-        timestamp,
-        args,
-        list(imagen.unets),
-        imagen,
-        DataLoader(data, **options),
-        DataLoader(held_out, **{**options, "shuffle": False}),
-        training_dir,
-        optimizer,
-        unet_numbers=[number],
-        lr_scheduler=learning_rate_schedule(optimizer, steps, seconds),
-        ema_decay=EMA_DECAY,
-        autocast_dtype=_fast_dtype(imagen.device),
-        max_grad_norm=MAX_GRAD_NORM,
-        max_seconds=seconds,
-        callback=_averaging_into(losses, after_step),
-        progress=progress,
-    )
+    # Its messages, which the progress file has too, are those of training scripts: they name flags that no command has.
+    with redirect_stdout(io.StringIO()):
+        MinimagenTrain(
+            timestamp,
+            args,
+            list(imagen.unets),
+            imagen,
+            DataLoader(data, **options),
+            DataLoader(held_out, **{**options, "shuffle": False}),
+            training_dir,
+            optimizer,
+            unet_numbers=[number],
+            lr_scheduler=learning_rate_schedule(optimizer, steps, seconds),
+            ema_decay=EMA_DECAY,
+            autocast_dtype=_fast_dtype(imagen.device),
+            max_grad_norm=MAX_GRAD_NORM,
+            max_seconds=seconds,
+            callback=_averaging_into(losses, after_step),
+            progress=progress,
+        )
     return losses
 
 

@@ -1,15 +1,14 @@
 """Antialiased cubic resizing as two small matrix products.
 
 A separable resize is linear in the image, so each axis is one (new, old) matrix that depends on nothing but the two
-sizes and the padding mode. Building it once in float64 and caching it leaves two matrix products per call, no host
-synchronisation and no padding copy: the padding is folded into the matrix.
+sizes and the padding mode. Building it once in float64 and keeping it in float32 leaves two matrix products per call,
+no host synchronisation and no padding copy: the padding is folded into the matrix.
 
 Kernel: Keys, "Cubic convolution interpolation for digital image processing" (1981), a = -0.5. Alignment: image centres
 coincide, as in Shocher et al., "From Discrete to Continuous Convolutions" (2020), section 3.
 """
 
 from contextlib import nullcontext
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +16,9 @@ import torch
 from .kernels.arguments import has_autocast
 
 PAD_MODES = ("constant", "edge", "reflect", "symmetric")
+# Pictures may have any size: the matrices used last are kept, which are those of a training step whatever it loads.
+KEPT_BYTES, KEPT_NUMBER = 64 * 2**20, 256
+_kept: dict[tuple[int, int, str, torch.device], torch.Tensor] = {}  # the last used at the end
 _SUPPORT = 4  # pixels of the source that the cubic kernel reaches at scale 1
 
 
@@ -44,7 +46,6 @@ def _source_index(index: np.ndarray, size: int, pad_mode: str) -> tuple[np.ndarr
     return np.where(index < size, index, period - 1 - index), exists
 
 
-@lru_cache(maxsize=256)
 def _matrix_float64(old: int, new: int, pad_mode: str) -> np.ndarray:
     scale = new / old
     stretch = min(scale, 1.0)  # below 1 the kernel is widened so that it also low-passes
@@ -59,12 +60,30 @@ def _matrix_float64(old: int, new: int, pad_mode: str) -> np.ndarray:
     return matrix
 
 
-@lru_cache(maxsize=256)
 def resize_matrix(old: int, new: int, pad_mode: str, device: torch.device) -> torch.Tensor:
     """The (new, old) float32 matrix that resizes one axis from ``old`` to ``new`` pixels."""
-    # Outside any inference mode, so that one cached tensor serves training and sampling alike.
-    with torch.inference_mode(False):
-        return torch.from_numpy(_matrix_float64(old, new, pad_mode)).to(device=device, dtype=torch.float32)
+    key = old, new, pad_mode, device
+    # Without a lock, which a worker process might inherit locked: of threads, one may make what another is taking out.
+    matrix = _kept.pop(key, None)
+    made = matrix is None
+    if matrix is None:
+        # Outside any inference mode, so that one kept tensor serves training and sampling alike.
+        with torch.inference_mode(False):
+            matrix = torch.from_numpy(_matrix_float64(old, new, pad_mode)).to(device=device, dtype=torch.float32)
+    _kept[key] = matrix
+    if made:
+        _forget_oldest()
+    return matrix
+
+
+def _forget_oldest() -> None:
+    kept = list(_kept.items())
+    number, size = len(kept), sum(matrix.nbytes for _, matrix in kept)
+    for key, matrix in kept:
+        if number <= KEPT_NUMBER and size <= KEPT_BYTES:
+            return
+        _kept.pop(key, None)
+        number, size = number - 1, size - matrix.nbytes
 
 
 def resize(image: torch.Tensor, height: int, width: int, pad_mode: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +32,7 @@ __all__ = ["add_data_arguments", "add_source_arguments", "open_captions", "open_
 BUILT_IN, CONCEPTUAL = "built-in", "conceptual-captions"
 BUILT_IN_PICTURES = 10_000
 TESTING_PICTURES = 64
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar")
 KINDS = {".tar": "tar", ".parquet": "parquet", ".arrow": "arrow"}
 # What `datasets` leaves in a folder that it saves a data set to.
 _SAVED = ({"dataset_dict.json"}, {"state.json", "dataset_info.json"})
@@ -163,7 +165,12 @@ def _find(data: str) -> _Found:
         if any(all((path / name).is_file() for name in names) for names in _SAVED):
             return _Found("saved", (str(path),))
         inside = visible_files(path)
-        files = [str(path / file) for file in inside if file.suffix in KINDS]
+        files = [str(path / file) for file in inside if file.suffix.lower() in KINDS]
+        if packed := [path / file for file in inside if file.suffix.lower() in PACKED]:
+            warnings.warn(
+                f"{len(packed)} files in {data} are packed and are left out, such as {packed[0]}: unpack them",
+                stacklevel=2,
+            )
         if not files:
             return _Found("pictures", (str(path),))
         if any(map(is_picture, inside)):
@@ -179,7 +186,8 @@ def _find(data: str) -> _Found:
         if "://" in part:
             files.append(part)
             continue
-        matching = sorted(glob.glob(str(Path(part).expanduser())))
+        named = Path(part).expanduser()
+        matching = [str(named)] if named.is_file() else sorted(glob.glob(str(named)))
         if not matching:
             raise FileNotFoundError(f"there is no folder {part}, and no file or pattern of files of this name")
         files += matching
@@ -187,7 +195,7 @@ def _find(data: str) -> _Found:
 
 
 def _of_one_kind(data: str, files: Sequence[str]) -> _Found:
-    kinds = {KINDS.get(Path(file.partition("?")[0] if "://" in file else file).suffix) for file in files}
+    kinds = {KINDS.get(Path(file.partition("?")[0] if "://" in file else file).suffix.lower()) for file in files}
     if len(kinds) > 1 or None in kinds:
         raise ValueError(
             f"--DATA {data} must be a folder, or files of one kind out of {', '.join(KINDS)}; it names"
@@ -221,6 +229,8 @@ def _saved_rows(folder: str) -> Any:
         saved = datasets.load_from_disk(folder)
     except (ValueError, KeyError) as error:
         raise ValueError(f"the data set saved in {folder} cannot be read ({error}): save it again") from error
+    except IndexError as error:  # the first of no files
+        raise ValueError(f"the data set saved in {folder} has no rows") from error
     if isinstance(saved, datasets.DatasetDict):
         if "train" not in saved:
             raise ValueError(f"{folder} has the splits {', '.join(saved)}: give the folder of one of them")

@@ -1,5 +1,6 @@
 """Captioned pictures in the rows of tables: Parquet and Arrow files, and data sets of Hugging Face ``datasets``."""
 
+import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,9 @@ def open_tables(
     import pyarrow
 
     local = [file for file in files if "://" not in file]
-    may_have_rows = [_check_file(kind, file) for file in local]
-    if len(local) == len(files) and not any(may_have_rows):
+    numbers = [_check_file(kind, file, count=not streaming) for file in local]
+    rows = None if len(local) < len(files) or None in numbers else sum(filter(None, numbers))
+    if rows == 0:
         raise ValueError(f"there are no rows in the {kind} files from {files[0]} on")
     try:
         if kind == "arrow" and not streaming:
@@ -190,33 +192,45 @@ def open_tables(
         if kind == "parquet" and "://" not in files[0]:
             names = pyarrow.parquet.read_schema(files[0]).names
             options["columns"] = list(dict.fromkeys(find_columns(names, image_column, caption_column)))
-        return datasets.load_dataset(kind, data_files=list(files), split="train", streaming=streaming, **options)
+        # By itself `datasets` takes names for patterns.
+        named = [file if "://" in file else glob.escape(file) for file in files]
+        table = datasets.load_dataset(kind, data_files=named, split="train", streaming=streaming, **options)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"the {kind} files from {files[0]} on cannot be read: {cause}") from error
+    if rows is not None and not streaming and len(table) != rows:
+        raise ValueError(f"datasets read {len(table)} of the {rows} rows in the {kind} files from {files[0]} on")
+    return table
 
 
-def _check_file(kind: str, file: str) -> bool:
+def _check_file(kind: str, file: str, *, count: bool) -> int | None:
     """See that a file is what its name says, before hours of training have gone by.
 
+    Args:
+        kind: 'parquet' or 'arrow'.
+        file: Its path.
+        count: Whether to go through a stream of Arrow, for the number of its rows.
+
     Returns:
-        Whether it may have rows.
+        The number of rows, where it is known.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is not, or is cut short.
     """
     import pyarrow.parquet
 
     try:
         if kind == "parquet":
-            return pyarrow.parquet.read_metadata(file).num_rows > 0
+            return pyarrow.parquet.read_metadata(file).num_rows
         with pyarrow.memory_map(file) as mapped:
             try:
-                pyarrow.ipc.open_stream(mapped)
+                stream = pyarrow.ipc.open_stream(mapped)
             except pyarrow.ArrowInvalid:
                 mapped.seek(0)
                 pyarrow.ipc.open_file(mapped)
-        return True
+                return None
+            # Of batches in mapped memory nothing but their description is read.
+            return sum(batch.num_rows for batch in stream) if count else None
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no {kind} file, or it is damaged or cut short ({error}): get it anew") from error
 

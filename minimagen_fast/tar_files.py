@@ -23,7 +23,7 @@ from .tiny_t5 import cache_root
 
 __all__ = ["TarDataset"]
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 class TarDataset(CaptionedPictures):

@@ -203,15 +203,24 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return values
 
 
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line has of the documented arguments."""
+    return {name: getattr(args, name) for name in sorted(args.given)}
+
+
+def _tell_ignored(args: argparse.Namespace, asked: dict[str, Any], where: str, ranks: Ranks) -> None:
+    for name, value in asked.items():
+        if getattr(args, name) != value:
+            _tell(ranks, f"--{name} {value} is ignored: {where} it is {getattr(args, name)}")
+
+
 def _take_over(args: argparse.Namespace, folder: str, ranks: Ranks, *, justparams: bool = False) -> None:
     """Takes over what is fixed by the folder, and says what of the command line does not count then."""
-    asked = {name: getattr(args, name) for name in sorted(args.given)}
+    asked = _asked(args)
     load_restart_training_parameters(args, justparams)
     if justparams and "TIMESTEPS" in asked:
         args.TIMESTEPS = asked["TIMESTEPS"]
-    for name, value in asked.items():
-        if getattr(args, name) != value:
-            _tell(ranks, f"--{name} {value} is ignored: in {folder} it is {getattr(args, name)}")
+    _tell_ignored(args, asked, f"in {folder}", ranks)
     if not justparams and args.PARAMETERS is not None:
         begun = TrainedFolder(Path(folder)).arguments.get("PARAMETERS")
         if begun != args.PARAMETERS:
@@ -247,9 +256,11 @@ def _locked(file: IO) -> bool:
 
 def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: StopRequest, held: ExitStack) -> int:
     if args.TESTING:
+        given = _asked(args)
         load_testing_parameters(args)
         if args.DATA == "built-in":
             args.T5_NAME = "t5_tiny"  # needs no files
+        _tell_ignored(args, given, "with --TESTING", ranks)
     run = _find_run(args, ranks)
     if run.restart is not None:
         args.RESTART_DIRECTORY = str(run.restart)

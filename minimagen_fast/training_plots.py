@@ -110,7 +110,8 @@ def draw_timesteps(records: RunRecords) -> Figure | None:
             f"{place / buckets:.1f}–{(place + 1) / buckets:.1f}": points_of(records.steps, _bucket_of(number, place))
             for place in range(buckets)
         }
-    if not any(_has_points(line) for lines in panels.values() for line in lines.values()):
+    panels = {number: lines for number, lines in panels.items() if any(map(_has_points, lines.values()))}
+    if not panels:
         return None
     figure, axes = _figure(len(panels), "Training loss by timestep (0: hardly any noise, 1: nothing but noise)")
     for ax, (number, lines) in zip(axes, panels.items(), strict=True):

@@ -144,7 +144,7 @@ class TrainedFolder:
         return {name: value for name, equals, value in pairs if equals}
 
     def trained(self, available: int) -> list[int]:
-        """Numbers, from 1, of the U-Nets that were trained here.
+        """Numbers, from 1, of the U-Nets that were trained here, as far as the files tell.
 
         A training of one U-Net keeps the others too, as they began, in ``tmp/`` and in its checkpoints.
 
@@ -188,7 +188,7 @@ class TrainedFolder:
         Args:
             number: Number of the U-Net, from 1.
             kind: ``best``, or the latest where there are none; ``latest``: those in ``tmp/``, or in the newest
-                checkpoint if that is newer; ``ema``: the averages in the newest checkpoint.
+                checkpoint if that is newer and has trained this U-Net; ``ema``: the averages in the newest checkpoint.
 
         Raises:
             ValueError: There are no such weights.
@@ -222,7 +222,8 @@ class TrainedFolder:
                 raise
             warnings.warn(f"{error}, or use {file}, as is done here", stacklevel=3)
             saved = None
-        if there and (saved is None or file.stat().st_mtime_ns >= (saved.path / MANIFEST).stat().st_mtime_ns):
+        # A checkpoint has those that it did not train as they began; their files may be from elsewhere.
+        if there and (saved is None or number not in saved.values["unet_numbers"] or _is_newer(file, saved)):
             return Weights(number, "latest", file)
         if saved is None or number > saved.values["unets"]:
             raise ValueError(
@@ -235,6 +236,10 @@ class TrainedFolder:
         """Whether the best of others are there and of this one not, which then is the same in every file."""
         folder = self.directory / "state_dicts"
         return self.best_file(number) is None and bool(_matching(folder, r"unet_.*\.pth?"))
+
+
+def _is_newer(file: Path, saved: Saved) -> bool:
+    return file.stat().st_mtime_ns >= (saved.path / MANIFEST).stat().st_mtime_ns
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:

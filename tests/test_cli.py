@@ -62,6 +62,13 @@ def test_train_then_sample(short, tmp_path, monkeypatch, capsys):
     assert (only_directory(tmp_path, "generated_images_*") / "captions.txt").read_text() == "a red circle\n"
 
 
+def test_what_testing_overrides_is_said(short, tmp_path, capsys):
+    words = ["-b", "3", "-s", "16", "-lr", "0.1", "--CROP", "center"]
+    assert cli.main(["train", *TINY, *words, "--OUT", str(tmp_path / "run")]) == cli.MISUSED
+    said = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
+    assert said == ["minimagen-fast train: --BATCH_SIZE 3 is ignored: with --TESTING it is 4"]
+
+
 def test_a_training_goes_on(short, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *TINY, "-e", "1"]) == 0

@@ -2,7 +2,9 @@
 
 import argparse
 import copy
+import errno
 import json
+import os
 import sys
 import types
 from collections import Counter
@@ -218,6 +220,47 @@ def test_hidden_files_and_links_and_odd_separators(tmp_path):
     dataset = FolderDataset(folder, side_length=16, encoder_name="word_count")
     assert [caption for _, caption in dataset.entries] == ["one\u2028line"] * 3
     assert all(dataset[i] is not None for i in range(3))
+
+
+def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
+    folder, store = tmp_path / "folder", tmp_path / "store"
+    for path in (folder / "own", store / "deep"):
+        path.mkdir(parents=True)
+        (path / "x.gif").write_bytes(encoded(picture(), "GIF"))
+        (path / "x.txt").write_text(path.name)
+    (folder / "first").symlink_to(folder / "own")
+    (folder / "linked").symlink_to(store)
+    (store / "back").symlink_to(folder)
+    (store / "again").symlink_to(store)
+    dataset = FolderDataset(folder, side_length=16, encoder_name="word_count")
+    assert dataset.entries == [("linked/deep/x.gif", "deep"), ("own/x.gif", "own")]
+    assert dataset[0] is not None
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder = _folder(tmp_path, **{"a.txt": "first", "sub/b.txt": "second"})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="sub"):
+        FolderDataset(folder, side_length=16, encoder_name="word_count")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_pipes_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_text("caption")
+    dataset = FolderDataset(tmp_path, side_length=16, encoder_name="word_count")
+    assert dataset[0] is None and dataset.failures == {"unreadable": 1}
+    (tmp_path / "x.txt").unlink()
+    os.mkfifo(tmp_path / "x.txt")
+    with pytest.raises(ValueError, match="x.txt is no file"):
+        FolderDataset(tmp_path, side_length=16, encoder_name="word_count")
 
 
 def test_no_folder(tmp_path):

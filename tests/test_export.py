@@ -20,7 +20,7 @@ from minimagen_fast.checkpoint_index import read_index
 from minimagen_fast.export_command import export_cascade
 from minimagen_fast.generate import load_minimagen
 from minimagen_fast.Imagen import Imagen
-from minimagen_fast.model_card import training_facts
+from minimagen_fast.model_card import model_card, training_facts
 from minimagen_fast.settings import TrainingSettings
 from minimagen_fast.training import create_directory, get_default_args, get_minimagen_parser, save_training_info
 from minimagen_fast.Unet import BaseTest, SuperTest, Unet
@@ -141,6 +141,24 @@ def test_the_original_can_read_the_parameters(tmp_path):
     assert len(list((tmp_path / "out" / "parameters").glob("unet_*"))) == 2, "the original takes every such file"
 
 
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({}, None),
+        ({"lowres_max_noise_level": 1.0}, None),
+        ({"lowres_max_noise_level": 0.1}, "it has no `lowres_max_noise_level`"),
+        ({"timesteps": (25, 20)}, "it takes one number of `timesteps` for all U-Nets"),
+        ({"text_encoder_name": "t5_tiny"}, "it has no text encoder `t5_tiny`"),
+    ],
+)
+def test_the_model_card_says_whether_the_original_can_load_it(tmp_path, settings, reason):
+    imagen_params = {**get_default_args(Imagen), **SETTINGS, **settings}
+    card = model_card("painter", make_imagen(1), [], imagen_params, pth=True)
+    assert ("minimagen 0.0.9 loads this folder too: it has" in card) == (reason is None)
+    assert reason is None or f"minimagen 0.0.9 cannot load this folder ({reason}), though it has" in card
+    assert "minimagen 0.0.9" not in model_card("painter", make_imagen(1), [], imagen_params, pth=False)
+
+
 def test_paths_of_the_machine_are_not_handed_on(tmp_path):
     trained(tmp_path / "run", 1, 2)
     for format in ("safetensors", "pth"):
@@ -185,6 +203,22 @@ def test_the_latest_are_the_newer_of_tmp_and_checkpoint(run, tmp_path, seconds, 
     export_cascade([folder], tmp_path / "out", weights="latest")
     saved = [tensors_of(run, f"unets.{index}.") for index in (0, 1)]
     assert identical(unets_of(tmp_path / "out"), saved) == from_checkpoint
+
+
+def test_a_unet_that_was_put_beside_the_training_of_another(tmp_path):
+    # As the quickstart does.
+    for number in (1, 2):
+        describe(tmp_path / str(number))
+        Run(tmp_path / str(number), stages=2, data=Pictures(2)).train(unet_numbers=[number])
+    for folder in ("state_dicts", "tmp"):
+        for file in (tmp_path / "2" / folder).glob("unet_1_*.pth"):
+            os.utime(file, (1, 1))
+            shutil.move(file, tmp_path / "1" / folder / file.name)
+    latest = checkpoint.load(tmp_path / "1" / "tmp" / "unet_1_tmp.pth")
+    export_cascade([tmp_path / "1"], tmp_path / "out", weights="latest")
+    assert identical(unets_of(tmp_path / "out")[1], latest)
+    facts = [training_facts(weights_files.TrainedFolder(tmp_path / "1"), number, 2) for number in (1, 2)]
+    assert facts[0]["optimizer steps"] == "1" and facts[1] == {}
 
 
 @pytest.mark.filterwarnings("ignore:.* has no weights of U-Net")
@@ -279,7 +313,9 @@ def test_a_unet_that_was_trained_nowhere_or_twice(tmp_path, capsys):
     best, _ = trained(tmp_path / "one", 1, config=(1,))
     both, _ = trained(tmp_path / "both", 1, 2, seed=5)
     assert export(tmp_path / "one", "--OUT", tmp_path / "out") == 2
-    assert re.search(r"U-Net 2 of 2 was not trained in \S*one: name .*--UNET 2=DIR", capsys.readouterr().err)
+    assert re.search(
+        r"U-Net 2 of 2 was not trained in \S*one, or never had .*: name .*--UNET 2=DIR", capsys.readouterr().err
+    )
     assert export(tmp_path / "one", tmp_path / "both", "--OUT", tmp_path / "out") == 2
     assert re.search(r"U-Net 1 was trained in \S*one and in \S*both: choose with --UNET 1", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
@@ -349,8 +385,9 @@ def test_what_is_there_already_is_never_touched(tmp_path, capsys):
     assert "mine is a file" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "empty").mkdir()
-    assert export(tmp_path / "run", "--OUT", tmp_path / "empty") == 0
-    assert len(unets_of(tmp_path / "empty")) == 2
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert export(tmp_path / "run", "--OUT", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink() and len(unets_of(tmp_path / "empty")) == 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no space left")])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from picture_server import BAD, GOOD, encoded, picture, serving
-from PIL import Image
+from PIL import Image, ImageOps
 
 from minimagen_fast.decode import ImageError, decode_image
 from minimagen_fast.fetch import fetch_image
@@ -162,7 +162,37 @@ def test_any_damage_is_an_image_error():
                 assert error.reason in ("truncated", "not_an_image", "too_large")
 
 
-def test_a_cameras_orientation_is_obeyed():
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_a_cameras_orientation_is_obeyed(kind, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert decode_image(encoded(picture(size=(24, 20)), "JPEG", exif=exif)).size == (20, 24)
+    exif[0x0112] = orientation
+    content = encoded(picture(size=(5, 3)), kind, exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        expected = ImageOps.exif_transpose(image)
+    decoded = decode_image(content)
+    assert decoded.size == ((3, 5) if 5 <= orientation <= 8 else (5, 3))
+    assert decoded.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "exif, size",
+    [
+        (b"garbage!", (24, 20)),
+        # Orientation 6, and a unit of resolution that is no number: what PIL reads, but cannot write.
+        (
+            bytes.fromhex("49492a00 08000000 0200 1201 0300 01000000 06000000 2801 0200 02000000 32000000 00000000"),
+            (20, 24),
+        ),
+    ],
+    ids=["garbage", "a unit that is no number"],
+)
+def test_odd_exif_loses_no_picture(exif, size):
+    assert decode_image(encoded(picture(size=(24, 20)), exif=exif)).size == size
+
+
+def test_a_line_of_pixels_is_too_large():
+    with pytest.raises(ImageError) as caught:
+        decode_image(encoded(Image.new("1", (1, 65_536))))
+    assert caught.value.reason == "too_large"
+    assert decode_image(encoded(Image.new("1", (65_535, 1)))).size == (65_535, 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimagen_fast import helpers
+from minimagen_fast import helpers, resize
 from minimagen_fast.kernels.threshold import quantile
 from minimagen_fast.resize import noise_for, resize_matrix
 
@@ -106,6 +106,19 @@ def test_resize_matrices_are_made_once_and_can_be_trained_through():
     image = torch.rand(1, 1, 10, 10, requires_grad=True)
     helpers.resize_image_to(image, 6).sum().backward()
     assert image.grad.sum().item() == pytest.approx(36, rel=1e-4)
+
+
+def test_the_resize_matrices_used_last_are_kept_and_no_more():
+    step = resize_matrix(8, 64, "reflect", torch.device("cpu"))
+    for old in range(40_000, 40_020):
+        resize_matrix(old, 64, "reflect", torch.device("cpu"))
+        assert resize_matrix(8, 64, "reflect", torch.device("cpu")) is step
+    large = [key for key in resize._kept if key[0] >= 40_000]
+    assert 1 < len(large) < 20 and large[-1][0] == 40_019
+    assert sum(matrix.nbytes for matrix in resize._kept.values()) <= resize.KEPT_BYTES
+    for old in range(1, 300):
+        resize_matrix(old, 1, "reflect", torch.device("cpu"))
+    assert len(resize._kept) == resize.KEPT_NUMBER
 
 
 @pytest.mark.parametrize(

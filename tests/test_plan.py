@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from plan_runs import SMALL, folder_of_results
 
-from minimagen_fast import cli
+from minimagen_fast import cli, plan_command
 from minimagen_fast.plan_data import Data
 from minimagen_fast.plan_network import Collective, Links, collectives
 from minimagen_fast.plan_setup import CARDS, Card, Setup
@@ -276,6 +276,32 @@ def test_a_parameters_folder_is_planned(capsys, tmp_path):
         (tmp_path / name).write_text(json.dumps(values))
     found = as_json(capsys, "--config", str(tmp_path), "--images", "10", "--batch", "4")
     assert found["setup"]["network"]["name"] == "unet-1@16" and found["setup"]["network"]["side"] == 16
+
+
+def test_a_training_directory_without_settings_is_planned(capsys, tmp_path):
+    (tmp_path / "parameters").mkdir()
+    test_a_parameters_folder_is_planned(capsys, tmp_path / "parameters")
+    found = as_json(capsys, "--config", str(tmp_path), "--images", "10", "--batch", "4")
+    assert found["setup"]["network"]["name"] == "unet-1@16"
+
+
+def test_on_a_cpu_it_is_float32_as_in_training(capsys, tmp_path, monkeypatch):
+    setups = []
+
+    def stop(setup, *_, **__):
+        setups.append(setup)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(plan_command, "from_mfu", stop)
+    card = {"name": "CPU", "memory_gib": 8, "tflops": 1, "memory_gbps": 20, "link_gbps": 10, "node_link_gbps": 10}
+    (tmp_path / "cpu.json").write_text(json.dumps({**card, "device": "cpu"}))
+    words = ["--images", "10", "--card", str(tmp_path / "cpu.json")]
+    refusal(capsys, "--unet", "BaseTest", "--batch", "1", *words)
+    refusal(capsys, "--unet", "BaseTest", "--batch", "1", "--images", "10")
+    refusal(capsys, "--config", str(trained(tmp_path, precision="bfloat16")), *words)
+    assert [(setup.precision, setup.gather) for setup in setups] == [("float32", 4), ("bfloat16", 2), ("bfloat16", 2)]
+    trained(tmp_path, precision="float16")
+    assert "precision in the --config must be null or bfloat16" in refusal(capsys, "--config", str(tmp_path), *words)
 
 
 def test_a_unet_in_a_file(capsys, tmp_path):

@@ -52,6 +52,11 @@ def test_on_a_card_two_batch_sizes_tell_all_others(network, gradients, levels):
         assert linear.kept_per_image * batch + linear.copies == exact.kept_per_image * batch
 
 
+def test_no_address_is_asked_of_tensors_without_values(recwarn):
+    trace(SMALL, batch=1, precision=torch.float32, device="cpu")
+    assert not recwarn.list
+
+
 def test_what_is_computed_twice_keeps_less():
     kept = [trace(SMALL, checkpoint_levels=levels).kept_per_image for levels in ((), (0,), (0, 1, 2))]
     assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2]

@@ -75,6 +75,14 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def test_a_machine_that_is_too_slow_is_told_of_no_flag_that_there_is_not(tmp_path, capsys):
+    endless = replace(SHORT, steps_per_minute=(9999, 9999))
+    late = time.time()
+    quickstart_training.train_unet(endless, 1, tmp_path, "t", 5, 1.0, late, torch.get_num_threads(), True)
+    assert "Time is up" in (tmp_path / "training_progess.txt").read_text()
+    assert capsys.readouterr().out == ""
+
+
 def test_an_error_in_the_second_process_is_raised_here(tmp_path):
     broken = replace(SHORT, batch_sizes=(2, 0))
     with pytest.raises(ValueError, match="length is 0"):

@@ -141,6 +141,50 @@ def test_files_are_named_in_many_ways(tmp_path, words):
     assert len(train) + len(valid) == (5 if words.endswith("000.tar") else COUNT)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "file"])
+def test_names_of_files_are_no_patterns(tmp_path, suffix):
+    path = parquet(tmp_path / "da[t]a", suffix=suffix)
+    for number, name in enumerate(["part", "part [2]", "par*", "p?rt"]):
+        file = next(path.glob(f"{number}.*"))
+        file.rename(file.with_stem(name))
+    train, valid = open_data(parse(path))
+    assert sorted(numbers(train) + numbers(valid)) == list(range(COUNT))
+    assert len(list(open_captions(parse(path, "--STREAMING")))) == COUNT
+    files = ",".join(map(str, path.iterdir()))
+    assert len(list(open_captions(parse(files)))) == COUNT
+
+
+def test_rows_that_datasets_leaves_out_are_noticed(tmp_path, monkeypatch):
+    path = parquet(tmp_path / "data")
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: load(*words, **options).select(range(19)))
+    with pytest.raises(ValueError, match="datasets read 19 of the 20 rows in the parquet files"):
+        open_data(parse(path))
+
+
+def test_files_in_a_folder_that_are_packed_are_said_to_be_left_out(tmp_path):
+    path = tars(tmp_path / "data")
+    (path / "000.tar").rename(path / "000.TAR")
+    assert len(open_data(parse(path))[0]) == 15
+    (path / "004.tar.gz").write_bytes(b"not looked at")
+    with pytest.warns(UserWarning, match=r"1 files in .* are packed and are left out, such as .*004.tar.gz: unpack"):
+        open_data(parse(path))
+
+
+def test_a_saved_data_set_without_rows(tmp_path):
+    datasets.Dataset.from_dict({"image": [], "caption": []}).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="the data set saved in .*data has no rows"):
+        open_data(parse(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("left_out", [1, 300])
+def test_a_cut_stream_of_arrow_is_named(tmp_path, left_out):
+    path = parquet(tmp_path / "data", suffix="stream")
+    (path / "2.arrow").write_bytes((path / "2.arrow").read_bytes()[:-left_out])
+    with pytest.raises(ValueError, match="2.arrow is no arrow file, or it is damaged or cut short"):
+        open_data(parse(path))
+
+
 def test_a_folder_of_folders(tmp_path):
     parquet(tmp_path / "data")
     (tmp_path / ".hidden").mkdir()

@@ -280,6 +280,12 @@ def test_every_tenth_of_the_timesteps_has_a_line_and_every_unet_a_panel():
     assert len({line.get_color().tobytes() for line in lines.values()}) == 10
 
 
+def test_a_unet_whose_losses_were_never_finite_has_no_panel():
+    unets = {"1": loss(1.0), "2": loss(None)}
+    figure = training_plots.draw_timesteps(RunRecords(steps=[record("step", n, unets=unets) for n in (1, 2)]))
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["U-Net 1"]
+
+
 def test_steps_that_were_left_out_are_marked_where_they_were():
     steps = [record("step", 10 * n, bad_steps=bad) for n, bad in enumerate((0, 0, 2, 2, 3))]
     marks = [line.get_xdata()[0] for line in training_plots.draw_gradient(RunRecords(steps=steps)).axes[0].lines[1:]]

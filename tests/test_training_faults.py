@@ -243,7 +243,7 @@ def test_a_schedule_that_no_checkpoint_can_hold_is_refused_before_the_training(t
     run, steps = Run(tmp_path), []
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
     schedule.folder = tmp_path
-    with pytest.raises(ValueError, match=r"lr_scheduler.state_dict\(\)\['folder'\] is a PosixPath"):
+    with pytest.raises(ValueError, match=r"lr_scheduler.state_dict\(\)\['folder'\] is a \w+Path"):
         run.train(lr_scheduler=schedule, callback=steps.append)
     assert not steps
 

@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -149,6 +150,8 @@ def run_train(args: argparse.Namespace) -> int:
 
 def _leave(status: int) -> NoReturn:
     """Ends the process at once; an ordinary end would wait for the thread that writes a checkpoint with the others."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)

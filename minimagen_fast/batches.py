@@ -1,5 +1,8 @@
 """What batches are made of, whichever way data is read: chance, order, failures, worker processes."""
 
+import os
+import signal
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -144,7 +147,30 @@ def worker_options(
     options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory and torch.cuda.is_available()}
     if num_workers > 0:
         options |= {"prefetch_factor": prefetch_factor, "multiprocessing_context": multiprocessing_context}
+        options["worker_init_fn"] = leave_signals_to_the_training
     return options
+
+
+def leave_signals_to_the_training(worker: int) -> None:
+    """In a worker process: of the signals that ask for a stop, only its parent's SIGTERM ends it.
+
+    Launchers send them to all processes of a training, which is to finish its step and save: it needs its workers.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    # Of those that can be told who has sent a signal: torch's handler ends the worker on anybody's, no handler at all
+    # would have the parent wait for ever for one that hangs.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent == os.getppid():
+        pass
+    os._exit(0)
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:

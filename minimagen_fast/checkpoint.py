@@ -4,9 +4,11 @@ Files are replaced atomically and read with ``weights_only=True``: only tensors 
 half keeps the random number generators and the order of the data, without which a restarted run is another run.
 """
 
+import io
 import os
 import pickle
 import random
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "iterate_from",
     "load",
     "loader_generators",
+    "plain",
     "restore_rng",
     "save",
 ]
@@ -68,6 +72,37 @@ def load(path: str | os.PathLike) -> Any:
                 "tensors and plain values. Delete it and use another checkpoint of the same training directory, from "
                 "state_dicts/ or tmp/"
             ) from error
+
+
+def plain(value: Any, name: str) -> Any:
+    """`value` as :func:`load` can read it: numpy's numbers and arrays as Python's numbers and lists.
+
+    Args:
+        value: What is to be saved, however nested.
+        name: What to call it.
+
+    Raises:
+        ValueError: Something in it, which is named, could be saved but not read again.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        return plain(value.tolist(), name)
+    if type(value) in (dict, OrderedDict, Counter):
+        return type(value)({plain(key, name): plain(entry, f"{name}[{key!r}]") for key, entry in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(plain(entry, f"{name}[{place}]") for place, entry in enumerate(value))
+    if value is None or type(value) in (Tensor, nn.Parameter, bool, int, float, str):
+        return value
+    try:
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # whatever its pickling may raise
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: use tensors, numbers, strings, None,"
+            " and lists, tuples and dicts of them"
+        ) from error
+    return value
 
 
 def capture_rng(device: torch.device | None = None, generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from .interrupts import uninterrupted
 
 __all__ = ["EMA"]
 
@@ -34,6 +37,7 @@ class EMA:
         self._parameters: dict[str, Tensor] = {
             name: parameter for name, parameter in module.named_parameters() if parameter.is_floating_point()
         }
+        self._sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
         #: The averages by name of the parameter, sharded like it.
         self.averages: dict[str, Tensor] = {
             name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self._parameters.items()
@@ -57,17 +61,26 @@ class EMA:
     def swapped(self) -> Iterator[None]:
         """Within the block the module has the averaged parameters; then, also on an error, exactly its own again."""
         own = {name: local(parameter).detach().clone() for name, parameter in self._parameters.items()}
+        # Two levels, because Ctrl-C may still come on the way into the inner one's end.
         try:
-            self._assign(self.averages)
-            yield
+            try:
+                self._assign(self.averages)
+                yield
+            finally:
+                with uninterrupted():
+                    self._assign(own)
         finally:
-            self._assign(own)
+            with uninterrupted():
+                self._assign(own)
 
     @torch.no_grad()
     def _assign(self, values: dict[str, Tensor]) -> None:
         # In place: the optimizer, and whatever was compiled or captured, hold on to these very tensors.
         for name, parameter in self._parameters.items():
             local(parameter).copy_(local(values[name]))
+        # A sharded module may still have gathered the weights that it had before.
+        for sharded in self._sharded:
+            sharded.reshard()
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, and the number of updates, for a checkpoint."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from . import checkpoint
+from .ranks import Ranks
 
 __all__ = ["GivenLoader", "failures_of"]
 
@@ -39,8 +40,11 @@ class GivenLoader:
         return checkpoint.iterate_from(self.loader, start)
 
 
-def failures_of(*loaders: Any) -> list[str]:
-    """What the data sets of loaders, also behind a ``Subset``, count in `failures`; in words, each data set once."""
+def failures_of(ranks: Ranks, *loaders: Any) -> list[str]:
+    """What the data sets of loaders, also behind a ``Subset``, count in `failures`; in words, each data set once.
+
+    What loaders count themselves is summed over the ranks, all of which must call this.
+    """
     counting = {}
     own: Counter[str] = Counter()
     for loader in loaders:
@@ -51,5 +55,6 @@ def failures_of(*loaders: Any) -> list[str]:
         # Training and validation are often parts of one data set, which has one count.
         if dataset is not None and dataset.failures:
             counting[id(dataset)] = dataset
+    own = sum(ranks.from_all(own), Counter())
     told = [f"images that could not be had: {dict(own)}"] if own else []
     return told + [f"images of {type(dataset).__name__}: {dataset.failures}" for dataset in counting.values()]

@@ -9,9 +9,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -60,7 +62,11 @@ def _mesh(ranks: Ranks, device_type: str, how: str) -> DeviceMesh:
             f"parallel='hybrid' needs the same number of ranks on each of several machines, got {ranks.size} ranks,"
             f" {ranks.local_size} of them on this one: choose 'fsdp' or 'ddp'"
         )
-    return init_device_mesh(device_type, (machines, ranks.local_size), mesh_dim_names=("replicate", "shard"))
+    # With groups of our own: those that torch would make wait half an hour for a rank that is lost.
+    mesh = torch.arange(ranks.size).view(machines, ranks.local_size)
+    timeout = timedelta(seconds=ranks.timeout)
+    groups = [dist.new_subgroups_by_enumeration(members.tolist(), timeout=timeout)[0] for members in (mesh.T, mesh)]
+    return DeviceMesh.from_group(groups, device_type, mesh=mesh, mesh_dim_names=("replicate", "shard"))
 
 
 def _blocks(unet: Unet) -> list[nn.Module]:

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .arguments import finite_number
+
 __all__ = ["RankLost", "Ranks", "open_ranks"]
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-DEFAULT_TIMEOUT = 600.0
+DEFAULT_TIMEOUT, LONGEST_TIMEOUT = 600.0, 1e9
 # What Gloo's errors say when a connection ends; they have no class of their own.
 _LOST = ("connection closed", "connection reset", "timed out", "broken pipe", "connection refused")
 
@@ -33,12 +35,14 @@ class Ranks:
         size: How many there are.
         local_rank: Its number on this machine.
         local_size: How many there are on this machine.
+        timeout: Seconds after which one that does not answer counts as lost.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    timeout: float = DEFAULT_TIMEOUT
 
     @property
     def first(self) -> bool:
@@ -69,6 +73,15 @@ class Ranks:
         with _naming_losses():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's value of a plain Python object, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        with _naming_losses():
+            dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Until all ranks have come here."""
@@ -105,15 +118,17 @@ def open_ranks(device: torch.device, timeout: float = DEFAULT_TIMEOUT) -> Iterat
 
     Args:
         device: Where this process trains.
-        timeout: Seconds after which a rank that does not answer counts as lost.
+        timeout: Seconds after which a rank that does not answer counts as lost, more than 0.
 
     Raises:
-        ValueError: torchrun's environment variables are not whole.
+        ValueError: `timeout` is out of range, or torchrun's environment variables are not whole.
         RankLost: not all processes have come within `timeout`.
     """
+    if not 0 < finite_number("RANK_TIMEOUT", timeout) <= LONGEST_TIMEOUT:
+        raise ValueError(f"RANK_TIMEOUT must be more than 0 seconds, at most {LONGEST_TIMEOUT:g}, got {timeout!r}")
     given = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if "WORLD_SIZE" not in given or dist.is_initialized():
-        yield _initialized() if dist.is_initialized() else Ranks()
+        yield _initialized(timeout) if dist.is_initialized() else Ranks()
         return
     if missing := [name for name in TORCHRUN_VARIABLES if name not in given]:
         raise ValueError(
@@ -131,11 +146,11 @@ def open_ranks(device: torch.device, timeout: float = DEFAULT_TIMEOUT) -> Iterat
             f"not all of {os.environ['WORLD_SIZE']} processes met at {address} within {timeout:g} seconds: this is rank"
             f" {os.environ['RANK']} on {socket.gethostname()} ({error})"
         ) from error
-    yield _initialized()
+    yield _initialized(timeout)
     # Not after an error: NCCL would wait for what the others never send. The end of the process closes everything.
     dist.destroy_process_group()
 
 
-def _initialized() -> Ranks:
+def _initialized(timeout: float) -> Ranks:
     local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Ranks(dist.get_rank(), dist.get_world_size(), *local)
+    return Ranks(dist.get_rank(), dist.get_world_size(), *local, timeout)

@@ -14,11 +14,13 @@ Nothing that is read can run code: the tensors' index, a pickle, is looked throu
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from . import checkpoint
 from .checkpoint_index import read_index
 from .files import file_digest, file_fault, replace_file, sync_folder
+from .interrupts import uninterrupted
 from .ranks import Ranks
 
 __all__ = ["Saved", "SnapshotError", "Snapshots"]
@@ -39,6 +42,7 @@ FORMAT, VERSION = "minimagen_fast training checkpoint", 1
 # That one process is taken for all where there is only one; from the writing thread, so for all threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 MANIFEST, LATEST, VALUES = "manifest.json", "latest", "values.pth"
+_NAME = re.compile(r"step_(\d{9,})(?:_(\d+))?")
 
 
 class SnapshotError(OSError):
@@ -92,6 +96,7 @@ class Snapshots:
         self._group: dist.ProcessGroup | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
+        self._continued: Path | None = None
 
     # Writing
 
@@ -117,7 +122,7 @@ class Snapshots:
                 part.mkdir(parents=True)
             self._ranks.wait()
             part.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(own, part / f"rank_{self._ranks.rank:05d}.pth")
+            checkpoint.save(own, part / _own_name(self._ranks.rank))
             if self._ranks.first:
                 checkpoint.save(values, part / VALUES)
         except (OSError, RuntimeError) as failure:
@@ -128,10 +133,14 @@ class Snapshots:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             # Of its own: what the writing thread sends must not come between what the training sends.
-            self._group = dist.new_group(backend="gloo") if self._ranks.size > 1 else None
-        written = dcp.async_save(tensors, checkpoint_id=part, process_group=self._group, no_dist=self._ranks.size == 1)
-        assert isinstance(written, Future)
-        self._pending = self._thread.submit(self._complete, written, part, self.folder / name, step)
+            if self._ranks.size > 1:
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._ranks.timeout))
+        with uninterrupted():  # what writes must be known to whoever saves next
+            written = dcp.async_save(
+                tensors, checkpoint_id=part, process_group=self._group, no_dist=self._ranks.size == 1
+            )
+            assert isinstance(written, Future)
+            self._pending = self._thread.submit(self._complete, written, part, self.folder / name, step)
 
     @property
     def failed(self) -> bool:
@@ -144,8 +153,9 @@ class Snapshots:
         Raises:
             SnapshotError: it could not be written. All ranks raise it.
         """
-        pending, self._pending = self._pending, None
-        error = pending.exception() if pending is not None else None
+        error = self._pending.exception() if self._pending is not None else None
+        # Not before: a wait that Ctrl-C ends is to be taken up again by whoever saves next.
+        self._pending = None
         if self._ranks.sum([error is not None])[0]:
             free = shutil.disk_usage(self.folder).free / 2**20
             raise SnapshotError(
@@ -191,18 +201,23 @@ class Snapshots:
         return name
 
     def _remove_old(self, newest: Path) -> None:
-        older = [path for path in self._all() if path != newest]
-        for path in older[max(self._keep_last, 1) - 1 :]:
-            if self._keep_every is None or _step(path) % self._keep_every:
-                # Not a checkpoint from its first missing file on.
-                (path / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(path)
+        others = [path for path in self._all() if path != newest]
+        # What came after the one that was continued is damaged, or was done over.
+        later = [path for path in others if self._continued is not None and _order(path) > _order(self._continued)]
+        self._continued = None
+        older = [path for path in others if path not in later][max(self._keep_last, 1) - 1 :]
+        for path in (*later, *(path for path in older if self._keep_every is None or _step(path) % self._keep_every)):
+            # Not a checkpoint from its first missing file on.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
 
     def _all(self) -> list[Path]:
         """The folders of all checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
-        return sorted((path for path in self.folder.glob("step_*") if path.is_dir()), key=_order, reverse=True)
+        # Not what users put beside them, such as a copy step_000000010_backup.
+        named = (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+        return sorted(named, key=_order, reverse=True)
 
     # Reading
 
@@ -213,6 +228,8 @@ class Snapshots:
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole, on all ranks; None if there is no checkpoint. Damaged ones are named.
 
+        It is taken for the one that is continued: those of later steps go when the next one is written.
+
         Raises:
             ValueError: there are checkpoints, but none is whole.
         """
@@ -222,6 +239,7 @@ class Snapshots:
             if fault is None:
                 if damaged and self._ranks.first:
                     warnings.warn(f"{'; '.join(damaged)}: {path} is used instead", stacklevel=2)
+                self._continued = Path(path)
                 return self._open(Path(path))
             damaged.append(f"the checkpoint {path} is damaged ({fault})")
         if damaged:
@@ -231,7 +249,7 @@ class Snapshots:
     def _candidates(self) -> Iterator[Path]:
         pointer = self.folder / LATEST
         named = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-        if named is not None and named.is_dir() and named.parent == self.folder:
+        if named is not None and named in self._all():
             yield named
         yield from (path for path in self._all() if path != named)
 
@@ -242,12 +260,15 @@ class Snapshots:
             recorded = json.loads(manifest.read_text(encoding="utf-8"))
             files = [(path / entry["name"], entry["bytes"], entry["sha256"]) for entry in recorded["files"]]
             kind = recorded["format"], recorded["version"]
+            needed = [VALUES, *(_own_name(rank) for rank in range(recorded["ranks"]))]
         except FileNotFoundError:
             return f"there is no {MANIFEST}"
         except (ValueError, KeyError, TypeError):
             return f"{MANIFEST} cannot be read"
         if kind != (FORMAT, VERSION):
             return f"it is a {kind[0]}, version {kind[1]}; this package reads a {FORMAT}, version {VERSION}"
+        if missing := [name for name in needed if path / name not in [file for file, *_ in files]]:
+            return f"there is no {missing[0]}"
         mine = files[self._ranks.rank :: self._ranks.size]
         faults = [f"{file.name}: {fault}" for file, *record in mine if (fault := file_fault(file, *record))]
         if not self._ranks.sum([len(faults)])[0]:
@@ -256,7 +277,7 @@ class Snapshots:
 
     def _open(self, path: Path) -> Saved:
         step = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]
-        own = path / f"rank_{self._ranks.rank:05d}.pth"
+        own = path / _own_name(self._ranks.rank)
         return Saved(path, step, checkpoint.load(path / VALUES), checkpoint.load(own) if own.is_file() else None)
 
 
@@ -274,9 +295,14 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return error
 
 
+def _own_name(rank: int) -> str:
+    return f"rank_{rank:05d}.pth"
+
+
 def _order(path: Path) -> tuple[int, int]:
-    words = path.name.split("_")
-    return int(words[1]), int(words[2]) if len(words) > 2 else 0
+    name = _NAME.fullmatch(path.name)
+    assert name is not None
+    return int(name[1]), int(name[2] or 0)
 
 
 def _step(path: Path) -> int:

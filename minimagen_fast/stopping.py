@@ -42,6 +42,12 @@ class StopRequest:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             self._file.unlink(missing_ok=True)
 
+    def leave_word(self) -> None:
+        """Leaves the file where torchrun, to which a stop is a failure, is about to start the training once more."""
+        made, allowed = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+        if self._file is not None and made < allowed:
+            self._file.touch()
+
     @property
     def requested(self) -> bool:
         """Whether anybody has asked. For a file it is looked every second at most."""

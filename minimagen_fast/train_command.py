@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from torch.utils.data import IterableDataset
@@ -113,8 +114,8 @@ def run_train(args: argparse.Namespace) -> int:
     """Train as the arguments say.
 
     Returns:
-        The exit status: 0; 75 if it was asked to stop and can be continued; 70 if the training diverged; 76 if another
-        process was lost.
+        The exit status: 0; 75 if it was asked to stop and can be continued; 70 if the training diverged. If another
+        process was lost, it does not return but ends this one, with 76.
 
     Raises:
         ValueError, OSError, ImportError: if an argument or the data cannot be used.
@@ -144,7 +145,16 @@ def run_train(args: argparse.Namespace) -> int:
             " processes again with the same command and --OUT",
             file=sys.stderr,
         )
-        return RANK_LOST
+        _leave(RANK_LOST)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process at once; an ordinary end would wait for the thread that writes a checkpoint with the others."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 @contextmanager
@@ -358,7 +368,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
             " and the same other arguments"
         )
         raise
-    if why == "done" and args.EPOCHS and not trainer.steps_made:
+    if why == "done" and args.EPOCHS and trainer.steps_made <= 0:
         raise ValueError(
             f"no step could be made in {args.EPOCHS} epochs, so nothing was learned: check the data, of which"
             f" {run.directory / 'training_progess.txt'} says what was skipped"

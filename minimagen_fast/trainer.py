@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint
+from .arguments import whole_number
 from .ema import EMA
 from .given_loader import GivenLoader, failures_of
 from .helpers import evaluating
@@ -165,13 +166,14 @@ class Trainer:
             self._restart_from(Path(restart_directory))
         # Last, for a state that is taken over brings its own settings along.
         self.skips_by_itself = fuse(optimizer)
+        gather(self.owners)  # what no checkpoint can hold is refused now, not after the first hours
 
     def _checked_numbers(self) -> list[int]:
         available = len(self.imagen.unets)
         if self.settings.unet_numbers is None:
             only = self.imagen.only_train_unet_number
             return list(range(1, available + 1)) if only is None else [only]
-        numbers = list(self.settings.unet_numbers)
+        numbers = [whole_number("unet_numbers", number) for number in self.settings.unet_numbers]
         if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(1, available + 1)):
             raise ValueError(f"unet_numbers must be one or more different numbers from 1 to {available}, got {numbers}")
         return numbers
@@ -239,6 +241,8 @@ class Trainer:
                     f"{what}: training ends in epoch {self.position.epoch + 1} of {epochs} after "
                     f"{self.position.batch} of its batches. To go on, pass --RESTART_DIRECTORY {self.directory}"
                 )
+                if why == "stopped" and self.ranks.first:
+                    self.stop.leave_word()
                 return why
         return "done"
 
@@ -444,7 +448,6 @@ class Trainer:
         """Steps the optimizer unless the gradients are not finite."""
         optimizer, limit = self.owners.optimizer, self.settings.max_bad_steps
         self.bad_run = (self.bad_run + 1) * bad
-        self.bad_steps += bad
         if self.skips_by_itself:
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             optimizer.step()
@@ -458,6 +461,7 @@ class Trainer:
                 f"the gradients of the last {int(self.bad_run)} optimizer steps were not finite, so these were left"
                 f" out: lower the learning rate, or look into the images of these batches: {ids}"
             )
+        self.bad_steps += bad  # not of a step that ends the training: what is saved is the state before it
 
     def _drop_gradients(self) -> None:
         for parameter in self.all_parameters:
@@ -554,7 +558,7 @@ class Trainer:
             losses = self._validate()
             if losses is None:
                 self._say("No validation image: state_dicts/ gets the latest weights, unless it has validated ones.")
-            if not self.steps_made:  # weights that have learned nothing are not the best of anything
+            if self.steps_made <= 0:  # weights that have learned nothing are not the best of anything
                 return losses
             for index, number in enumerate(self.numbers):
                 best = self.best_losses[number]
@@ -638,7 +642,8 @@ class Trainer:
         """Takes up the run whose state is in `directory`; nothing there is changed."""
         folder = directory / "checkpoints"
         try:
-            saved = Snapshots(folder, self.ranks).newest()
+            in_place = folder.resolve() == self.snapshots.folder.resolve()
+            saved = (self.snapshots if in_place else Snapshots(folder, self.ranks)).newest()
             if saved is None and not list((directory / "tmp").glob("unet_*_tmp.pth")):
                 raise ValueError(f"there is no checkpoint in {folder}")
             if saved is not None:
@@ -730,7 +735,8 @@ class Trainer:
         self._log(f"{what}: {self._listed(losses)}")
 
     def _skipped_so_far(self) -> str:
+        """In words; all ranks must call this."""
         counts = [f"{count} {what}" for what, count in self.skipped.items()]
         if bad := self.bad_steps.item():
             counts.append(f"{bad} optimizer steps whose gradients were not finite")
-        return "; ".join(counts + failures_of(self.train_loader, self.valid_loader)) or "nothing"
+        return "; ".join(counts + failures_of(self.ranks, self.train_loader, self.valid_loader)) or "nothing"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checkpoint
 from .ema import EMA
 from .Imagen import Imagen
 from .ranks import Ranks
@@ -76,7 +77,11 @@ class Owners:
 
 
 def gather(owners: Owners) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state: tensors by name, for all ranks to save, and plain values."""
+    """The state: tensors by name, for all ranks to save, and plain values.
+
+    Raises:
+        ValueError: A checkpoint cannot hold what the optimizer or the schedule keeps.
+    """
     tensors = {name: value.detach() for name, value in (*owners.weights(), *owners.averaged())}
     # What an optimizer keeps beside tensors of its parameters, such as a step count that is a plain number.
     plain: dict[str, dict[str, Any]] = {}
@@ -90,13 +95,16 @@ def gather(owners: Owners) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         "optimizer": {
             "kind": type(owners.optimizer).__name__,
-            "groups": owners.optimizer.state_dict()["param_groups"],
+            "groups": checkpoint.plain(owners.optimizer.state_dict()["param_groups"], "optimizer.param_groups"),
             "names": [name for name, _ in owners.optimized()],
-            "plain": plain,
+            "plain": checkpoint.plain(plain, "optimizer.state"),
         },
         "lr_scheduler": None
         if scheduler is None
-        else {"kind": type(scheduler).__name__, "state": scheduler.state_dict()},
+        else {
+            "kind": type(scheduler).__name__,
+            "state": checkpoint.plain(scheduler.state_dict(), "lr_scheduler.state_dict()"),
+        },
         "averages": {number: average.updates for number, average in owners.averages.items()},
     }
 

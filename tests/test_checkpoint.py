@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,22 @@ def test_no_code_is_run_from_a_file(tmp_path, write):
     with pytest.raises(ValueError, match="bad.pth cannot be read"):
         checkpoint.load(tmp_path / "bad.pth")
     assert not (tmp_path / "was_run").exists()
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path):
+    value = {np.int64(1): [np.float64(0.5), (np.bool_(True), np.arange(2))], "m": Counter({np.int32(3): 1})}
+    plain = checkpoint.plain(value, "state")
+    assert plain == {1: [0.5, (True, [0, 1])], "m": Counter({3: 1})}
+    checkpoint.save(plain, tmp_path / "a.pth")
+    assert checkpoint.load(tmp_path / "a.pth") == plain
+    kept = {"a": OrderedDict(b=None), "size": torch.Size([2]), "dtype": torch.float16, "tensor": torch.ones(2)}
+    assert checkpoint.plain(kept, "state") == kept
+
+
+@pytest.mark.parametrize("bad", [type(None), Path("a"), lambda: None, _RunsCode("a")])
+def test_what_could_not_be_read_again_is_refused_by_name(bad):
+    with pytest.raises(ValueError, match=r"state\['a'\]\[1\] is a .*, which a checkpoint cannot hold"):
+        checkpoint.plain({"a": [1, bad]}, "state")
 
 
 def _draw(generator):

@@ -9,8 +9,9 @@ from rank_processes import run_ranks
 from training_runs import Pictures, make_imagen, state_of
 
 from minimagen_fast import blocks
+from minimagen_fast.ema import EMA
 from minimagen_fast.loading import ShardedLoader
-from minimagen_fast.parallel import full, shard
+from minimagen_fast.parallel import _mesh, full, shard
 from minimagen_fast.ranks import open_ranks
 from minimagen_fast.settings import TrainingSettings
 from minimagen_fast.trainer import Trainer
@@ -116,8 +117,39 @@ def all_ways(folder):
         "checkpointed": train(folder / "checkpointed", how="fsdp", levels=(0, 1), epochs=1),
         "compiled": compiled(folder / "compiled"),
         "spoiled": train(folder / "spoiled", how="fsdp", spoiled=(3,), epochs=1),
+        "swapped": swapped(),
+        "timeouts": timeouts(),
         "both": train(folder / "both", stages=2, epochs=1, min_snr_gamma=5.0),
     }
+
+
+def swapped():
+    """Losses of a sharded U-Net with its own weights, with its averages, and with its own again."""
+    imagen, pictures = make_imagen(), ShardedLoader(Pictures(4), 4, seed=0)
+    with open_ranks(CPU) as ranks:
+        shard(imagen.unets[0], ranks, CPU, "fsdp")
+        average = EMA(imagen.unets[0], 0.9)
+        with torch.no_grad():
+            for parameter in imagen.parameters():
+                parameter.mul_(1.1)
+        [batch] = pictures.epoch(0)
+
+        def loss():
+            inputs = {"text_embeds": batch["encoding"], "text_masks": batch["mask"], "seeds": [1, 2, 3, 4]}
+            return imagen(batch["image"], unet_number=1, **inputs).item()
+
+        with torch.no_grad():
+            losses = [loss()]
+            with average.swapped():
+                losses.append(loss())
+            return [*losses, loss()]
+
+
+def timeouts():
+    """Seconds that the groups of a hybrid training wait for a rank."""
+    with open_ranks(CPU, 77) as ranks:
+        mesh = _mesh(ranks, "cpu", "hybrid")
+        return [mesh.get_group(place)._get_backend(CPU).options._timeout.total_seconds() for place in (0, 1)]
 
 
 def compiled(folder):
@@ -184,6 +216,28 @@ def test_accumulated_gradients(four, tmp_path, how, batch_size, accumulate):
     expected = train(tmp_path, batch_size=batch_size, accumulate=accumulate, epochs=1)
     agree(four[0][how], expected)
     agree(four[3][how], expected)
+
+
+def test_averages_are_gathered_anew_and_so_are_the_weights_after_them(four):
+    own, averaged, again = four[0]["swapped"]
+    assert own == again != averaged
+    assert averaged == pytest.approx(alone_loss(), rel=1e-4)
+
+
+def alone_loss():
+    imagen = make_imagen()
+    [batch] = ShardedLoader(Pictures(4), 4, seed=0).epoch(0)
+    inputs = {"text_embeds": batch["encoding"], "text_masks": batch["mask"], "seeds": [1, 2, 3, 4]}
+    return imagen(batch["image"], unet_number=1, **inputs).item()
+
+
+def test_all_groups_wait_no_longer_than_they_are_told(four):
+    assert all(result["timeouts"] == [77.0, 77.0] for result in four)
+
+
+def test_what_could_not_be_had_is_counted_on_all_ranks(four, folder):
+    text = (folder / "missing" / "training_progess.txt").read_text()
+    assert "images that could not be had: {'missing': 13}" in text
 
 
 @pytest.mark.parametrize("how", ["missing", "missing sharded"])

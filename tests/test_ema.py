@@ -1,11 +1,13 @@
 """The exponential moving average of a module's parameters."""
 
+import signal
+
 import pytest
 import torch
 from fast_path import Counts, make_unet
 from torch import nn
 
-from minimagen_fast.ema import EMA
+from minimagen_fast.ema import EMA, local
 
 
 def _wander(module):
@@ -74,6 +76,23 @@ def test_swapped_gives_the_same_tensors_back_also_on_an_error():
     after = module.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [parameter.data_ptr() for parameter in module.parameters()] == tensors
+
+
+def test_ctrl_c_waits_until_the_weights_are_back(monkeypatch):
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    ema = EMA(module, 0.9)
+    _wander(module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    rung = []
+
+    def ringing(value):
+        if not rung:
+            rung.append(signal.raise_signal(signal.SIGINT))
+        return local(value)
+
+    with pytest.raises(KeyboardInterrupt), ema.swapped():
+        monkeypatch.setattr("minimagen_fast.ema.local", ringing)
+    assert rung and all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_state_goes_on_where_it_was():

@@ -91,6 +91,14 @@ def test_after_a_lost_process_it_goes_on_a_few_times(slurm, tmp_path, restarts, 
     assert (tmp_path / "scontrol").exists() == requeued
 
 
+def test_a_stop_of_the_run_before_is_no_stop_of_this_one(slurm, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "stop").touch()
+    assert slurm("--OUT", str(out), training="exit 2", restarts="5").wait() == 2
+    assert not (tmp_path / "scontrol").exists()
+
+
 def test_without_a_directory_it_says_so(slurm, tmp_path):
     process = slurm("--DATA", "pictures")
     assert process.wait() == 2 and "give --OUT" in lines(tmp_path, "stderr")[0]

@@ -1,10 +1,13 @@
 """Training that is killed without warning, and checkpoints that are damaged or do not fit on the disk."""
 
 import errno
+import json
 import os
 import random
 import resource
+import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,11 +16,12 @@ import torch
 from rank_processes import start
 from training_runs import Pictures, identical, make_imagen, state_of
 
+from minimagen_fast.files import file_digest
 from minimagen_fast.loading import ShardedLoader
 from minimagen_fast.ranks import Ranks
 from minimagen_fast.settings import TrainingSettings
 from minimagen_fast.snapshots import SnapshotError, Snapshots
-from minimagen_fast.stopping import stop_on_signals
+from minimagen_fast.stopping import StopRequest, stop_on_signals
 from minimagen_fast.trainer import Trainer
 
 KILLS = 20
@@ -166,6 +170,53 @@ def test_the_same_step_twice_and_what_a_kill_has_left(snapshots):
     assert snapshots.newest().path.name == "step_000000003_1", "without the pointer the newest counts"
 
 
+def test_a_copy_of_a_checkpoint_is_let_be(snapshots):
+    saved_steps(snapshots, 1)
+    copies = [f"step_000000001{word}" for word in ("_backup", ".bak", "_1_old")]
+    for name in copies:
+        shutil.copytree(snapshots.folder / "step_000000001", snapshots.folder / name)
+    saved_steps(snapshots, 2, 3, 4)
+    assert snapshots.steps() == [4, 3, 2] and snapshots.newest().step == 4
+    assert all((snapshots.folder / name / "values.pth").is_file() for name in copies)
+
+
+def test_after_a_damaged_one_the_one_that_was_continued_is_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    saved_steps(Snapshots(folder, Ranks()), 1, 2)
+    (folder / "step_000000002" / "values.pth").unlink()
+    snapshots = Snapshots(folder, Ranks(), keep_last=2)
+    with pytest.warns(UserWarning, match="step_000000001 is used instead"):
+        snapshots.newest()
+    saved_steps(snapshots, 2)
+    assert sorted(path.name for path in snapshots._all()) == ["step_000000001", "step_000000002_1"]
+    saved_steps(snapshots, 3)
+    assert snapshots.steps() == [3, 2]
+
+
+def test_a_wait_that_ctrl_c_ends_is_waited_for_again(snapshots, monkeypatch):
+    written = threading.Event()
+    monkeypatch.setattr("minimagen_fast.snapshots.file_digest", lambda path: written.wait() and file_digest(path))
+    snapshots.save(2, {"weight": torch.zeros(1000)}, {}, {})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(snapshots._pending, "exception", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        snapshots.finish()
+    threading.Timer(0.1, written.set).start()
+    saved_steps(snapshots, 2)
+    assert sorted(path.name for path in snapshots._all()) == ["step_000000002", "step_000000002_1"]
+    assert snapshots.newest().path.name == "step_000000002_1"
+
+
+@pytest.mark.parametrize("name", ["values.pth", "rank_00000.pth"])
+def test_a_checkpoint_that_was_never_whole_is_damaged(snapshots, name):
+    saved_steps(snapshots, 1, 2)
+    manifest = snapshots.folder / "step_000000002" / "manifest.json"
+    recorded = json.loads(manifest.read_text())
+    recorded["files"] = [file for file in recorded["files"] if file["name"] != name]
+    manifest.write_text(json.dumps(recorded))
+    with pytest.warns(UserWarning, match=f"is damaged .there is no {name}"):
+        assert snapshots.newest().step == 1
+
+
 def limited(folder, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -223,6 +274,19 @@ def test_a_file_stops_the_training_too_and_an_old_one_does_not(tmp_path):
     assert trainer.run() == "stopped"
     assert trainer.position.epoch >= 1
     assert "Stopped (by the file" in Path(tmp_path, "training_progess.txt").read_text()
+
+
+@pytest.mark.parametrize("restart, stays", [("0", True), ("1", False)])
+def test_of_a_stop_by_signal_those_know_that_torchrun_starts_next(tmp_path, monkeypatch, restart, stays):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    stop = StopRequest()
+    stop.ask("SIGTERM")
+    assert make_trainer(tmp_path, stop=stop).run() == "stopped"
+    assert (tmp_path / "stop").exists() == stays
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    make_trainer(tmp_path)
+    assert not (tmp_path / "stop").exists(), "a new start is none of them"
 
 
 def test_a_training_that_torchrun_starts_again_after_a_stop_stops_again(tmp_path, monkeypatch):

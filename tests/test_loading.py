@@ -1,5 +1,6 @@
 """Batches on any number of ranks: their order, resuming, failures, worker processes."""
 
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -232,6 +233,21 @@ def test_workers_change_nothing(context):
     assert 0 <= unread.total() <= 4, "what was never asked for is not counted"
     with pytest.raises(RuntimeError, match="another epoch"):
         next(broken_off)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who has sent a signal")
+def test_signals_to_all_processes_of_a_training_leave_its_workers_alone():
+    loader = ShardedLoader(Numbers(40), 4, seed=0, num_workers=1, multiprocessing_context="fork")
+    batches = loader.epoch(0)
+    next(batches)
+    [worker] = loader._loader._iterator._workers
+    for name in ("TERM", "USR1", "INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        next(batches)
+    assert len(list(batches)) == 5
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0, "its parent's signal ends it"
 
 
 def test_errors_for_the_user_come_out_of_workers_as_they_are():

@@ -20,6 +20,7 @@ from training_runs import state_of
 
 from minimagen_fast import cli, shapes
 from minimagen_fast.generate import load_minimagen
+from minimagen_fast.ranks import RankLost
 from minimagen_fast.train_command import DIVERGED, RANK_LOST
 from minimagen_fast.training import create_directory, get_minimagen_parser, save_training_info
 
@@ -139,6 +140,20 @@ def test_a_lost_rank_is_said_and_the_training_can_go_on(data, tmp_path):
     assert state_of(tmp_path / "run")["position"]["step"] >= step
 
 
+def test_a_lost_rank_ends_the_process_though_a_checkpoint_waits_for_it(data, tmp_path, monkeypatch, capsys):
+    def lost(*_):
+        raise RankLost("it has gone")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr("minimagen_fast.train_command._train", lost)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as end:
+        cli.main(command(data, tmp_path / "run"))
+    assert end.value.code == RANK_LOST and "it has gone. The last checkpoint is whole" in capsys.readouterr().err
+
+
 class Poisoned:
     """Pictures of which some are not a number."""
 
@@ -193,7 +208,8 @@ def test_too_many_of_them_end_the_training_with_the_ids_and_a_checkpoint(data, t
     assert "gradients of the last 4 optimizer steps were not finite" in message and "Traceback" not in message
     ids = [int(word.strip("[],;")) for word in message.split("these batches: ")[1].split() if word[0] in "[0123456789"]
     assert len(ids) == 16 and set(ids) <= set(range(24))
-    assert state_of(tmp_path / "run")["position"]["step"] == 3
+    state = state_of(tmp_path / "run")
+    assert state["position"]["step"] == state["bad_steps"] == 3, "the last one is left to the next start"
 
 
 def kinds(run):
@@ -252,6 +268,8 @@ def test_a_super_resolution_u_net_alone_enlarges_validation_pictures(data, tmp_p
         (["--SAMPLE_STEPS", "0"], "SAMPLE_STEPS must be at least 1, got 0"),
         (["--SAMPLE_COND_SCALE", "nan"], "SAMPLE_COND_SCALE must be a finite number, got nan"),
         (["--SEED", str(10**30)], "--SEED must be a whole number below 2^64"),
+        (["--RANK_TIMEOUT", "inf"], "RANK_TIMEOUT must be finite, got inf"),
+        (["--RANK_TIMEOUT", "0"], "RANK_TIMEOUT must be more than 0 seconds, at most 1e+09, got 0.0"),
         (["--DEVICE", "meta"], "--DEVICE 'meta' cannot be used here"),
     ],
 )

@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from training_runs import Interruption, Pictures, Run, identical, interrupt_at, state_of
@@ -224,6 +225,27 @@ def test_a_restarted_training_ends_with_the_same_weights_to_the_bit(tmp_path, ki
     for line in ("Mean training loss", "Validation loss", "Best validation loss"):
         assert [text for text in whole.log.splitlines() if text.startswith(line)][-1] in second.log
     assert {path: path.read_bytes() for path in files} == files, "the first directory is left as it was"
+
+
+def test_numbers_of_numpy_do_not_keep_a_training_from_going_on(tmp_path):
+    def run(name, epochs, restart=None):
+        run = Run(tmp_path / name, EPOCHS=epochs, RESTART_DIRECTORY=restart)
+        run.optimizer = torch.optim.Adam(run.imagen.parameters(), lr=np.float64(1e-3))
+        factor = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: np.minimum(1.0, (step + 1) / 5))
+        return run.train(lr_scheduler=factor, unet_numbers=np.array([1]))
+
+    whole = run("whole", 2)
+    run("parts", 1)
+    assert identical(run("parts", 2, str(tmp_path / "parts")).weights, whole.weights)
+
+
+def test_a_schedule_that_no_checkpoint_can_hold_is_refused_before_the_training(tmp_path):
+    run, steps = Run(tmp_path), []
+    schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
+    schedule.folder = tmp_path
+    with pytest.raises(ValueError, match=r"lr_scheduler.state_dict\(\)\['folder'\] is a \w+Path"):
+        run.train(lr_scheduler=schedule, callback=steps.append)
+    assert not steps
 
 
 def test_a_restart_after_an_error_in_the_middle_of_a_batch(tmp_path):

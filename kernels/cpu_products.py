@@ -78,9 +78,11 @@ def _fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bo
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    # Of other layouts oneDNN reads number by number.
+    # Of other layouts oneDNN reads number by number, and beyond the end of a bias.
     if not weight.t().is_contiguous():
         weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 

@@ -8,6 +8,7 @@ gradients, some queries.
 import torch
 
 from .cpu_products import grouped_products, onednn_multiplies
+from .launch import differentiable, refuse_batched
 
 __all__ = ["grouped_attention", "reasons_against"]
 
@@ -95,25 +96,30 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        q, k, v, *weights = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        of_q, of_k, of_v = (
-            torch.empty_like(x) if of_this else None for x, of_this in zip((q, k, v), wanted[:3], strict=True)
+        refuse_batched("grouped_attention", gradient)
+        return *_Gradients.apply(ctx.needs_input_grad[:3], gradient, *ctx.saved_tensors), None
+
+
+def _gradients(wanted, gradient, q, k, v, *weights):
+    """Those of the wanted ones of q, k and v; None for the others."""
+    of_q, of_k, of_v = (torch.empty_like(x) if of_this else None for x, of_this in zip((q, k, v), wanted, strict=True))
+    for some, weight in zip(_pieces(q, k), weights, strict=True):
+        _backward(
+            gradient[:, some],
+            q[:, some],
+            k[some],
+            v[some],
+            weight,
+            None if of_q is None else of_q[:, some],
+            None if of_k is None else of_k[some],
+            None if of_v is None else of_v[some],
         )
-        for some, weight in zip(_pieces(q, k), weights, strict=True):
-            _backward(
-                gradient[:, some],
-                q[:, some],
-                k[some],
-                v[some],
-                weight,
-                None if of_q is None else of_q[:, some],
-                None if of_k is None else of_k[some],
-                None if of_v is None else of_v[some],
-            )
-        return of_q, of_k, of_v, None
+    return of_q, of_k, of_v
+
+
+# Has no gradients of its own, and says so.
+_Gradients = differentiable("grouped_attention_backward", _gradients)
 
 
 def _backward(gradient, q, k, v, weights, into_q, into_k, into_v):

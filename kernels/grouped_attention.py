@@ -22,10 +22,11 @@ _LEAST_QUERIES, _LEAST_SCORES = 256, 2**18
 
 def reasons_against(n: int, groups: int, m: int, d: int, *tensors: torch.Tensor) -> list[str]:
     """Why :func:`grouped_attention` is not to be used for queries (n, groups, d) and m keys made of these tensors."""
+    # Before anything is asked of sizes: as in cpu_products.linear.
+    if not onednn_multiplies(*tensors):
+        return ["it is for float32 on a CPU, uncompiled, where oneDNN multiplies faster than MKL"]
     scores = n * groups * m
     found = []
-    if not onednn_multiplies(*tensors):
-        found.append("it is for float32 on a CPU, uncompiled, where oneDNN multiplies faster than MKL")
     if n < _LEAST_QUERIES or scores < _LEAST_SCORES or d % 16:
         found.append("for so few queries, or heads of this width, it is no faster than the library's kernel")
     if scores > _MOST_KEPT and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

@@ -1,9 +1,9 @@
 """Operations that run in more than one implementation. Import as ``minimagen_fast.kernels``.
 
 The kernels have first derivatives in reverse mode: those of ``backward()`` and ``torch.autograd.grad``. Gradients of
-gradients and derivatives in forward mode (``torch.func.jvp``, ``torch.autograd.forward_ad``) raise a
-NotImplementedError. In plain torch they exist, and so do the transforms of ``torch.func``: choose it by
-``use_implementation("reference")``.
+gradients, derivatives in forward mode (``torch.func.jvp``, ``torch.autograd.forward_ad``) or by other transforms of
+``torch.func``, and batched ones (``is_grads_batched``, ``vectorize``) raise a NotImplementedError. In plain torch they
+exist: choose it by ``use_implementation("reference")``.
 """
 
 # From a checkout's root this folder can also be imported as ``kernels``, and transformers does so when it looks for a

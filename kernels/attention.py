@@ -216,13 +216,13 @@ def _grouped(q, k, v, null_key, null_value, heads, mask, bias):
 
 
 def _matmul_reasons(q, k, v, heads) -> list[str]:
-    found = []
+    # Before anything is asked of sizes: as in cpu_products.linear.
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or _has_fast_half_attention():
-        found.append("only for half precision on a CPU without matrix units is it faster than the library's kernel")
+        return ["only for half precision on a CPU without matrix units is it faster than the library's kernel"]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if trains and q.shape[0] * heads * q.shape[1] * k.shape[1] > _MOST_KEPT_SCORES:
-        found.append("it would keep too many scores for the backward pass")
-    return found
+        return ["it would keep too many scores for the backward pass"]
+    return []
 
 
 def _matmul(q, k, v, null_key, null_value, heads, mask, bias):

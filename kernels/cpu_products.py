@@ -63,6 +63,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Returns:
         Shape (..., m).
     """
+    # Before anything is asked of sizes: a graph for any batch must not become one for those of the same answer.
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     least = _LEAST_WITH_GRADIENTS if gradients else _LEAST_MULTIPLICATIONS
@@ -78,9 +81,11 @@ def _fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bo
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    # Of other layouts oneDNN reads number by number.
+    # Of other layouts oneDNN reads number by number, and beyond the end of a bias.
     if not weight.t().is_contiguous():
         weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 

@@ -114,7 +114,13 @@ def _fewer_with_products(x: torch.Tensor, context: torch.Tensor, to_q: torch.Ten
     (b, n, dim), (_, m, c), width = x.shape, context.shape, to_q.shape[0]
     projected = b * (n * dim * width + m * c * width + n * m * width)
     with_products = dim * width * c + b * (n * dim * heads * c + n * m * heads * c)
-    return with_products < projected
+    fewer = with_products < projected
+    if not torch.compiler.is_compiling():
+        return fewer
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    # A graph for any batch must not become one for those of the same answer.
+    return statically_known_true(fewer)
 
 
 def _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask):

@@ -8,6 +8,7 @@ gradients, some queries.
 import torch
 
 from .cpu_products import grouped_products, onednn_multiplies
+from .launch import differentiable, refuse_batched
 
 __all__ = ["grouped_attention", "reasons_against"]
 
@@ -21,10 +22,11 @@ _LEAST_QUERIES, _LEAST_SCORES = 256, 2**18
 
 def reasons_against(n: int, groups: int, m: int, d: int, *tensors: torch.Tensor) -> list[str]:
     """Why :func:`grouped_attention` is not to be used for queries (n, groups, d) and m keys made of these tensors."""
+    # Before anything is asked of sizes: as in cpu_products.linear.
+    if not onednn_multiplies(*tensors):
+        return ["it is for float32 on a CPU, uncompiled, where oneDNN multiplies faster than MKL"]
     scores = n * groups * m
     found = []
-    if not onednn_multiplies(*tensors):
-        found.append("it is for float32 on a CPU, uncompiled, where oneDNN multiplies faster than MKL")
     if n < _LEAST_QUERIES or scores < _LEAST_SCORES or d % 16:
         found.append("for so few queries, or heads of this width, it is no faster than the library's kernel")
     if scores > _MOST_KEPT and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -95,25 +97,30 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        q, k, v, *weights = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        of_q, of_k, of_v = (
-            torch.empty_like(x) if of_this else None for x, of_this in zip((q, k, v), wanted[:3], strict=True)
+        refuse_batched("grouped_attention", gradient)
+        return *_Gradients.apply(ctx.needs_input_grad[:3], gradient, *ctx.saved_tensors), None
+
+
+def _gradients(wanted, gradient, q, k, v, *weights):
+    """Those of the wanted ones of q, k and v; None for the others."""
+    of_q, of_k, of_v = (torch.empty_like(x) if of_this else None for x, of_this in zip((q, k, v), wanted, strict=True))
+    for some, weight in zip(_pieces(q, k), weights, strict=True):
+        _backward(
+            gradient[:, some],
+            q[:, some],
+            k[some],
+            v[some],
+            weight,
+            None if of_q is None else of_q[:, some],
+            None if of_k is None else of_k[some],
+            None if of_v is None else of_v[some],
         )
-        for some, weight in zip(_pieces(q, k), weights, strict=True):
-            _backward(
-                gradient[:, some],
-                q[:, some],
-                k[some],
-                v[some],
-                weight,
-                None if of_q is None else of_q[:, some],
-                None if of_k is None else of_k[some],
-                None if of_v is None else of_v[some],
-            )
-        return of_q, of_k, of_v, None
+    return of_q, of_k, of_v
+
+
+# Has no gradients of its own, and says so.
+_Gradients = differentiable("grouped_attention_backward", _gradients)
 
 
 def _backward(gradient, q, k, v, weights, into_q, into_k, into_v):

@@ -40,11 +40,13 @@ __all__ = [
     "capability",
     "ceil_div",
     "define",
+    "differentiable",
     "in_forward_mode",
     "missing",
     "next_power_of_2",
     "nothing_looks",
     "record",
+    "refuse_batched",
     "run",
     "target",
     "tl",
@@ -183,7 +185,8 @@ def define(
 ) -> Callable[[Callable], Callable]:
     """Register a function that launches kernels as an operator: opaque to torch.compile, with fake and autograd.
 
-    Derivatives that there is no formula for, those in forward mode among them, raise a NotImplementedError.
+    Derivatives that there is no formula for raise a NotImplementedError, those in forward mode among them, those by the
+    transforms of torch.func and those of several results at once.
 
     Registered by hand and not through ``torch.library.custom_op``, whose checks cost every call more host time than the
     launch itself. Where nothing looks at operators, what is given back does not go through torch's dispatcher either,
@@ -215,7 +218,7 @@ def define(
 
         torch.library.register_fake(qualified, fake_or_recorded, lib=_library)
         operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-        apply = _differentiable(name, function, backward, setup_context).apply
+        apply = differentiable(name, function, backward, setup_context).apply
         _library.impl(name, _autograd_of(name, operator, function, backward, setup_context), "Autograd")
 
         @functools.wraps(function)
@@ -241,22 +244,24 @@ def _autograd_of(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    apply = _differentiable(name, below, backward, setup_context).apply
+    apply = differentiable(name, below, backward, setup_context).apply
 
     def autograd(*args):
         if in_forward_mode():
             _refuse_tangents(name, args)
         if _needs_gradients(args):
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(_no_derivative(name, "derivatives by transforms of torch.func"))
             return apply(*args)
         return (function if nothing_looks(args) else below)(*args)
 
     return autograd
 
 
-def _differentiable(
-    name: str, function: Callable, backward: Callable | None, setup_context: Callable | None
+def differentiable(
+    name: str, function: Callable, backward: Callable | None = None, setup_context: Callable | None = None
 ) -> type[torch.autograd.Function]:
-    """What is to autograd what the operator is, but calls this function."""
+    """What is to autograd what the operator of this name is, but calls this function; see :func:`define`."""
 
     def forward(ctx, *args):
         output = function(*args)
@@ -270,6 +275,7 @@ def _differentiable(
             raise NotImplementedError(_no_derivative(name, "gradients"))
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
+        refuse_batched(name, grads[0])
         return backward(ctx, *grads)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_or_refuse)}
@@ -285,6 +291,19 @@ def _refuse_tangents(name: str, args: tuple) -> None:
     for arg in args:
         if isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
             raise NotImplementedError(_no_derivative(name, "derivatives in forward mode"))
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def refuse_batched(name: str, gradient: torch.Tensor) -> None:
+    """See that a backward pass is one of one result; those of several at once are of no kernel's shapes.
+
+    Raises:
+        NotImplementedError: if it is not.
+    """
+    if _is_batched(gradient):
+        raise NotImplementedError(_no_derivative(name, "batched gradients, of several results at once"))
 
 
 def _no_derivative(name: str, which: str) -> str:

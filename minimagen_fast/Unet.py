@@ -400,8 +400,10 @@ class Unet(nn.Module):
             ValueError: if shapes do not fit together or a low-resolution input is missing or not wanted.
         """
         self._check_inputs(x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob)
-        if exists(keep_text) and keep_text.shape != time.shape:
-            raise ValueError(f"keep_text must have shape {tuple(time.shape)}, got {tuple(keep_text.shape)}")
+        if exists(keep_text):
+            if keep_text.shape != time.shape:
+                raise ValueError(f"keep_text must have shape {tuple(time.shape)}, got {tuple(keep_text.shape)}")
+            keep_text = keep_text.bool()
         # One text stands for all images.
         batch = x.shape[0]
         if exists(text_embeds):
@@ -587,7 +589,7 @@ class Unet(nn.Module):
             return t, self.norm_cond(time_tokens)
 
         if not exists(keep):
-            keep = prob_mask_like((len(text_embeds),), 1 - cond_drop_prob, device=text_embeds.device)
+            keep = prob_mask_like((text_embeds.shape[0],), 1 - cond_drop_prob, device=text_embeds.device)
         hidden, tokens = self._text_tokens(text_embeds, text_mask, keep)
         return t + hidden, self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
 

@@ -274,7 +274,8 @@ def _freed_memory(device: torch.device, weights: torch.dtype) -> tuple[str, str]
         return "returned", "only for CPUs"
     if obstacle := host_memory.obstacle():
         return "returned", obstacle
-    return "kept", "the system would fill the same pages with zeros in every step"
+    but = f"; but {limit}" if (limit := host_memory.limit()) else ""
+    return "kept", f"the system would fill the same pages with zeros in every step{but}"
 
 
 def _cuda_graphs(device: torch.device, weights: torch.dtype) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from .arguments import whole_number
 from .data import MinimagenCollator
 
 # Fewer samples than this say little about their share of bad ones.
@@ -107,27 +108,30 @@ class Tally:
         return {name: value.to(device, non_blocking=True) for name, value in loaded.batch.items()}
 
 
-def check_numbers(batch_size: int, seed: int, rank: int, ranks: int, num_workers: int) -> None:
-    """See that they can be used together.
+def checked_numbers(batch_size: int, seed: int, rank: int, ranks: int, num_workers: int) -> tuple[int, ...]:
+    """These numbers, in this order, that can be used together.
 
     Raises:
+        TypeError: if one is no int.
         ValueError: if they cannot.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("rank", rank, 0),
-        ("ranks", ranks, 1),
-        ("num_workers", num_workers, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    batch_size, seed, rank, ranks, num_workers = (
+        whole_number(name, value, least=least)
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("rank", rank, 0),
+            ("ranks", ranks, 1),
+            ("num_workers", num_workers, 0),
+        )
+    )
     if rank >= ranks:
         raise ValueError(f"rank must be from 0 to {ranks - 1}, got {rank}")
     if batch_size % ranks:
         raise ValueError(
             f"the global batch of {batch_size} cannot be divided equally among {ranks} ranks: use a multiple of {ranks}"
         )
+    return batch_size, seed, rank, ranks, num_workers
 
 
 def check_start(epoch: int, start: int) -> None:

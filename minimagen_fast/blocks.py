@@ -66,10 +66,11 @@ def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.
         call = functools.partial(_run_compiled, block)
     if level in way.checkpoint_levels and torch.is_grad_enabled():
         # To save the state of the random numbers would wait for the device.
-        random = _may_be_random(block)
-        return checkpoint(
-            call, *args, use_reentrant=False, preserve_rng_state=random, context_fn=_then_and_again, **kwargs
-        )
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": _may_be_random(block)}
+        # In a graph the choice of kernels is a constant, and Dynamo takes no contexts.
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = _then_and_again
+        return checkpoint(call, *args, **options, **kwargs)
     return call(*args, **kwargs)
 
 

@@ -26,7 +26,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from types import ModuleType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 ALIAS = "minimagen"
@@ -50,6 +50,11 @@ class _AliasLoader(importlib.abc.Loader):
         # The import system hands on what it finds in sys.modules after this, not the empty module it passed in. Giving
         # it the real one any earlier (create_module) would overwrite that one's __spec__.
         sys.modules[module.__name__] = importlib.import_module(_target_name(module.__name__))
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """What ``-m`` runs, as a module of its own."""
+        found: Any = importlib.util.find_spec(_target_name(fullname))
+        return found.loader.get_code(found.name)
 
 
 class _AliasFinder(importlib.abc.MetaPathFinder):

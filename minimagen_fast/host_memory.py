@@ -16,22 +16,32 @@ _NEVER = 2**30
 _ADAPTED = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
 _ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
-_kept = False
+_kept, _limit = False, _NEVER
 
 
 def keep_freed(wanted: bool) -> None:
     """Have blocks below one gigabyte stay in this process when they are freed, or, not ``wanted``, go back; at once.
 
-    Does nothing where :func:`obstacle` finds one.
+    Older libraries keep smaller ones alone, see :func:`limit`. Does nothing where :func:`obstacle` finds one.
     """
-    global _kept
+    global _kept, _limit
     if wanted == _kept or obstacle():
         return
-    for parameter, size in _ADAPTED.items():
-        _library().mallopt(parameter, _NEVER if wanted else size)
+    _kept, adapted = wanted, _ADAPTED[_MMAP_THRESHOLD]
+    sizes = (_NEVER, adapted) if wanted else (adapted,)
+    accepted = next((size for size in sizes if _library().mallopt(_MMAP_THRESHOLD, size)), 0)
+    if wanted:
+        _limit = accepted
+    if accepted:
+        # Never alone: the other one would stay as small as it is.
+        _library().mallopt(_TRIM_THRESHOLD, _NEVER if wanted else _ADAPTED[_TRIM_THRESHOLD])
     if not wanted:
         _library().malloc_trim(0)
-    _kept = wanted
+
+
+def limit() -> str | None:
+    """What of freed memory cannot be kept, beside blocks of a gigabyte; known once it was to be kept."""
+    return None if _limit == _NEVER else f"blocks of {_limit // 2**20} MiB and more, which the C library gives back"
 
 
 @functools.cache

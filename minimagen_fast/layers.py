@@ -502,8 +502,9 @@ class ResnetBlock(nn.Module):
         first = self.block1
         handed = isinstance(first, Block) and not exists(self.cross_attn) and first.hands_on_bias(self.block2)
         h = first(x, skip=skip, skip_scale=skip_scale, **({"biased": False} if handed else {}))
-        if exists(scale_shift) and len(scale_shift) > len(h):
-            copies = len(scale_shift) // len(h)
+        # Not `len`, which torch.export would make a constant.
+        if exists(scale_shift) and scale_shift.shape[0] > h.shape[0]:
+            copies = scale_shift.shape[0] // h.shape[0]
             h, x = (images.repeat(copies, 1, 1, 1) for images in (h, x))
         if exists(self.cross_attn):
             if not exists(cond) and not exists(keys_values):

@@ -13,8 +13,8 @@ from .batches import (
     Problem,
     Tally,
     chances,
-    check_numbers,
     check_start,
+    checked_numbers,
     collate,
     permutation,
     worker_options,
@@ -70,8 +70,8 @@ class ShardedLoader:
         multiprocessing_context: How workers are started: 'fork', 'spawn' or 'forkserver', or the system's way.
 
     Raises:
-        TypeError: if the data set cannot be read by index.
-        ValueError: if an argument is out of range, or there is not one batch.
+        TypeError: if the data set cannot be read by index, or a number is no int.
+        ValueError: if an argument is out of range, or an index of a ``Subset``, or there is not one batch.
     """
 
     def __init__(
@@ -93,7 +93,8 @@ class ShardedLoader:
     ):
         if isinstance(dataset, IterableDataset):
             raise TypeError(f"a {type(dataset).__name__} cannot be read by index: use minimagen_fast.streams")
-        check_numbers(batch_size, seed, rank, ranks, num_workers)
+        numbers = checked_numbers(batch_size, seed, rank, ranks, num_workers)
+        batch_size, seed, rank, ranks, num_workers = numbers
         self.batch_size, self.seed, self.rank, self.ranks = batch_size, seed, rank, ranks
         self.shuffle = shuffle
         self.device = torch.device(device)
@@ -194,4 +195,14 @@ def _behind_subsets(dataset: Any) -> tuple[Any, np.ndarray]:
     while type(dataset) is Subset:
         indices = np.asarray(dataset.indices, dtype=np.int64)[indices]
         dataset = dataset.dataset
+        if hasattr(dataset, "__len__"):
+            indices = _from_the_start(indices, len(dataset))
     return dataset, indices
+
+
+def _from_the_start(indices: np.ndarray, length: int) -> np.ndarray:
+    """Indices of which some may count from the end, as those of a list do."""
+    wrong = indices[(indices < -length) | (indices >= length)]
+    if len(wrong):
+        raise ValueError(f"a Subset's indices must be from {-length} to {length - 1}, got {wrong[0]}: correct them")
+    return np.where(indices < 0, indices + length, indices)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .batches import Batch, Loaded, Problem, Tally, chances, check_numbers, check_start, collate, worker_options
+from .batches import Batch, Loaded, Problem, Tally, chances, check_start, checked_numbers, collate, worker_options
 from .caption_store import CaptionStore
 from .captioned import CaptionedPictures, Item, NoItem
 from .t5 import MAX_LENGTH
@@ -129,7 +129,7 @@ class StreamedLoader:
         batches_in_epoch: None.
 
     Raises:
-        TypeError: if the data is no stream.
+        TypeError: if the data is no stream, or a number is no int.
         ValueError: if an argument is out of range.
     """
 
@@ -155,7 +155,8 @@ class StreamedLoader:
     ):
         if not isinstance(dataset, StreamedPictures):
             raise TypeError(f"a StreamedPictures is needed, got a {type(dataset).__name__}: use a ShardedLoader for it")
-        check_numbers(batch_size, seed, rank, ranks, num_workers)
+        numbers = checked_numbers(batch_size, seed, rank, ranks, num_workers)
+        batch_size, seed, rank, ranks, num_workers = numbers
         if buffer_size < 1:
             raise ValueError(f"buffer_size must be at least 1, got {buffer_size}")
         from datasets.distributed import split_dataset_by_node

@@ -272,6 +272,24 @@ def test_checkpointed_blocks_under_autocast_and_compiled(compiled_calls):
     assert torch.equal(loss, expected[0]) and largest(gradients, expected[1]) < 1e-5
 
 
+def test_what_is_compiled_around_a_block_computes_it_again():
+    def run(x):
+        return blocks.run_block(0, block, x.square()).square().sum()
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    graphs, block, x = [], TransformerBlock(8), torch.randn(1, 8, 2, 2, requires_grad=True)
+    expected = torch.autograd.grad(run(x), (x, *block.parameters()))
+    torch._dynamo.reset()
+    with blocks.use_blocks(compiled=False, checkpoint_levels=[0]):
+        actual = torch.autograd.grad(torch.compile(run, backend=backend, fullgraph=True)(x), (x, *block.parameters()))
+    torch._dynamo.reset()
+    assert len(graphs) == 1 and "tag_activation_checkpoint" in graphs[0]
+    torch.testing.assert_close(actual, expected)
+
+
 # Training
 
 

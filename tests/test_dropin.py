@@ -164,6 +164,12 @@ def test_a_module_in_place_of_a_script(tmp_path):
     assert output(*DROPIN, "-m", "program", "-x", cwd=tmp_path) == "minimagen_fast __main__ ['-x']\n"
 
 
+def test_modules_by_the_other_name_in_place_of_a_script(tmp_path):
+    assert "usage: minimagen-fast" in output(*DROPIN, "-m", "minimagen", "--help", cwd=tmp_path)
+    done = run(*DROPIN, "-m", "minimagen.nowhere", cwd=tmp_path)
+    assert done.returncode == 1 and "No module named minimagen.nowhere" in done.stderr
+
+
 WORKERS = """
 import multiprocessing, sys
 import minimagen

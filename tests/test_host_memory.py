@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from minimagen_fast import host_memory
+from minimagen_fast.acceleration import resolve
 
 PROGRAM = """
 import resource
@@ -50,6 +52,34 @@ def test_freed_memory_is_kept_and_given_back():
 @pytest.mark.skipif(host_memory.obstacle() is not None, reason=str(host_memory.obstacle()))
 def test_what_the_environment_says_stays():
     assert min(pages(MALLOC_TRIM_THRESHOLD_="131072")[:2]) > 20
+
+
+@pytest.mark.parametrize("most, said", [(2**30, None), (2**25, "blocks of 32 MiB and more"), (0, "blocks of 0 MiB")])
+def test_a_library_that_keeps_no_large_blocks(monkeypatch, most, said):
+    MMAP, TRIM, asked = -3, -1, []
+
+    class Library:
+        def mallopt(self, parameter, size):
+            asked.append((parameter, size))
+            return int(parameter != MMAP or size <= most)
+
+        def malloc_trim(self, pad):
+            asked.append("trimmed")
+
+    monkeypatch.setattr(host_memory, "obstacle", lambda: None)
+    monkeypatch.setattr(host_memory, "_library", Library)
+    monkeypatch.setattr(host_memory, "_kept", False)
+    monkeypatch.setattr(host_memory, "_limit", 2**30)
+    host_memory.keep_freed(True)
+    host_memory.keep_freed(True)
+    sizes = [size for size in (2**30, 2**25) if size >= most]
+    # The one of trimming alone would keep the other where it is.
+    assert asked == [*((MMAP, size) for size in sizes), *([(TRIM, 2**30)] if most else [])]
+    reason = resolve({}, torch.device("cpu"), torch.float32).reasons["freed_memory"]
+    assert said in reason if said else reason.endswith("step"), reason
+    asked.clear()
+    host_memory.keep_freed(False)
+    assert asked == [(MMAP, 2**25), *([(TRIM, 2**26)] if most else []), "trimmed"]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ def test_linear_of_any_layout(which, layout):
     compare(linear, F.linear, [x, weight], torch.randn(6, 7))
 
 
+@pytest.mark.parametrize("layout", ["every second", "one for all"])
+def test_linear_with_a_bias_of_any_layout(layout):
+    x, weight = torch.randn(6, 5), torch.randn(7, 5)
+    bias = torch.randn(14)[::2] if layout == "every second" else torch.randn(1).expand(7)
+    close(linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
+
+
 @pytest.mark.parametrize("weight, bias", [((7, 4), None), ((7, 5), (6,)), ((4,), None)])
 def test_shapes_that_do_not_fit_are_refused_as_torch_does(weight, bias, faster):
     tensors = torch.randn(3, 5), torch.randn(weight), None if bias is None else torch.randn(bias)
@@ -178,6 +185,19 @@ def test_gradients_of_results_that_are_one_number_everywhere():
     several = (torch.autograd.grad(out, tensors, upstream, retain_graph=True) for upstream in (expanded, dense))
     for got, expected in zip(*several, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_gradients_of_gradients_and_batched_ones_are_refused_by_name(which):
+    tensors = [torch.randn(shape) for shape in ((5, 2, 16), (2, 7, 16), (2, 7, 16))]
+    tensors[which].requires_grad_()
+    out = grouped_attention.grouped_attention(*tensors)
+    with pytest.raises(NotImplementedError, match='attention has no batched gradients.*"reference"'):
+        torch.autograd.grad(out, tensors[which], torch.stack([out, out]), is_grads_batched=True, retain_graph=True)
+    # That nothing has come in that needs gradients does not mean that nothing depends on what goes out.
+    (gradient,) = torch.autograd.grad(out.sum(), tensors[which], create_graph=True)
+    with pytest.raises(NotImplementedError, match='attention_backward has no gradients.*"reference"'):
+        gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize("shared", [False, True])

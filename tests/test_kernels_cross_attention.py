@@ -165,3 +165,22 @@ def test_keys_are_kept_unless_the_context_is_narrower_than_a_head():
     assert cross_attention.keys_are_worth_keeping(wide, dim_head=D)
     with use_implementation("reference"):
         assert cross_attention.keys_are_worth_keeping(narrow, dim_head=D)
+
+
+@pytest.mark.parametrize("dynamic, way", [(False, 1.0), (True, 2.0)])
+def test_sizes_that_are_not_known_are_not_asked(dynamic, way, monkeypatch):
+    """A graph for any batch is one, and multiplies no weights first; one for these very sizes does what saves most."""
+    monkeypatch.setattr(cross_attention, "_with_products", lambda x, *_: x * 0 + 1)
+    monkeypatch.setattr(cross_attention, "null_key_attention", lambda q, *_, **__: q * 0)
+    monkeypatch.setattr(cross_attention, "linear", lambda x, weight: x @ weight.t() * 0 + 2)
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        null_key_cross_attention, backend=lambda graph, _: graphs.append(graph) or graph.forward, dynamic=dynamic
+    )
+    given = named()
+    for batch in (2, 3, 50):
+        given["x"], given["context"] = torch.randn(batch, 40, DIM), torch.randn(batch, M, 4)
+        assert (compiled(**given, heads=HEADS) == way).all()
+    torch._dynamo.reset()
+    assert len(graphs) == (1 if dynamic else 3)

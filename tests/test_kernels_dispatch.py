@@ -271,6 +271,25 @@ def test_derivatives_in_forward_mode_are_refused_by_name(name, counted):
 
 
 @OPERATORS
+def test_derivatives_by_transforms_and_batched_ones_are_refused_by_name(name):
+    function, x = with_kernels("triton")[name], images()
+    refused = pytest.raises(NotImplementedError, match=f'::{name} has no derivatives by transforms.*"reference"')
+    with refused:
+        torch.func.grad(lambda x: function(x).sum())(x)
+    with refused:
+        torch.func.jacrev(function)(x)
+    x.requires_grad_()
+    out, expected = function(x), with_kernels("reference")[name](x)
+    several = torch.stack([out.detach().sin(), out.detach()])
+    with pytest.raises(NotImplementedError, match=f'::{name} has no batched gradients.*"reference"'):
+        torch.autograd.grad(out, x, several, is_grads_batched=True, retain_graph=True)
+    (gradients,) = torch.autograd.grad(expected, x, several, is_grads_batched=True)
+    torch.testing.assert_close(torch.autograd.grad(out, x, several[1])[0], gradients[1], rtol=1e-4, atol=1e-4)
+    # What needs no gradients is transformed as ever.
+    torch.testing.assert_close(torch.func.grad(lambda y: (function(x.detach()) * y).sum())(several[0]), out)
+
+
+@OPERATORS
 def test_the_reference_has_derivatives_in_forward_mode(name):
     function, x = with_kernels("reference")[name], images()
     _, slope = torch.func.jvp(function, (x,), (x.sin(),))

@@ -136,6 +136,19 @@ def test_ids_are_those_behind_subsets():
     (batch,) = loader.epoch(0)
     assert batch["id"].tolist() == [2, 19, 3, 5] and batch["image"][:, 0, 0, 0].tolist() == [2, 19, 3, 5]
     assert batch["id"].dtype == torch.int64 and batch["mask"].shape == (4, 3)
+    from_the_end = Subset(Subset(dataset, [-1, 3, -20, 7]), [-1, 0, -2])
+    assert ids(ShardedLoader(from_the_end, 3, seed=0, shuffle=False).epoch(0)) == [[7, 19, 0]]
+    for wrong in (20, -21):
+        with pytest.raises(ValueError, match=f"indices must be from -20 to 19, got {wrong}"):
+            ShardedLoader(Subset(Subset(dataset, [0, wrong]), [0, 1]), 1, seed=0)
+
+
+def test_numpy_numbers_are_numbers():
+    numpy = ShardedLoader(Numbers(20), np.int64(4), seed=np.int64(3), rank=np.int64(1), ranks=np.int64(2))
+    assert ids(numpy.epoch(1)) == ids(ShardedLoader(Numbers(20), 4, seed=3, rank=1, ranks=2).epoch(1))
+    for wrong in (4.0, True, "4"):
+        with pytest.raises(TypeError, match="batch_size must be an int"):
+            ShardedLoader(Numbers(20), wrong, seed=0)
 
 
 def test_global_generators_are_left_alone():
@@ -190,7 +203,7 @@ def test_the_bound_is_that_of_an_epoch():
     "options, message",
     [
         ({"batch_size": 9, "ranks": 2}, "batch of 9 cannot be divided equally among 2 ranks"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be"),
         ({"rank": 2, "ranks": 2}, "rank must be from 0 to 1, got 2"),
         ({"batch_size": 22}, "20 samples are less than one batch of 22"),

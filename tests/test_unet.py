@@ -167,6 +167,8 @@ def test_an_integer_mask_is_a_mask():
     inputs = _inputs(unet)
     inputs["text_mask"][:, 3:] = False
     torch.testing.assert_close(unet(**{**inputs, "text_mask": inputs["text_mask"].long()}), unet(**inputs))
+    keep = torch.tensor([True, False])
+    torch.testing.assert_close(unet(**inputs, keep_text=keep.long()), unet(**inputs, keep_text=keep))
 
 
 def test_masked_tokens_have_no_influence_and_others_have():
@@ -178,6 +180,18 @@ def test_masked_tokens_have_no_influence_and_others_have():
     torch.testing.assert_close(unet(**inputs), expected)
     inputs["text_embeds"][:, 2] += 1.0
     assert not torch.allclose(unet(**inputs), expected)
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_exported_u_net_takes_any_batch(strict):
+    unet = BaseTest(dim_mults=(1,), num_resnet_blocks=0, layer_cross_attns=True, attend_at_middle=True, attn_heads=1)
+    inputs, batch = _inputs(unet, batch=3), {0: torch.export.Dim("batch", min=2, max=16)}
+    shapes = {name: batch for name in inputs}
+    with torch.no_grad():
+        exported = torch.export.export(unet, (), inputs, dynamic_shapes=shapes, strict=strict).module()
+        for size in (2, 16):
+            inputs = _inputs(unet, batch=size)
+            torch.testing.assert_close(exported(**inputs), unet(**inputs))
 
 
 def test_guidance_scales():

@@ -14,7 +14,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-from . import attention_table, dispatch, grouped_attention, null_key_flash, null_key_merge
+from . import attention_table, dispatch, grouped_attention, launch, null_key_flash, null_key_merge
 from .arguments import autocast_dtype, check_floating_point, check_one_dtype
 
 __all__ = ["null_key_attention"]
@@ -137,8 +137,12 @@ def _candidates(q, k, v, null_key, null_value, heads, mask, bias, implementation
         order = ("grouped", "matmul", "sdpa", "sdpa_merge", "triton")
     # What the table leaves out is tried last, and an explicit choice of it is heard.
     order = (*order, *(name for name in attention_table.DEFAULT if name not in order))
-    if dispatch.implementation(implementation) == "xformers" and "xformers" not in order:
+    asked_for = dispatch.implementation(implementation)
+    if asked_for == "xformers" and "xformers" not in order:
         order = (*order, "xformers")
+    if launch.in_forward_mode():
+        # The library's kernel has no tangents.
+        order = tuple(name for name in order if name == asked_for or name not in ("sdpa", "sdpa_merge"))
     biased = [] if bias is None else ["it takes no bias"]
     reasons = {
         "triton": lambda: dispatch.triton_reasons(*tensors, mask) + null_key_flash.reasons(q, heads),

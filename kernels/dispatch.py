@@ -8,7 +8,7 @@ argument for one call. A choice for the process leaves operations that do not ha
 is an error.
 
 ``reference`` has derivatives of every order and in both modes, kernels have first ones in reverse mode and refuse all
-others.
+others. torch's own attention, which has none in forward mode, is then not chosen unless it is asked for.
 """
 
 import os

@@ -40,6 +40,9 @@ LARGEST_PIXELS, LARGEST_CHANNELS = 2**27, 2**20
 def _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu):
     if skip is not None:
         x = in_format_of(x, torch.cat((x, skip * skip_scale), dim=1))
+    if launch.in_forward_mode():
+        # The only layout of which torch's own has tangents.
+        x = x.contiguous()
     dtype = x.dtype
     wide = dtype
     for vector in (weight, bias):

@@ -74,7 +74,13 @@ def quantile(x: torch.Tensor, q: float) -> torch.Tensor:
     if x.numel() <= _TORCH_LIMIT:
         return torch.quantile(x, q, dim=-1)
     below, step, weight = (_rank_in_float64 if x.dtype == torch.float64 else rank_of)(q, x.shape[-1])
-    low, high = (torch.kthvalue(x, place + 1, dim=-1).values for place in (below, below + step))
+    places = below, below + step
+    if torch.are_deterministic_algorithms_enabled():
+        # Torch refuses to select on CUDA then: to which of equal values an index points is left open.
+        ordered = x.sort(dim=-1).values
+        low, high = (ordered[:, place] for place in places)
+    else:
+        low, high = (torch.kthvalue(x, place + 1, dim=-1).values for place in places)
     return torch.where(x.isnan().any(dim=-1), torch.nan, torch.lerp(low, high, weight))
 
 

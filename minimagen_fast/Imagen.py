@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .acceleration import Acceleration, checked_request, resolve
-from .arguments import finite_number, whole_number
+from .arguments import check_seed, check_tensor, finite_number, whole_number
 from .captured_training import losses_of
 from .diffusion_model import GaussianDiffusion
 from .helpers import (
@@ -36,18 +36,28 @@ from .helpers import (
 from .image_random import ImageRandom
 from .kept import forget, forget_training
 from .pictures import PIL_MODES, to_pil_images
-from .plain import methods_of, overridden
+from .plain import methods_of, overridden, takes
 from .predictions import Task
 from .resize import noise_for
 from .samplers import Sampler, Update
 from .sampling import sample_images
 from .t5 import get_encoded_dim, t5_encode_text
-from .Unet import Unet
+from .Unet import Unet, dtype_of
 
 _LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 _NORMALIZES = {identity: False, normalize_neg_one_to_one: True}
 # As they were made: what users put in their place is called as the original package calls it.
 _ENCODE_TEXT, _Q_SAMPLE = t5_encode_text, methods_of(GaussianDiffusion, "q_sample")
+_FORWARD = methods_of(Unet, "forward")
+# Methods that the original package calls, and that there are not here.
+_ONLY_IN_ORIGINAL = (
+    "_make_noise_schedulers",
+    "_one_unet_in_gpu",
+    "_p_mean_variance",
+    "_p_sample",
+    "_p_sample_loop",
+    "_set_loss_fn",
+)
 
 
 def _one_for_each(name: str, value, number: int) -> tuple:
@@ -63,6 +73,13 @@ def _checked_place(name: str, value: Any, number: int) -> int:
     if place not in range(1, number + 1):
         raise ValueError(f"{name} must lie in 1 to {number}, got {place}")
     return place
+
+
+def _checked_share(name: str, value: Any) -> float:
+    share = finite_number(name, value)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return share
 
 
 def _is_plain_scheduler(scheduler: GaussianDiffusion) -> bool:
@@ -128,16 +145,15 @@ class Imagen(nn.Module):
         channels = whole_number("channels", channels, least=1)
         if loss_type not in _LOSSES:
             raise ValueError(f"loss_type must be one of {', '.join(_LOSSES)}; got {loss_type!r}")
-        for name, value, allowed in (
-            ("cond_drop_prob", cond_drop_prob, 0 <= cond_drop_prob <= 1),
-            (
-                "dynamic_thresholding_percentile",
-                dynamic_thresholding_percentile,
-                0 <= dynamic_thresholding_percentile <= 1,
-            ),
-        ):
-            if not allowed:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        cond_drop_prob, dynamic_thresholding_percentile = (
+            _checked_share(name, value)
+            for name, value in (
+                ("cond_drop_prob", cond_drop_prob),
+                ("dynamic_thresholding_percentile", dynamic_thresholding_percentile),
+            )
+        )
+        lowres_max_noise_level = finite_number("lowres_max_noise_level", lowres_max_noise_level)
+        lowres_sample_noise_level = finite_number("lowres_sample_noise_level", lowres_sample_noise_level)
         if not 0 < lowres_max_noise_level <= 1:
             raise ValueError(f"lowres_max_noise_level must lie in (0, 1], got {lowres_max_noise_level}")
         self.lowres_max_noise_level = lowres_max_noise_level
@@ -176,6 +192,16 @@ class Imagen(nn.Module):
         self._acceleration: dict[str, Any] = {}
         self.register_buffer("_temp", torch.zeros(1), persistent=False)  # knows the device
         self.to(module_device(self.unets))
+        self._warn_of_uncalled([name for name in _ONLY_IN_ORIGINAL if hasattr(type(self), name)], stacklevel=3)
+
+    def _warn_of_uncalled(self, names: list[str], stacklevel: int) -> None:
+        if names:
+            warnings.warn(
+                f"{' and '.join(names)} of this {type(self).__name__} is not called: minimagen 0.0.9 has methods of"
+                " these names, this edition samples otherwise. Override predict_start_from_noise and q_posterior of"
+                " its noise_schedulers, or forward of a U-Net, which are called",
+                stacklevel=stacklevel,
+            )
 
     def _fit_to_place(self, unet: Unet, number: int) -> Unet:
         wanted = {
@@ -220,7 +246,22 @@ class Imagen(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of this instance; move it with ``to``."""
+        self._leave_meta()
         return self._temp.device
+
+    def _leave_meta(self) -> None:
+        """Follow weights that took the place of those on meta, as ``load_state_dict(assign=True)`` puts them.
+
+        What is in no state dict has stayed there.
+        """
+        if not self._temp.is_meta:
+            return
+        device = next((x.device for x in self.unets.parameters() if not x.is_meta), None)
+        if exists(device):
+            with torch.inference_mode(False):
+                for scheduler in (*self.noise_schedulers, self.lowres_noise_schedule):
+                    scheduler.to_empty(device=device) if scheduler.betas.is_meta else scheduler.to(device)
+                self._temp = torch.zeros(1, device=device)
 
     def accelerate(self, preset: str = "auto", **settings: Any) -> "Imagen":
         """Choose how this model is run; what it computes stays the same within rounding.
@@ -247,8 +288,8 @@ class Imagen(nn.Module):
     def _resolved(self, request: dict[str, Any], device: torch.device, unet: Unet) -> Acceleration:
         """What a request comes to for one of the U-Nets on a device."""
         # Besides those of the U-Net's way down there is the level of its middle.
-        deepest = max(len(each.downs) for each in self.unets)
-        return resolve(request, device, unet.dtype, deepest=deepest)
+        deepest = max(len(getattr(each, "downs", ())) for each in self.unets)
+        return resolve(request, device, dtype_of(unet), deepest=deepest)
 
     @property
     def acceleration(self) -> Acceleration:
@@ -266,7 +307,9 @@ class Imagen(nn.Module):
         """Place all U-Nets on one device, that of this instance if none is given."""
         device = default(device, self.device)
         for unet in self.unets:
-            self._move(unet, device)
+            # To meta weights would be lost, and from there none can be brought.
+            if "meta" not in (device.type, module_device(unet).type):
+                self._move(unet, device)
         self.unet_being_trained_index = -1
 
     def state_dict(self, *args, **kwargs):
@@ -277,7 +320,9 @@ class Imagen(nn.Module):
     def load_state_dict(self, *args, **kwargs):
         """Load a state dict, after U-Nets that were moved elsewhere have been placed on this instance's device."""
         self._reset_unets_all_one_device()
-        return super().load_state_dict(*args, **kwargs)
+        result = super().load_state_dict(*args, **kwargs)
+        self._leave_meta()
+        return result
 
     def _text_condition(
         self,
@@ -296,6 +341,9 @@ class Imagen(nn.Module):
                 raise ValueError(f"texts must hold one caption for each of the {batch} images, got {len(texts)}")
             where = {"device": device} if t5_encode_text is _ENCODE_TEXT else {}
             text_embeds, text_masks = t5_encode_text(texts, name=self.text_encoder_name, **where)
+        check_tensor("text_embeds", text_embeds)
+        if exists(text_masks):
+            check_tensor("text_masks", text_masks)
         if text_embeds.ndim != 3 or text_embeds.shape[-1] != self.text_embed_dim:
             raise ValueError(
                 f"text_embeds must have shape (b, n, {self.text_embed_dim}) for the text encoder"
@@ -354,6 +402,7 @@ class Imagen(nn.Module):
         Raises:
             TypeError, ValueError: if an argument is missing, out of range or of the wrong shape or type.
         """
+        self._leave_meta()
         unet = self._get_unet(unet_number)
         unet_number = whole_number("unet_number", default(unet_number, 1))
         if exists(self.only_train_unet_number) and unet_number != self.only_train_unet_number:
@@ -362,6 +411,7 @@ class Imagen(nn.Module):
                 f" only_train_unet_number={self.only_train_unet_number}"
             )
         self.unet_being_trained_index = unet_number - 1
+        check_tensor("images", images)
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point, got {images.dtype}; convert them first, e.g. images / 255")
         if images.ndim != 4 or images.shape[1] != self.channels:
@@ -375,7 +425,7 @@ class Imagen(nn.Module):
         batch, device = images.shape[0], images.device
         if exists(seeds) and len(seeds) != batch:
             raise ValueError(f"seeds must hold one whole number for each of the {batch} images, got {len(seeds)}")
-        if exists(min_snr_gamma) and not min_snr_gamma > 0:
+        if exists(min_snr_gamma) and not finite_number("min_snr_gamma", min_snr_gamma) > 0:
             raise ValueError(f"min_snr_gamma must be positive, for example 5, or None; got {min_snr_gamma!r}")
         own = ImageRandom(seeds, device) if exists(seeds) else None
         noise_scheduler = self.noise_schedulers[unet_number - 1]
@@ -405,18 +455,26 @@ class Imagen(nn.Module):
 
         x_start = resize_image_to(images, size)
         noise = own.noise(x_start) if exists(own) else noise_for(x_start, resized=x_start is not images)
-        lowres_noise = None
-        if exists(lowres_cond_img):
-            resized = lowres_cond_img is not images
-            lowres_noise = own.lowres_noise(x_start) if exists(own) else noise_for(lowres_cond_img, resized)
+        more: dict[str, Any] = {}
+        if exists(own):
+            more["keep_text"] = own.keep(1 - self.cond_drop_prob)
+        if per_image or exists(min_snr_gamma):
+            more["per_image"] = True
+        if exists(lowres_cond_img) and exists(own):
+            more["lowres_noise"] = own.lowres_noise(x_start)
+        elif exists(lowres_cond_img) and self._losses_take("lowres_noise"):
+            more["lowres_noise"] = noise_for(lowres_cond_img, resized=lowres_cond_img is not images)
+        if unknown := [name for name in ("noise", *more) if not self._losses_take(name)]:
+            raise TypeError(
+                f"_p_losses of this {type(self).__name__} was overridden and does not take {' and '.join(unknown)}:"
+                " give it these arguments, which seeds, min_snr_gamma and per_image need"
+            )
         losses = self._p_losses(
             unet,
             x_start,
             times,
             noise=noise,
-            lowres_noise=lowres_noise,
-            keep_text=own.keep(1 - self.cond_drop_prob) if exists(own) else None,
-            per_image=per_image or exists(min_snr_gamma),
+            **more,
             noise_scheduler=noise_scheduler,
             lowres_cond_img=lowres_cond_img,
             lowres_aug_times=lowres_aug_times,
@@ -428,6 +486,10 @@ class Imagen(nn.Module):
         if per_image:
             return losses, times
         return losses.mean() if losses.ndim else losses
+
+    def _losses_take(self, name: str) -> bool:
+        """Whether :meth:`_p_losses` takes an argument, as one that was written for the original package may not."""
+        return not overridden(self, _P_LOSSES) or takes(self._p_losses, name)
 
     def _p_losses(
         self,
@@ -456,10 +518,10 @@ class Imagen(nn.Module):
             lowres_aug_times = default(lowres_aug_times, times)
             lowres_noise = default(lowres_noise, lambda: noise_for(lowres_cond_img, resized=True))
         if exists(text_embeds):
-            keep_text = default(
-                keep_text, lambda: prob_mask_like(times.shape, 1 - self.cond_drop_prob, device=times.device)
-            )
-            if acceleration.cuda_graphs == "on" and exists(text_mask):
+            # Forwards that were written for the original package draw it themselves.
+            if not exists(keep_text) and (not overridden(unet, _FORWARD) or takes(unet.forward, "keep_text")):
+                keep_text = prob_mask_like(times.shape, 1 - self.cond_drop_prob, device=times.device)
+            if acceleration.cuda_graphs == "on" and exists(text_mask) and isinstance(unet, Unet):
                 # Or a step would be of another kind wherever the longest text of a batch is of another length.
                 text_embeds, text_mask = unet.padded_text(text_embeds, text_mask)
 
@@ -506,7 +568,8 @@ class Imagen(nn.Module):
     ) -> torch.Tensor:
         """What :meth:`_p_losses` returns, once all that is random is there."""
         layout = acceleration.layout
-        with acceleration.training(x_start.device, unet.dtype):
+        keep = {"keep_text": keep_text} if exists(keep_text) else {}
+        with acceleration.training(x_start.device, dtype_of(unet)):
             x_noisy = self._noised(noise_scheduler, x_start, times, noise, layout)
             if exists(lowres_cond_img):
                 lowres_cond_img = self._noised(
@@ -520,7 +583,7 @@ class Imagen(nn.Module):
                 lowres_noise_times=lowres_aug_times,
                 lowres_cond_img=lowres_cond_img,
                 cond_drop_prob=self.cond_drop_prob,
-                keep_text=keep_text,
+                **keep,
             )
         if per_image:
             return self.loss_fn(pred.float(), noise.float(), reduction="none").flatten(1).mean(dim=1)
@@ -605,6 +668,8 @@ class Imagen(nn.Module):
         Raises:
             TypeError, ValueError: if an argument is missing, out of range or of the wrong shape or type.
         """
+        # Past the decorators.
+        self._warn_of_uncalled([name for name in _ONLY_IN_ORIGINAL if name in vars(self)], stacklevel=5)
         number = len(self.unets)
         cond_scales = [finite_number("cond_scale", scale) for scale in _one_for_each("cond_scale", cond_scale, number)]
         if not self.can_classifier_guidance and any(scale != 1 for scale in cond_scales):
@@ -622,9 +687,18 @@ class Imagen(nn.Module):
         last = _checked_place("stop_at_unet_number", default(stop_at_unet_number, number), number)
         if return_pil_images and self.channels not in PIL_MODES:
             raise ValueError(f"PIL images have 1 to 4 channels, these have {self.channels}")
+        if exists(callback) and not callable(callback):
+            raise TypeError(f"callback must be a function or None, got {callback!r}")
         device = usable_device(default(device, self.device))
         generator = self._checked_generator(generator, seed, device)
         first, img = self._checked_start(start_image, last, device)
+        for unet_number in range(first, last + 1):
+            where = module_device(self.unets[unet_number - 1])
+            if (device.type == "meta") != (where.type == "meta"):
+                raise ValueError(
+                    f"device '{device}' cannot be used here: U-Net {unet_number} is on {where}, and tensors on meta"
+                    " hold no values. Give another, or first load weights, with assign=True where they are on meta"
+                )
         text_embeds, text_masks = self._text_condition(
             len(img) if exists(img) else None, device, texts, text_embeds, text_masks
         )
@@ -665,7 +739,9 @@ class Imagen(nn.Module):
                 )
                 img = sample_images(
                     task,
-                    torch.randn((batch, self.channels, size, size), generator=generator, device=device),
+                    torch.randn(
+                        (batch, self.channels, size, size), generator=generator, device=device, dtype=torch.float32
+                    ),
                     self._resolved(self._acceleration, device, unet),
                     generator=generator,
                     description=f"U-Net {unet_number} of {number}, {size}x{size}",
@@ -705,7 +781,11 @@ class Imagen(nn.Module):
         if exists(seed):
             if exists(generator):
                 raise ValueError("give either seed or generator, not both")
-            return torch.Generator(device).manual_seed(whole_number("seed", seed, else_=" or None"))
+            seed = whole_number("seed", seed, else_=" or None")
+            check_seed(seed, "seed")
+            return torch.Generator(device).manual_seed(seed)
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}: a number is a seed=")
         if exists(generator) and generator.device.type != device.type:
             raise ValueError(f"generator must be on the sampling device {device}, it is on {generator.device}")
         return generator
@@ -718,6 +798,7 @@ class Imagen(nn.Module):
             return 1, None
         if last < 2:
             raise ValueError("start_image needs a super-resolution U-Net to run on it, but there is none to run")
+        check_tensor("start_image", start_image)
         if not start_image.is_floating_point():
             raise TypeError(
                 f"start_image must be floating point, got {start_image.dtype}; convert it, e.g. image / 255"
@@ -760,3 +841,6 @@ class Imagen(nn.Module):
             # Or its weights could never be trained again, if someone samples in inference mode.
             with torch.inference_mode(False):
                 unet.to(device)
+
+
+_P_LOSSES = methods_of(Imagen, "_p_losses")

@@ -28,7 +28,7 @@ from .layers import (
     _OverPixels,
     has_plain_time_mlp,
 )
-from .plain import is_untouched
+from .plain import is_as_made
 from .t5 import MAX_LENGTH, get_encoded_dim
 
 ATTN_DIM_HEAD = 64
@@ -303,7 +303,7 @@ class Unet(nn.Module):
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             Unet.__init__(self, **{name: value for name, value in state["_locals"].items() if name in names})
         shapes, own = ({name: x.shape for name, x in each.items()} for each in (tensors, self.state_dict()))
-        if shapes != own or state.get("init_conv_to_final_conv_residual") or not all(map(is_untouched, parts.values())):
+        if shapes != own or state.get("init_conv_to_final_conv_residual") or not all(map(is_as_made, parts.values())):
             raise ValueError(
                 "this pickle holds a U-Net of minimagen's whose parts were replaced or given hooks: load it there, save"
                 " unet.state_dict(), and load that into a Unet made here"
@@ -616,6 +616,13 @@ class Unet(nn.Module):
 
         hidden = self.to_text_non_attn_cond(tokens.mean(dim=1))
         return torch.where(keep[:, None], hidden, self.null_text_hidden.to(hidden.dtype)), tokens
+
+
+def dtype_of(unet: nn.Module) -> torch.dtype:
+    """The dtype of a U-Net's weights, or of those of another module in its place."""
+    if isinstance(dtype := getattr(unet, "dtype", None), torch.dtype):
+        return dtype
+    return next((x.dtype for x in unet.parameters() if x.is_floating_point()), torch.float32)
 
 
 class Base(Unet):

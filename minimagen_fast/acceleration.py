@@ -63,7 +63,8 @@ class Acceleration:
         kernels: What :func:`.kernels.use_implementation` is told; with ``auto`` what is in force stays so.
         attention: The same for attention.
         compile: ``blocks`` if the U-Net's blocks run through torch.compile; but a block in which a module has hooks, or
-            another ``forward`` than its class's, is called as it is. Hooks of the block itself are called around it.
+            another ``forward`` than its class was made with, is called as it is, and so are all while torch has hooks
+            for all modules. Hooks of the block itself are called around it.
         cuda_graphs: ``on`` if a step of sampling is captured and replayed, :mod:`.sampling` says when it is captured
             anew; and if both passes of a step of training are, where :mod:`.captured_training` says that they may.
         condition_cache: ``on`` if what the steps of a sampling share is computed once, and guidance takes one call of

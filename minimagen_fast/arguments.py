@@ -1,8 +1,10 @@
-"""Numbers that users give: what is one, whichever library it comes from, and what is none."""
+"""What users give: what is a number, whichever library it comes from, and what is none; and what is no tensor."""
 
 import math
 import operator
 from typing import Any
+
+import torch
 
 
 def finite_number(name: str, value: Any) -> float:
@@ -21,6 +23,26 @@ def finite_number(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
     return number
+
+
+def check_seed(seed: int | None, argument: str) -> None:
+    """Refuses a seed that torch has no room for.
+
+    Raises:
+        ValueError: it has more than 64 bits.
+    """
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{argument} must be a whole number below 2^64, and not below -2^63; got {seed}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuses what is no tensor.
+
+    Raises:
+        TypeError: it is a list, a numpy array, a PIL image.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: convert it, e.g. with torch.as_tensor")
 
 
 def whole_number(name: str, value: Any, *, least: int | None = None, else_: str = "") -> int:

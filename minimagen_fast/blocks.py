@@ -47,8 +47,8 @@ def use_blocks(*, compiled: bool, checkpoint_levels: Collection[int] = ()) -> Ab
 
     Args:
         compiled: Whether through torch.compile: blocks of the same kind and shape are compiled once, together. Not a
-            block in which a module has hooks, or another ``forward`` than its class's; hooks of the block itself, such
-            as gather the weights of one that is sharded, are called before and after.
+            block in which a module has hooks, or another ``forward`` than its class was made with; hooks of the block
+            itself, such as gather the weights of one that is sharded, are called before and after.
         checkpoint_levels: Levels of the U-Net, 0 the one of the highest resolution, whose blocks keep nothing but their
             inputs for the backward pass; Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
     """

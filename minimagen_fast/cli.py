@@ -68,7 +68,7 @@ def _add_quickstart(commands) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from .generate import check_seed
+    from .arguments import check_seed
     from .quickstart import DEFAULT_MINUTES, run_quickstart
 
     check_seed(args.seed, "--seed")
@@ -160,7 +160,8 @@ def _sample(args: argparse.Namespace) -> int:
 
     from PIL import Image
 
-    from .generate import check_seed, sample_and_save
+    from .arguments import check_seed
+    from .generate import sample_and_save
     from .pictures import captioned_grid
 
     check_seed(args.seed, "--seed")

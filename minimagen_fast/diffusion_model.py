@@ -67,13 +67,15 @@ class GaussianDiffusion(nn.Module):
             self.register_buffer(name, value.float(), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        # Casting a model to bfloat16 must not round its noise schedule, and a model materialised from the meta device
-        # must not keep uninitialised memory as one: the buffers follow the device only.
-        was_meta = self.betas.is_meta
+        # Casting a model to bfloat16 must not round its noise schedule, which may be another than it was made with, and
+        # a model materialised from the meta device must not keep uninitialised memory as one: the buffers follow the
+        # device only.
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if was_meta or self.betas.dtype != torch.float32:
+        if self.betas.dtype != torch.float32 or before["betas"].is_meta:
             for name, value in _schedule(self.num_timesteps).items():
-                setattr(self, name, value.to(device=self.betas.device, dtype=torch.float32))
+                kept = value if before[name].is_meta else before[name]
+                setattr(self, name, kept.to(device=self.betas.device, dtype=torch.float32))
         return self
 
     def _get_times(self, batch_size: int, noise_level: float, *, device: torch.device) -> torch.Tensor:

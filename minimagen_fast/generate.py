@@ -14,6 +14,7 @@ from typing import Any
 import PIL.Image
 import torch
 
+from .arguments import check_tensor
 from .helpers import usable_device
 from .Imagen import Imagen
 from .pictures import to_pil_images
@@ -156,7 +157,8 @@ def sample_and_save(
         captions: The captions.
         minimagen: The Imagen to use, or
         training_directory: the training directory to load it from: exactly one of these two.
-        sample_args: Further arguments of :meth:`.Imagen.Imagen.sample`, but not `texts` or `return_pil_images`.
+        sample_args: Further arguments of :meth:`.Imagen.Imagen.sample`, but not `texts` or `return_pil_images`. Where
+            `text_embeds` are among them, one for each caption, the captions are not encoded, but only written down.
         save_directory: Where to save; by default ``generated_images_`` and the date and time, in the working directory.
         filetype: Extension of the image files, such as "png" or "jpg"; any that PIL can write.
         device: Where to put the Imagen loaded from `training_directory`, see :func:`load_minimagen`.
@@ -165,6 +167,7 @@ def sample_and_save(
         TypeError: `captions` is not a list of strings, or `sample_args` has an argument that there is not.
         ValueError: Another argument is out of range or does not fit the others.
         FileExistsError: ``generated_images`` in the save directory is there already and not empty.
+        IsADirectoryError: A file's place there is taken by a directory.
     """
     if not isinstance(captions, list | tuple):
         raise TypeError(
@@ -182,10 +185,16 @@ def sample_and_save(
         raise TypeError(f"sample_args must be a dictionary, got {type(sample_args).__name__}")
     if taken := {"texts", "return_pil_images"} & set(sample_args):
         raise ValueError(f"sample_args must not have {' and '.join(sorted(taken))}: captions and filetype decide these")
+    _check_text(captions, sample_args.get("text_embeds"), sample_args.get("text_masks"))
     if save_directory is None:
         save_directory = datetime.now().strftime("generated_images_%Y%m%d_%H%M%S")
     root = Path(save_directory).absolute()
     folder = root / "generated_images"
+    texts = {"captions.txt": "".join(" ".join(re.split(r"[\r\n]+", caption)) + "\n" for caption in captions)}
+    if training_directory is not None:
+        texts["imagen_training_directory.txt"] = os.fspath(training_directory)
+    if blocked := [root / name for name in texts if (root / name).is_dir()]:
+        raise IsADirectoryError(f"{blocked[0]} is a directory, where a file is to be: choose another save_directory")
     if folder.exists() and os.listdir(folder):
         raise FileExistsError(f"{folder} is there already and not empty: choose another save_directory")
 
@@ -205,22 +214,25 @@ def sample_and_save(
             with suppress(OSError):
                 made.rmdir()
         raise
-    lines = [" ".join(re.split(r"[\r\n]+", caption)) + "\n" for caption in captions]
-    (root / "captions.txt").write_text("".join(lines), encoding="utf-8")
-    if training_directory is not None:
-        (root / "imagen_training_directory.txt").write_text(os.fspath(training_directory), encoding="utf-8")
+    # First, since to make them took the time.
     for index, image in enumerate(images):
         image.save(folder / f"image_{index}.{filetype}")
+    for name, text in texts.items():
+        # What was no UTF-8 where it comes from, such as the command line, has surrogates, which UTF-8 does not.
+        (root / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def check_seed(seed: int | None, argument: str) -> None:
-    """Refuses a seed that torch has no room for.
-
-    Raises:
-        ValueError: it has more than 64 bits.
-    """
-    if seed is not None and not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{argument} must be a whole number below 2^64, and not below -2^63; got {seed}")
+def _check_text(captions: Sequence[str], text_embeds: Any, text_masks: Any) -> None:
+    """Refuses text that does not belong to the captions."""
+    if text_embeds is None and text_masks is not None:
+        raise ValueError("sample_args has text_masks, which say what is text in text_embeds: give these, too")
+    if text_embeds is not None:
+        check_tensor("text_embeds", text_embeds)
+        if text_embeds.shape[:1] != (len(captions),):
+            raise ValueError(
+                f"text_embeds in sample_args must hold one entry for each of the {len(captions)} captions, got the"
+                f" shape {tuple(text_embeds.shape)}"
+            )
 
 
 def _check_filetype(filetype: str, minimagen: Imagen) -> None:

@@ -156,7 +156,7 @@ def prob_mask_like(shape: tuple, prob: float, device: torch.device) -> torch.Ten
         return torch.ones(shape, device=device, dtype=torch.bool)
     if prob == 0:
         return torch.zeros(shape, device=device, dtype=torch.bool)
-    return torch.zeros(shape, device=device).uniform_(0, 1) < prob
+    return torch.zeros(shape, device=device, dtype=torch.float32).uniform_(0, 1) < prob
 
 
 def resize_image_to(

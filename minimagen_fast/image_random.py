@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .arguments import whole_number
+
 __all__ = ["ImageRandom", "image_seeds"]
 
 # What a number is for: streams of one seed must not overlap.
@@ -38,17 +40,17 @@ class ImageRandom:
     On CUDA they are drawn there, image by image, and are other numbers than on the CPU.
 
     Args:
-        seeds: One for each image, at least 0.
+        seeds: One for each image, at least 0: a list, a numpy array or a tensor of ints.
         device: Where the numbers are wanted.
 
     Raises:
-        ValueError: a seed is negative.
+        TypeError, ValueError: a seed is no int, or negative.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        if any(seed < 0 for seed in seeds):
-            raise ValueError(f"seeds must be whole numbers of at least 0, got {min(seeds)}")
-        self._seeds = list(seeds)
+        self._seeds = [whole_number("seeds", seed) for seed in seeds]
+        if any(seed < 0 for seed in self._seeds):
+            raise ValueError(f"seeds must be whole numbers of at least 0, got {min(self._seeds)}")
         self._device = device
         draws = [np.random.Generator(np.random.Philox(_mixed(seed, _UNIFORM))).random(3) for seed in self._seeds]
         # One copy for the batch, which the device need not be waited for.

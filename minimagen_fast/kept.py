@@ -56,6 +56,10 @@ class KeptGraphs:
         self.graphs: OrderedDict[tuple, Any] = OrderedDict()
         self.lock = threading.Lock()
 
+    def __reduce__(self) -> tuple:
+        # For modules in the place of a U-Net, which hand it on to their copies.
+        return type(self), ()
+
 
 class Kept(KeptGraphs):
     """What sampling keeps with one U-Net."""

@@ -550,7 +550,8 @@ class SinusoidalPosEmb(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed timesteps of shape (b,) as float32 of shape (b, dim): sines first, then cosines."""
         half = self.dim // 2
-        frequencies = torch.exp(torch.arange(half, device=x.device) * (-math.log(10000) / (half - 1)))
+        steps = torch.arange(half, device=x.device, dtype=torch.float32)
+        frequencies = torch.exp(steps * (-math.log(10000) / (half - 1)))
         angles = x[:, None] * frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 

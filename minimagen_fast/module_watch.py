@@ -52,8 +52,12 @@ class ModuleWatch:
 
 def is_known(part: nn.Module) -> bool:
     """Whether all that a call of a module, without its parts, reads are its parameters, buffers and settings."""
-    in_attributes = any(isinstance(value, torch.Tensor) for value in vars(part).values())
-    return f"{type(part).__module__}.".startswith(_KNOWN) and not in_attributes
+    return f"{type(part).__module__}.".startswith(_KNOWN) and not has_tensors_in_attributes(part)
+
+
+def has_tensors_in_attributes(part: nn.Module) -> bool:
+    """Whether a module holds tensors that are neither parameters nor buffers of its."""
+    return any(isinstance(value, torch.Tensor) for value in vars(part).values())
 
 
 def only_computes(module: nn.Module) -> bool:

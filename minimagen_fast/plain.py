@@ -2,22 +2,55 @@
 
 What is faster than one module after another (kernels that do the work of several, products for all blocks in one) does
 not call those modules. That is right only while they are what they were made as: not for one that was replaced (by an
-adapter such as LoRA, by a quantised layer), parametrised, compiled, or that has hooks. Such a module is called.
+adapter such as LoRA, by a quantised layer), parametrised, compiled, or that has hooks, be they for all modules; nor
+where another method was put into one, or into a class of torch's. Such a module is called.
 """
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _has_any_global_hook,
+)
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a call of a module is one of its class's ``forward`` and nothing else."""
+    """Whether a call of a module is one of its class's ``forward``, for torch's classes that of torch, and no more."""
+    kind = type(module)
+    # Some hundred times in a step: hence in few operations.
     return (
-        "forward" not in vars(module)
-        and module._compiled_call_impl is None
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
+        is_as_made(module)
+        and not (
+            _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
+        )
+        and (kind not in _FORWARDS or _FORWARDS[kind] is kind.forward)
     )
+
+
+def is_as_made(module: nn.Module) -> bool:
+    """Whether nothing was put into a module itself that changes what a call of it does."""
+    own = vars(module)
+    # The second is where a convolution is commonly given padding that wraps around.
+    return not (
+        "forward" in own
+        or "_conv_forward" in own
+        or module._compiled_call_impl
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+
+
+def torch_is_as_made() -> bool:
+    """Whether torch has no hooks for all modules, and its classes call what they did when this was imported."""
+    return not _has_any_global_hook() and all(kind.forward is made for kind, made in _FORWARDS.items())
 
 
 def methods_of(kind: type[nn.Module], *names: str) -> dict[str, object]:
@@ -26,8 +59,19 @@ def methods_of(kind: type[nn.Module], *names: str) -> dict[str, object]:
 
 
 def overridden(module: nn.Module, methods: dict[str, object]) -> list[str]:
-    """Which of a class's methods are others in a module: in itself, in a class derived from it, or in the class."""
-    return [name for name, made in methods.items() if name in vars(module) or getattr(type(module), name) is not made]
+    """Which of a class's methods are others in a module: in itself, in a class derived from it, or in the class.
+
+    All of them are in a module of another class, such as one that has the first in it.
+    """
+    return [
+        name for name, made in methods.items() if name in vars(module) or getattr(type(module), name, None) is not made
+    ]
+
+
+def takes(function: Callable, name: str) -> bool:
+    """Whether a function has an argument of this name, or one for all names."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -40,3 +84,10 @@ def is_plain_sequence(module: object, *kinds: type[nn.Module]) -> bool:
     if not isinstance(module, nn.Sequential) or not is_plain(module, nn.Sequential) or len(module) != len(kinds):
         return False
     return all(is_plain(part, kind) for part, kind in zip(module, kinds, strict=True))
+
+
+# Of torch's classes that a U-Net is made of.
+_FORWARDS: dict[Any, Any] = {
+    kind: kind.forward
+    for kind in (nn.Conv2d, nn.GELU, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Sequential, nn.SiLU, nn.Upsample)
+}

@@ -35,11 +35,11 @@ from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing, library_settings
 from .kept import Kept, kept_with
 from .kernels import dispatch
-from .module_watch import is_known
+from .module_watch import has_tensors_in_attributes, is_known
 from .plain import is_untouched, methods_of, overridden
 from .predictions import CachedPrediction, PlainPrediction, Prediction, Task
 from .samplers import Update
-from .Unet import Unet
+from .Unet import Unet, dtype_of
 
 # Captured steps that are kept for each U-Net: every one holds the memory of a step.
 _MOST_GRAPHS = 4
@@ -47,6 +47,8 @@ _MOST_GRAPHS = 4
 _OF_CALLS = methods_of(
     Unet, "forward", "forward_with_cond_scale", "_check_inputs", "_text_condition", "_block_conditions"
 )
+# Those that the fast path calls of a copy.
+_OF_COPIES = methods_of(Unet, "denoise", "resnet_blocks", "dtype")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class _Hand:
     Attributes:
         calls: How the U-Net or a part of it is called, in words, if so: then it must be called, whole, itself.
         is_copied: Whether a copy computes what the U-Net does, now and later: not if a part may have a state that is
-            not known. What such a part is told, and what it notes down itself, would not come to the one in the copy,
-            or only there.
+            not known, nor if the U-Net has methods of its own that the copy would run. What these are told, and what
+            they note down themselves, would not come to the copy, or only there.
     """
 
     calls: str | None
@@ -71,10 +73,12 @@ class _Hand:
         elif _has_any_global_hook():
             calls = "torch has hooks for all modules"
         elif not all(map(is_untouched, unet.modules())):
-            calls = "the forward of the U-Net, or of a part of it, was replaced, compiled or given hooks"
+            calls = "the forward of the U-Net, of a part or of its class was replaced, compiled or given hooks"
         elif not can_be_conditioned_ahead(unet.resnet_blocks):
             calls = "a block of the U-Net, or what it does with time and text, was replaced"
-        return cls(calls, calls is None and all(is_known(part) for part in unet.modules() if part is not unet))
+        if calls is not None or overridden(unet, _OF_COPIES) or has_tensors_in_attributes(unet):
+            return cls(calls, is_copied=False)
+        return cls(calls, is_copied=all(is_known(part) for part in unet.modules() if part is not unet))
 
 
 def sample_images(
@@ -249,7 +253,7 @@ def _autocast_if_needed(
     unet: Unet, device: torch.device, acceleration: Acceleration, hand: _Hand
 ) -> AbstractContextManager:
     """Autocast, where it has to stand for a working copy."""
-    if hand.is_copied or unet.dtype == acceleration.dtype or autocast_dtype(device) is not None:
+    if hand.is_copied or dtype_of(unet) == acceleration.dtype or autocast_dtype(device) is not None:
         return nullcontext()
     return torch.autocast(device.type, acceleration.dtype)
 
@@ -273,8 +277,8 @@ def _steps(task: Task, x: torch.Tensor, acceleration: Acceleration, hand: _Hand)
         _refuse_if_asked_for(
             ("cuda_graphs",),
             acceleration,
-            "a part of the U-Net, or the diffusion process, is of a class of another package, which may do more than"
-            " compute, and a graph would replay nothing else",
+            "the U-Net has methods of its own or tensors in attributes, or a part of it or the diffusion process is of"
+            " a class of another package: these may do more than compute, and a graph would replay nothing else",
         )
     elif autocast is not None:
         _refuse_if_asked_for(

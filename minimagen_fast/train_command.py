@@ -18,8 +18,9 @@ from typing import IO, Any, NoReturn
 import torch
 from torch.utils.data import IterableDataset
 
+from .arguments import check_seed
 from .files import replace_file
-from .generate import build_imagen, check_seed, checked_params
+from .generate import build_imagen, checked_params
 from .helpers import usable_device
 from .Imagen import Imagen
 from .loading import ShardedLoader

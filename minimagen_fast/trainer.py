@@ -328,7 +328,7 @@ class Trainer:
     def _start_of(self, epoch: int, step: int) -> Position:
         """The start of an epoch, which begins with the random states of this moment."""
         rng = checkpoint.capture_rng(self.imagen.device, self.generators)
-        sums = torch.zeros(len(self.numbers), device=self.imagen.device)
+        sums = torch.zeros(len(self.numbers), device=self.imagen.device, dtype=torch.float32)
         return Position(epoch, batch=0, step=step, epoch_rng=rng, rng=rng, loss_sums=sums, loss_count=0)
 
     # One batch
@@ -479,7 +479,7 @@ class Trainer:
         if self.valid_loader is None:
             return None
         device = self.imagen.device
-        sums = torch.zeros(len(self.numbers), device=device)
+        sums = torch.zeros(len(self.numbers), device=device, dtype=torch.float32)
         total = 0
         generators = getattr(self.valid_loader, "generators", [])
         with self._evaluating(), checkpoint.isolated_rng(VALIDATION_SEED, device, generators):

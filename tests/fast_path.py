@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minimagen_fast import acceleration, captured_training, cuda_capture, sampling
 from minimagen_fast.ema import EMA
 from minimagen_fast.Imagen import Imagen
-from minimagen_fast.Unet import BaseTest, SuperTest
+from minimagen_fast.Unet import BaseTest, SuperTest, Unet
 
 T = 20
 ATTENDING = {"layer_attns": (False, True), "layer_cross_attns": (True, False), "attend_at_middle": True}
@@ -56,6 +56,12 @@ def make_words(batch=2, tokens=5, seed=1, device="cpu"):
 def sample(imagen, words=None, *, seed=0, **arguments):
     words = words or make_words(device=imagen.device)
     return imagen.sample(**words, seed=seed, progress=False, **arguments)
+
+
+def denoise_by(monkeypatch, denoise):
+    """Have U-Nets denoise in this way as though they were made so, and nobody had taken a hand."""
+    monkeypatch.setattr(Unet, "denoise", denoise)
+    monkeypatch.setitem(sampling._OF_COPIES, "denoise", denoise)
 
 
 def distance(one, other):

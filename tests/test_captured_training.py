@@ -363,6 +363,18 @@ def with_a_hook_of_all_modules(imagen, called):
     ).remove
 
 
+def with_another_forward_of_a_class(imagen, called):
+    patch, final, forward = pytest.MonkeyPatch(), imagen.unets[0].final_conv, torch.nn.Conv2d.forward
+
+    def counted(module, x):
+        if module is final:
+            called.append(1)
+        return forward(module, x)
+
+    patch.setattr(torch.nn.Conv2d, "forward", counted)
+    return patch.undo
+
+
 def parametrised(imagen, called):
     class Scaled(torch.nn.Module):
         def forward(self, weight):
@@ -375,7 +387,15 @@ def parametrised(imagen, called):
 
 @pytest.mark.parametrize(
     "interfere",
-    [hooked, of_another_class, with_another_loss, with_other_noise, with_a_hook_of_all_modules, parametrised],
+    [
+        hooked,
+        of_another_class,
+        with_another_loss,
+        with_other_noise,
+        with_a_hook_of_all_modules,
+        with_another_forward_of_a_class,
+        parametrised,
+    ],
 )
 def test_what_does_more_than_compute_is_called(graphs, interfere):
     imagen, called = make_imagen(), []

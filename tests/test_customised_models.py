@@ -1,12 +1,13 @@
 """Models in which someone has taken a hand are sampled as they are now, and what their parts note down stays."""
 
+import copy
 import gc
 import threading
 import weakref
 
 import pytest
 import torch
-from fast_path import T, distance, fake_cuda_graphs, make_imagen, make_unet, sample
+from fast_path import T, distance, fake_cuda_graphs, make_imagen, make_unet, make_words, sample
 from torch import nn
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
@@ -268,6 +269,67 @@ def test_float64_under_autocast():
     expected = sample(imagen, **RUN)
     with torch.autocast("cpu", torch.bfloat16):
         assert distance(sample(imagen, **RUN), expected) < ROUNDING
+
+
+class Dimmed(BaseTest):
+    """Keeps what its own method does in the places where a copy would not see a change."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self._dimming, self.seen = 0.5, []
+
+    def denoise(self, *args):
+        self.seen.append(1)
+        return self._dimming * super().denoise(*args)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_state_of_a_u_net_with_a_method_of_its_own_is_followed(monkeypatch, way):
+    graphs = fake_cuda_graphs(monkeypatch)
+    imagen = make_imagen(unets=[Dimmed()])
+    before = assert_followed(imagen, way)
+    imagen.unets[0]._dimming = 0.1
+    after = assert_followed(imagen, way)
+    assert distance(after, before) > 1e-3 and len(imagen.unets[0].seen) >= 2 * RUN["steps"] and not graphs
+
+
+def test_a_tensor_in_an_attribute_of_a_u_net_is_followed(monkeypatch):
+    graphs = fake_cuda_graphs(monkeypatch)
+    imagen = make_imagen()
+    imagen.unets[0].skip_connect_scale = scale = torch.ones(())
+    before = assert_followed(imagen)
+    scale.fill_(0.1)
+    assert distance(assert_followed(imagen), before) > 1e-3 and not graphs
+
+
+class Around(nn.Module):
+    """All that the original package asks of what is in the place of a U-Net."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.lowres_cond = unet, unet.lowres_cond
+
+    def forward(self, *args, **kwargs):
+        return self.unet(*args, **kwargs)
+
+    def forward_with_cond_scale(self, *args, **kwargs):
+        return self.unet.forward_with_cond_scale(*args, **kwargs)
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 2.0])
+@pytest.mark.parametrize("wrap", [Around, torch.compile])
+@torch.compiler.set_stance("force_eager")
+def test_another_module_in_the_place_of_a_u_net(wrap, cond_scale):
+    imagen, other, run = make_imagen(stages=2), make_imagen(stages=2), {**RUN, "cond_scale": cond_scale}
+    for number in range(2):
+        other.unets[number] = wrap(other.unets[number])
+    assert distance(sample(other, **run), sample(imagen, **run)) < ROUNDING
+    assert (sample(other.accelerate(precision="bfloat16"), **run) - sample(imagen, **run)).abs().mean() < 0.03
+    losses = []
+    for one in (imagen, copy.deepcopy(other.accelerate())):
+        torch.manual_seed(0)
+        losses.append(one(torch.full((2, 3, 16, 16), 0.3), **make_words(), unet_number=2))
+    assert distance(*losses) < 1e-5
 
 
 # Modes

@@ -37,6 +37,20 @@ def test_the_schedule_stays_float32(dtype):
     assert torch.equal(torch.nn.Sequential(diffusion).half()[0].betas, expected["betas"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_an_edited_schedule_stays_what_it_is(dtype):
+    class Other(GaussianDiffusion):
+        def __init__(self, *, timesteps):
+            super().__init__(timesteps=timesteps)
+            self.alphas_cumprod.mul_(0.7)
+
+    for diffusion in (Other(timesteps=100), GaussianDiffusion(timesteps=100)):
+        diffusion.betas = diffusion.betas**1.1
+        expected = {name: buffer.clone() for name, buffer in diffusion.named_buffers()}
+        for name, buffer in diffusion.to(dtype).named_buffers():
+            assert buffer.dtype == torch.float32 and torch.equal(buffer, expected[name]), name
+
+
 def test_the_schedule_survives_the_meta_device():
     with torch.device("meta"):
         diffusion = GaussianDiffusion(timesteps=100).to("meta")

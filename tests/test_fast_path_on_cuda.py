@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from fast_path import BANDS, T, apart, distance, make_imagen, make_unet, make_words, sample, trained
+from fast_path import BANDS, T, apart, denoise_by, distance, make_imagen, make_unet, make_words, sample, trained
 
 from minimagen_fast import sampling
 from minimagen_fast.kept import kept_with
@@ -159,7 +159,7 @@ def room_for_two(monkeypatch):
             raise torch.OutOfMemoryError("no more")
         return denoise(self, x, *args)
 
-    monkeypatch.setattr(Unet, "denoise", out_of_memory)
+    denoise_by(monkeypatch, out_of_memory)
 
 
 def test_a_captured_step_when_memory_is_short(monkeypatch):

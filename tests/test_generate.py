@@ -250,6 +250,9 @@ def test_the_default_directory_has_the_time_in_its_name(tmp_path, monkeypatch):
         (["a"], {"minimagen": None, "training_directory": "nowhere"}, FileNotFoundError, "no folder"),
         (["a"], {"device": "cpu"}, ValueError, "device goes with training_directory"),
         (["a"], {"sample_args": {"texts": ["b"]}}, ValueError, "sample_args must not have texts"),
+        (["a"], {"sample_args": {"text_embeds": torch.zeros(2, 3, 512)}}, ValueError, "each of the 1 captions"),
+        (["a"], {"sample_args": {"text_embeds": [[0.0]]}}, TypeError, "text_embeds must be a tensor"),
+        (["a"], {"sample_args": {"text_masks": torch.ones(1, 3).bool()}}, ValueError, "text_masks, which say"),
         (["a"], {"sample_args": {"return_pil_images": False}}, ValueError, "must not have return_pil_images"),
         (["a"], {"sample_args": ["cond_scale"]}, TypeError, "sample_args must be a dictionary"),
         (["a"], {"sample_args": {"cond_scala": 3}}, TypeError, "cond_scala"),
@@ -285,6 +288,31 @@ def test_images_that_are_there_already_are_not_mixed_with_others(tmp_path):
     with pytest.raises(FileExistsError, match="generated_images is there already and not empty"):
         sample_and_save(["b"], minimagen=imagen, sample_args=sample_args("b"), save_directory=tmp_path)
     assert (tmp_path / "captions.txt").read_text() == "a\n"
+
+
+def test_a_directory_in_the_place_of_a_file_is_found_before_sampling(tmp_path, monkeypatch):
+    monkeypatch.setattr("minimagen_fast.Imagen.sample_images", lambda *args, **kwargs: pytest.fail("sampled"))
+    (tmp_path / "captions.txt").mkdir()
+    with pytest.raises(IsADirectoryError, match="captions.txt is a directory.*choose another save_directory"):
+        sample_and_save(["a"], minimagen=make_imagen(1), sample_args=sample_args("a"), save_directory=tmp_path)
+
+
+def test_captions_that_are_no_utf_8_lose_no_images(tmp_path):
+    arguments = sample_args("ab", steps=1, sampler="ddim")
+    sample_and_save(["caf\udce9", "\ud83d"], minimagen=make_imagen(1), sample_args=arguments, save_directory=tmp_path)
+    assert (tmp_path / "captions.txt").read_text(encoding="utf-8") == "caf\\udce9\n\\ud83d\n"
+    assert len(list((tmp_path / "generated_images").iterdir())) == 2
+
+
+def test_images_are_saved_first(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    arguments = sample_args("a", steps=1, sampler="ddim")
+    with pytest.raises(OSError, match="no space"):
+        sample_and_save(["a"], minimagen=make_imagen(1), sample_args=arguments, save_directory=tmp_path)
+    assert (tmp_path / "generated_images" / "image_0.png").exists()
 
 
 def test_the_default_of_sample_args_is_never_changed():

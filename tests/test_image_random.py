@@ -1,5 +1,6 @@
 """Random numbers that belong to an image, and training losses that are made of them."""
 
+import numpy as np
 import pytest
 import torch
 from training_runs import make_imagen
@@ -45,6 +46,11 @@ def test_seeds_depend_on_everything_they_are_made_of():
     assert len(seeds) == 450 and all(0 <= seed < 2**63 for seed in seeds)
     with pytest.raises(ValueError, match="seeds must be whole numbers of at least 0, got -1"):
         ImageRandom([3, -1], CPU)
+
+
+def test_seeds_may_be_a_tensor_or_an_array():
+    for seeds in (torch.tensor([5, 6]), np.array([5, 6])):
+        assert all(map(torch.equal, draws(seeds), draws([5, 6])))
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,10 @@ def test_timesteps_may_be_given_for_each_unet(words):
         (dict(timesteps=10), ValueError, "timesteps must be at least 20"),
         (dict(loss_type="l3"), ValueError, "loss_type must be one of l1, l2, huber"),
         (dict(cond_drop_prob=1.2), ValueError, "cond_drop_prob must lie in"),
+        (dict(cond_drop_prob="0.1"), TypeError, "cond_drop_prob must be a number, got '0.1'"),
+        (dict(dynamic_thresholding_percentile=None), TypeError, "dynamic_thresholding_percentile must be a number"),
+        (dict(lowres_max_noise_level="1"), TypeError, "lowres_max_noise_level must be a number"),
+        (dict(lowres_sample_noise_level=None), TypeError, "lowres_sample_noise_level must be a number"),
         (dict(lowres_sample_noise_level=1.0), ValueError, "lowres_sample_noise_level must lie in"),
         (dict(lowres_max_noise_level=0.0), ValueError, "lowres_max_noise_level must lie in"),
         (dict(lowres_max_noise_level=0.1), ValueError, "lowres_sample_noise_level is 0.2, more than"),
@@ -242,6 +246,11 @@ def test_autocast(words):
         (dict(text_embeds=torch.zeros(2, 4, 100)), ValueError, "text_embeds must have shape"),
         (dict(text_embeds=torch.zeros(3, 4, 512)), ValueError, "one entry for each of the 2 images, got 3"),
         (dict(text_masks=torch.ones(2, 5).bool()), ValueError, "text_masks must have shape"),
+        (dict(images=np.zeros((2, 3, 16, 16))), TypeError, "images must be a tensor, got ndarray"),
+        (dict(text_embeds=np.zeros((2, 4, 512))), TypeError, "text_embeds must be a tensor, got ndarray"),
+        (dict(text_masks=[[True] * 4] * 2), TypeError, "text_masks must be a tensor, got list"),
+        (dict(min_snr_gamma="5"), TypeError, "min_snr_gamma must be a number"),
+        (dict(seeds=[1.0, 2.0]), TypeError, "seeds must be an int, got 1.0"),
     ],
 )
 def test_training_input_that_cannot_be(imagen, words, change, error, message):
@@ -467,6 +476,14 @@ def test_progress_is_one_bar_for_each_unet_and_can_be_silenced(imagen, words, ca
         (dict(stop_at_unet_number=1.0), TypeError, "stop_at_unet_number must be an int, got 1.0"),
         (dict(stop_at_unet_number=True), TypeError, "stop_at_unet_number must be an int, got True"),
         (dict(seed=1.5), TypeError, "seed must be an int or None, got 1.5"),
+        (dict(seed=2**64), ValueError, "seed must be a whole number below"),
+        (dict(generator=3), TypeError, "generator must be a torch.Generator or None, got 3"),
+        (dict(callback=3), TypeError, "callback must be a function or None, got 3"),
+        (dict(start_image=PIL.Image.new("RGB", (8, 8))), TypeError, "start_image must be a tensor, got Image"),
+        (dict(start_image=[[0.5]]), TypeError, "start_image must be a tensor, got list"),
+        (dict(text_embeds=np.zeros((2, 4, 512))), TypeError, "text_embeds must be a tensor, got ndarray"),
+        (dict(text_masks=[[True] * 4] * 2), TypeError, "text_masks must be a tensor, got list"),
+        (dict(device="meta"), ValueError, "device 'meta' cannot be used here: U-Net 1 is on cpu"),
         (dict(text_embeds=torch.zeros(0, 4, 512), text_masks=None), ValueError, "at least one caption, got none"),
         (dict(lowres_sample_noise_level=-0.1), ValueError, "lowres_sample_noise_level must lie in"),
         (dict(seed=1, generator=torch.Generator()), ValueError, "either seed or generator"),
@@ -498,6 +515,127 @@ def test_sampling_on_another_device_brings_the_model_back(words):
         assert images.is_cuda
     assert snapshot(imagen)[1:] == before
     assert all(p.device.type == "cpu" for p in imagen.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_count(imagen, words, dtype):
+    def run():
+        torch.manual_seed(0)
+        loss = imagen(torch.full((2, 3, 16, 16), 0.3, dtype=torch.float32), **words, unet_number=2)
+        return loss, imagen.sample(**words, progress=False, seed=0, steps=2, sampler="ddim")
+
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, run(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_that_are_assigned_on_meta_stay(imagen, words, whole):
+    with torch.device("meta"):
+        other = make_imagen()
+    values = imagen.state_dict()
+    with pytest.raises(ValueError, match="device 'cpu' cannot be used here: U-Net 1 is on meta"):
+        other.sample(**words, device="cpu")
+    if whole:
+        other.load_state_dict(values, assign=True)
+    else:
+        for own, unet in zip(other.unets, imagen.unets, strict=True):
+            own.load_state_dict(unet.state_dict(), assign=True)
+    arguments = dict(**words, progress=False, seed=0, steps=2, sampler="ddim")
+    assert torch.equal(other.sample(**arguments), imagen.sample(**arguments))
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, values[name])
+    losses = []
+    for one in (imagen, other):
+        torch.manual_seed(0)
+        losses.append(one(torch.full((2, 3, 16, 16), 0.3), **words, unet_number=2))
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("way", ["auto", "reference"])
+def test_derivatives_in_forward_mode(words, way):
+    imagen, images = make_imagen().accelerate(way), torch.full((2, 3, 16, 16), 0.3)
+
+    def loss(images):
+        torch.manual_seed(3)
+        return imagen(images, **words, unet_number=2)
+
+    along = torch.linspace(-1, 1, images.numel()).view_as(images)
+    _, slope = torch.func.jvp(loss, (images,), (along,))
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(slope, (gradient * along).sum(), rtol=1e-3, atol=1e-5)
+
+
+class OfOriginal(Imagen):
+    """With methods as they are in minimagen 0.0.9."""
+
+    def _p_losses(
+        self,
+        unet,
+        x_start,
+        times,
+        *,
+        noise_scheduler,
+        lowres_cond_img=None,
+        lowres_aug_times=None,
+        text_embeds=None,
+        text_mask=None,
+        noise=None,
+    ):
+        given = {"lowres_cond_img": lowres_cond_img, "lowres_aug_times": lowres_aug_times}
+        text = {"text_embeds": text_embeds, "text_mask": text_mask}
+        return 2 * super()._p_losses(
+            unet, x_start, times, noise_scheduler=noise_scheduler, noise=noise, **given, **text
+        )
+
+
+class UnetOfOriginal(SuperTest):
+    def forward(
+        self,
+        x,
+        time,
+        *,
+        lowres_cond_img=None,
+        lowres_noise_times=None,
+        text_embeds=None,
+        text_mask=None,
+        cond_drop_prob=0.0,
+    ):
+        lowres = {"lowres_cond_img": lowres_cond_img, "lowres_noise_times": lowres_noise_times}
+        text = {"text_embeds": text_embeds, "text_mask": text_mask, "cond_drop_prob": cond_drop_prob}
+        return super().forward(x, time, **lowres, **text)
+
+
+def test_losses_that_were_written_for_the_original(words):
+    losses, images = [], torch.full((2, 3, 16, 16), 0.3)
+    imagen = make_imagen()
+    for kind, unet_kind in ((Imagen, SuperTest), (OfOriginal, SuperTest), (Imagen, UnetOfOriginal)):
+        imagen.__class__, imagen.unets[1].__class__ = kind, unet_kind
+        torch.manual_seed(0)
+        losses.append(imagen(images, **words, unet_number=2))
+    # The same random numbers, drawn in the same order.
+    torch.testing.assert_close(losses[1:], [2 * losses[0], losses[0]])
+    imagen.__class__ = OfOriginal
+    with pytest.raises(TypeError, match="OfOriginal was overridden and does not take keep_text and lowres_noise"):
+        imagen(images, **words, unet_number=2, seeds=[1, 2])
+
+
+def test_methods_that_only_the_original_calls_are_named(words):
+    class Own(Imagen):
+        def _p_mean_variance(self, *args, **kwargs):
+            raise AssertionError
+
+    with pytest.warns(UserWarning, match="^_p_mean_variance of this Own is not called") as said:
+        Own(BaseTest(), text_encoder_name="t5_small", image_sizes=8)
+    imagen = make_imagen(1)
+    imagen._p_sample = imagen._p_sample_loop = None
+    with pytest.warns(UserWarning, match="^_p_sample and _p_sample_loop of this Imagen is not called") as also:
+        imagen.sample(**words, progress=False, steps=1, sampler="ddim")
+    assert {Path(each.filename).name for each in (*said, *also)} == {"test_imagen.py"}
 
 
 def test_guidance_needs_training_without_text(words):

@@ -323,6 +323,19 @@ def test_an_output_on_which_nothing_depends_gives_no_gradients(name):
     assert (x.grad == 2).all()
 
 
+@pytest.mark.parametrize("keys", [64, 128], ids=["shared", "of each head"])
+def test_attention_on_a_cpu_has_derivatives_in_forward_mode(keys):
+    generator = torch.Generator().manual_seed(0)
+    q, k, null = (torch.randn(shape, generator=generator) for shape in ((2, 8, 128), (2, 5, keys), (64,)))
+
+    def function(q):
+        return null_key_attention(q, k, k, null, null, heads=2)
+
+    _, slope = torch.func.jvp(function, (q,), (q.sin(),))
+    gradient = torch.func.grad(lambda q: (function(q) * slope).sum())(q)
+    torch.testing.assert_close((gradient * q.sin()).sum(), slope.square().sum(), rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_is_left_to_other_libraries_in_forward_mode():
     x = torch.ones(2)
     assert dispatch.is_eager_float32_on_cpu(x)

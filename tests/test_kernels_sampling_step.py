@@ -291,10 +291,16 @@ def test_rank_is_that_of_torch_quantile(n, q):
     assert torch.equal(torch.quantile(values, q), torch.lerp(values[below], values[below + step], weight))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_quantile_beyond_the_limit_of_torch(dtype, monkeypatch):
+def test_quantile_beyond_the_limit_of_torch(dtype, deterministic, monkeypatch):
+    # On CUDA torch refuses one of the two then.
+    other = "kthvalue" if deterministic else "sort"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     x = torch.stack((spread(1000), spread(1000, math.nan))).to(dtype)
     expected = [threshold.quantile(x, q) for q in (0.0, 0.9, 1.0)]
+    monkeypatch.setattr(torch, other, lambda *args, **kwargs: pytest.fail(other))
+    monkeypatch.setattr(torch.Tensor, other, lambda *args, **kwargs: pytest.fail(other))
     # Fewer than a row has, and than all rows have.
     for limit in (10, 1000):
         monkeypatch.setattr(threshold, "_TORCH_LIMIT", limit)

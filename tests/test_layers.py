@@ -29,6 +29,17 @@ def test_sinusoids():
             layers.SinusoidalPosEmb(dim)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_sinusoids_are_float32_whatever_the_default(dtype):
+    embedding, times = layers.SinusoidalPosEmb(16), torch.tensor([3, 998, 999])
+    expected = embedding(times)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(embedding(times), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_channel_layer_norm_is_a_layer_norm_over_channels():
     norm = layers.ChanLayerNorm(6)
     torch.nn.init.normal_(norm.g)

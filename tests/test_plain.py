@@ -1,6 +1,7 @@
 """Parts of a U-Net that were replaced or given hooks are called, although code that stands in for them is faster."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -215,6 +216,62 @@ def test_a_residual_convolution_with_wider_kernels():
     assert distance(block(x, skip=skip, skip_scale=0.5), expected) < 1e-5
     convolution.weight.data[:, :, 0, 0] = 1.0
     assert distance(block(x, skip=skip, skip_scale=0.5), expected) > 1e-2
+
+
+@contextmanager
+def a_hook_of_all_modules(unet, kind):
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, result: 0.9 * result if type(module) is kind else None
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def another_forward_of_the_class(unet, kind):
+    forward = kind.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", lambda module, x: 0.9 * forward(module, x))
+        yield
+
+
+@contextmanager
+def another_convolution(unet, kind):
+    for part in unet.modules():
+        if type(part) is kind:
+            part._conv_forward = lambda *args, part=part: 0.9 * kind._conv_forward(part, *args)
+    yield
+
+
+@pytest.mark.parametrize("make", [make_unet, make_super])
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        *((a_hook_of_all_modules, kind) for kind in (nn.GroupNorm, nn.Conv2d, nn.Linear)),
+        *((another_forward_of_the_class, kind) for kind in (nn.GroupNorm, nn.Conv2d, nn.Linear, nn.SiLU)),
+        (another_convolution, nn.Conv2d),
+    ],
+)
+@torch.no_grad()
+def test_what_is_done_to_all_modules_of_a_class_is_heard(make, change, kind):
+    unet, hooked = make(), make()
+    for part in hooked.modules():
+        if type(part) is kind:
+            part.register_forward_hook(lambda module, args, result: 0.9 * result)
+    before, expected = forward(unet), forward(hooked)
+    with change(unet, kind):
+        assert distance(forward(unet), expected) < 1e-5 < 1e-3 < distance(before, expected)
+
+
+@pytest.mark.parametrize("change", [a_hook_of_all_modules, another_forward_of_the_class, another_convolution])
+def test_what_is_done_to_all_modules_of_a_class_is_heard_in_sampling(change):
+    imagen, run = make_imagen(), {"sampler": "ddim", "steps": 2, "cond_scale": 2.0}
+    before = sample(imagen, **run)
+    with change(imagen.unets[0], nn.Conv2d):
+        expected = sample(imagen.accelerate("reference"), **run)
+        assert distance(sample(imagen.accelerate(), **run), expected) < 1e-4 < 1e-3 < distance(before, expected)
 
 
 class TestIsPlain:

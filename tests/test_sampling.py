@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from fast_path import FakeGraph, T, distance, fake_cuda_graphs, make_imagen, make_words, sample
+from fast_path import FakeGraph, T, denoise_by, distance, fake_cuda_graphs, make_imagen, make_words, sample
 
 from minimagen_fast import sampling
 from minimagen_fast.acceleration import ASKED_FOR
@@ -53,7 +53,7 @@ def predictions(monkeypatch):
         seen.append((len(out), out.dtype))
         return out
 
-    monkeypatch.setattr(Unet, "denoise", watched)
+    denoise_by(monkeypatch, watched)
     return seen
 
 
@@ -153,7 +153,7 @@ def scarce(monkeypatch, most):
             raise torch.OutOfMemoryError("no more")
         return denoise(self, x, *args)
 
-    monkeypatch.setattr(Unet, "denoise", out_of_memory)
+    denoise_by(monkeypatch, out_of_memory)
     return tried
 
 
@@ -206,7 +206,7 @@ def scarce_for_conditions(monkeypatch, most):
             raise torch.OutOfMemoryError("no more")
         return denoise(self, x, lowres_cond_img, conditions)
 
-    monkeypatch.setattr(Unet, "denoise", out_of_memory)
+    denoise_by(monkeypatch, out_of_memory)
     return tried
 
 

@@ -1,17 +1,19 @@
 """What batches are made of, whichever way data is read: chance, order, failures, worker processes."""
 
+import multiprocessing
 import os
 import signal
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from .arguments import whole_number
 from .data import MinimagenCollator
@@ -168,13 +170,34 @@ def leave_signals_to_the_training(worker: int) -> None:
     # Of those that can be told who has sent a signal: torch's handler ends the worker on anybody's, no handler at all
     # would have the parent wait for ever for one that hangs.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_for, args=(_parent(), os.getppid()), daemon=True).start()
 
 
-def _end_for(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent == os.getppid():
+def _parent() -> int | None:
+    """Of a worker process the one that started it, or had it started: a fork server forks for others."""
+    parent = multiprocessing.parent_process()
+    return None if parent is None else parent.pid
+
+
+def _end_for(parent: int | None, forked_by: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == forked_by:
         pass
     os._exit(0)
+
+
+def started(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader, whose workers begin with SIGTERM blocked.
+
+    In those that are not forked libraries have threads before :func:`leave_signals_to_the_training` can block it.
+    """
+    if not loader.num_workers or not hasattr(signal, "sigwaitinfo"):
+        return iter(loader)
+    resource_tracker.ensure_running()  # which unblocks it once it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:

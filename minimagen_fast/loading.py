@@ -17,6 +17,7 @@ from .batches import (
     checked_numbers,
     collate,
     permutation,
+    started,
     worker_options,
 )
 from .captioned import NoItem
@@ -142,7 +143,7 @@ class ShardedLoader:
         self._plan.begin(epoch, self._parts(epoch, start))
         run = self._plan.runs
         self._tally.begin()
-        for loaded in self._loader:
+        for loaded in started(self._loader):
             yield self._tally.passed(loaded, self.device)
             if self._plan.runs != run:
                 raise RuntimeError("another epoch of this loader has been begun: read one at a time")

@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -248,9 +250,18 @@ def test_workers_change_nothing(context):
         next(broken_off)
 
 
+class WithAThread(Numbers):
+    """Has one in a worker process that is not forked, as libraries have, before the worker is told anything."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who has sent a signal")
-def test_signals_to_all_processes_of_a_training_leave_its_workers_alone():
-    loader = ShardedLoader(Numbers(40), 4, seed=0, num_workers=1, multiprocessing_context="fork")
+def test_signals_to_all_processes_of_a_training_leave_its_workers_alone(context):
+    loader = ShardedLoader(WithAThread(40), 4, seed=0, num_workers=1, multiprocessing_context=context)
     batches = loader.epoch(0)
     next(batches)
     [worker] = loader._loader._iterator._workers

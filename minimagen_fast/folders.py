@@ -1,6 +1,7 @@
 """A folder of captioned pictures."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -17,6 +18,9 @@ from .t5 import MAX_LENGTH
 
 # Of the formats that are decoded: see FORMATS.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+
+# At the root of a disk, and for nobody else to read than the system's administrator.
+LOST_FOUND = "lost+found"
 
 
 class FolderDataset(CaptionedPictures):
@@ -130,7 +134,7 @@ def visible_files(directory: Path) -> list[PurePosixPath]:
                 folders.clear()
                 continue
             searched.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name != LOST_FOUND)
             links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
             below = Path(parent).relative_to(directory)
             files += [PurePosixPath(below, name) for name in names if not name.startswith(".")]
@@ -207,8 +211,12 @@ def _from_metadata(
         else:
             entries.append((name, text))
     if not problems:
-        named = {PurePosixPath(name) for name, _ in entries}
-        problems += [f"{path} is not in {file.name}" for path in files if is_picture(path) and path not in named]
+        # Of a folder with several links metadata may name another than was followed.
+        real = functools.cache(lambda folder: os.path.realpath(file.parent / folder))
+        named = {(real(path.parent), path.name) for path in (PurePosixPath(name) for name, _ in entries)}
+        for path in filter(is_picture, files):
+            if (real(path.parent), path.name) not in named:
+                problems.append(f"{path} is not in {file.name}")
     return entries
 
 

@@ -235,6 +235,14 @@ def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
     dataset = FolderDataset(folder, side_length=16, encoder_name="word_count")
     assert dataset.entries == [("linked/deep/x.gif", "deep"), ("own/x.gif", "own")]
     assert dataset[0] is not None
+    names = ["first/x.gif", "linked/again/deep/x.gif"]
+    rows = [json.dumps({"file_name": name, "text": name}) for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    named = FolderDataset(folder, side_length=16, encoder_name="word_count")
+    assert [name for name, _ in named.entries] == names and named[1] is not None
+    (folder / "metadata.jsonl").write_text(rows[0])
+    with pytest.raises(ValueError, match="linked/deep/x.gif is not in metadata.jsonl"):
+        FolderDataset(folder, side_length=16, encoder_name="word_count")
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -242,13 +250,15 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("sub"):
+        if str(path).endswith(("sub", "lost+found")):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="sub"):
         FolderDataset(folder, side_length=16, encoder_name="word_count")
+    (folder / "sub").rename(folder / "lost+found")
+    assert len(FolderDataset(folder, side_length=16, encoder_name="word_count")) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2205.11487.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -425,7 +426,8 @@ class Imagen(nn.Module):
         batch, device = images.shape[0], images.device
         if exists(seeds) and len(seeds) != batch:
             raise ValueError(f"seeds must hold one whole number for each of the {batch} images, got {len(seeds)}")
-        if exists(min_snr_gamma) and not finite_number("min_snr_gamma", min_snr_gamma) > 0:
+        # Infinity, which weighs all alike, is one too.
+        if min_snr_gamma not in (None, math.inf) and not finite_number("min_snr_gamma", min_snr_gamma) > 0:
             raise ValueError(f"min_snr_gamma must be positive, for example 5, or None; got {min_snr_gamma!r}")
         own = ImageRandom(seeds, device) if exists(seeds) else None
         noise_scheduler = self.noise_schedulers[unet_number - 1]

@@ -95,6 +95,7 @@ def test_timesteps_weighed_by_their_signal_to_noise_ratio(batch):
     expected = (losses.double() * ratio.clamp(max=0.5) / ratio).mean()
     assert weighted.item() == pytest.approx(expected.item(), rel=1e-5)
     assert weighted != losses.mean()
+    assert imagen(images, **text, seeds=[1, 2, 3, 4], min_snr_gamma=float("inf")) == losses.mean()
 
 
 @pytest.mark.parametrize(

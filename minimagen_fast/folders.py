@@ -28,9 +28,10 @@ class FolderDataset(CaptionedPictures):
 
     The captions stand in ``metadata.jsonl`` or ``metadata.csv`` with the fields ``file_name`` (relative to the folder)
     and ``text``; without such a file, beside each picture ``x.jpg`` in a file ``x.txt``. Folders within are searched
-    too, also those that links lead to, each once; files and folders whose name starts with a dot are not. Every picture
-    must have a caption, and every caption a picture. Items are like those of :class:`.data.MinimagenDataset`, but a
-    picture is cropped to its middle square before it is scaled, and its values are left as they are.
+    too, also those that links lead to, each once; not ``lost+found``, nor files and folders whose name starts with a
+    dot. Every picture must have a caption, and every caption a picture. Items are like those of
+    :class:`.data.MinimagenDataset`, but a picture is cropped to its middle square before it is scaled, and its values
+    are left as they are.
 
     Args:
         directory: The folder.

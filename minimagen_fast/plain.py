@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
     _has_any_global_hook,
 )
+from torch.utils.module_tracker import ModuleTracker
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -27,10 +28,18 @@ def is_untouched(module: nn.Module) -> bool:
     return (
         is_as_made(module)
         and not (
-            _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
+            (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks)
+            and _is_every_module_touched()
         )
         and (kind not in _FORWARDS or _FORWARDS[kind] is kind.forward)
     )
+
+
+def _is_every_module_touched() -> bool:
+    """Whether there are hooks for all modules other than those of torch's counters, which are to count what is run."""
+    every = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+    hooks = (hook for some in every for hook in some.values())
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def is_as_made(module: nn.Module) -> bool:

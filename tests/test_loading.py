@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,8 @@ class WithAThread(Numbers):
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who has sent a signal")
 def test_signals_to_all_processes_of_a_training_leave_its_workers_alone(context):
+    # One that another test has started does not begin its workers as this loader would have it.
+    forkserver._forkserver._stop()
     loader = ShardedLoader(WithAThread(40), 4, seed=0, num_workers=1, multiprocessing_context=context)
     batches = loader.epoch(0)
     next(batches)

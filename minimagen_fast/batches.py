@@ -6,14 +6,13 @@ import signal
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from .arguments import whole_number
 from .data import MinimagenCollator
@@ -160,7 +159,8 @@ def worker_options(
 def leave_signals_to_the_training(worker: int) -> None:
     """In a worker process: of the signals that ask for a stop, only its parent's SIGTERM ends it.
 
-    Launchers send them to all processes of a training, which is to finish its step and save: it needs its workers.
+    Launchers send them to all processes of a training, which is to finish its step and save: it needs its workers. Of
+    workers that are not forked libraries may have threads by now, which a SIGTERM still reaches: fork is the default.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
@@ -183,21 +183,6 @@ def _end_for(parent: int | None, forked_by: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == forked_by:
         pass
     os._exit(0)
-
-
-def started(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader, whose workers begin with SIGTERM blocked.
-
-    In those that are not forked libraries have threads before :func:`leave_signals_to_the_training` can block it.
-    """
-    if not loader.num_workers or not hasattr(signal, "sigwaitinfo"):
-        return iter(loader)
-    resource_tracker.ensure_running()  # which unblocks it once it has started
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:

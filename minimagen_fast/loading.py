@@ -17,7 +17,6 @@ from .batches import (
     checked_numbers,
     collate,
     permutation,
-    started,
     worker_options,
 )
 from .captioned import NoItem
@@ -143,7 +142,7 @@ class ShardedLoader:
         self._plan.begin(epoch, self._parts(epoch, start))
         run = self._plan.runs
         self._tally.begin()
-        for loaded in started(self._loader):
+        for loaded in self._loader:
             yield self._tally.passed(loaded, self.device)
             if self._plan.runs != run:
                 raise RuntimeError("another epoch of this loader has been begun: read one at a time")

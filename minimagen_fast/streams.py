@@ -9,18 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .batches import (
-    Batch,
-    Loaded,
-    Problem,
-    Tally,
-    chances,
-    check_start,
-    checked_numbers,
-    collate,
-    started,
-    worker_options,
-)
+from .batches import Batch, Loaded, Problem, Tally, chances, check_start, checked_numbers, collate, worker_options
 from .caption_store import CaptionStore
 from .captioned import CaptionedPictures, Item, NoItem
 from .t5 import MAX_LENGTH
@@ -210,7 +199,7 @@ class StreamedLoader:
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )
-        for number, loaded in enumerate(started(loader)):
+        for number, loaded in enumerate(loader):
             if number >= start or loaded.problem is not None:
                 yield self._tally.passed(loaded, self.device)
 

@@ -3,10 +3,7 @@
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -251,20 +248,9 @@ def test_workers_change_nothing(context):
         next(broken_off)
 
 
-class WithAThread(Numbers):
-    """Has one in a worker process that is not forked, as libraries have, before the worker is told anything."""
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-
-
-@pytest.mark.parametrize("context", ["fork", "forkserver"])
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nothing tells who has sent a signal")
-def test_signals_to_all_processes_of_a_training_leave_its_workers_alone(context):
-    # One that another test has started does not begin its workers as this loader would have it.
-    forkserver._forkserver._stop()
-    loader = ShardedLoader(WithAThread(40), 4, seed=0, num_workers=1, multiprocessing_context=context)
+def test_signals_to_all_processes_of_a_training_leave_its_workers_alone():
+    loader = ShardedLoader(Numbers(40), 4, seed=0, num_workers=1, multiprocessing_context="fork")
     batches = loader.epoch(0)
     next(batches)
     [worker] = loader._loader._iterator._workers

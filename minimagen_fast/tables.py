@@ -229,7 +229,7 @@ def _check_file(kind: str, file: str, *, count: bool) -> int | None:
                 mapped.seek(0)
                 pyarrow.ipc.open_file(mapped)
                 return None
-            # Of batches in mapped memory nothing but their description is read.
+            # Of batches in mapped memory nothing but their description is read, unless they are compressed.
             return sum(batch.num_rows for batch in stream) if count else None
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no {kind} file, or it is damaged or cut short ({error}): get it anew") from error

@@ -188,6 +188,10 @@ OURS_BF16 = Variant("ours-bf16-channels_last", channels_last=True, autocast=True
 OURS_COMPILED = Variant("ours-compiled", channels_last=True, autocast=True, compile=True)
 REFERENCE = Variant("reference", "reference")
 
+# Timed in turn with the original on a CPU, which other programs slow down now and then; a card that nobody shares keeps
+# its pace, and may not hold two networks.
+IN_TURN = (OURS.name, OURS_COMPILED.name)
+
 # How long compilation may take, by device, of a network's blocks, and of the whole as one: on a CPU it is C++ code.
 BLOCKS_SECONDS = {"cpu": 100.0, "cuda": 60.0}
 COMPILE_SECONDS = {"cpu": 300.0, "cuda": 90.0}
@@ -203,3 +207,10 @@ def original_unet() -> Callable[..., torch.nn.Module]:
     from minimagen.Unet import Unet as OriginalUnet
 
     return OriginalUnet
+
+
+def beside_original(
+    variant: Any, original: Any, device: torch.device, prepare: Callable[[Any], Any]
+) -> tuple[str, Callable[..., Any]] | None:
+    """What :class:`.harness.Plan` is to time beside a variant; ``prepare`` makes the case's preparation for one."""
+    return (original.name, prepare(original)) if device.type == "cpu" and variant.name in IN_TURN else None

@@ -106,10 +106,6 @@ OURS_BF16 = ImagenVariant("ours-bf16", settings={"precision": "bfloat16"})
 OURS_COMPILED = ImagenVariant("ours-compiled", settings={"precision": "bfloat16", "compile": "blocks"})
 REFERENCE = ImagenVariant("reference", "reference")
 
-# Timed in turn with the original on a CPU, which other programs slow down now and then; a card that nobody shares keeps
-# its pace, and may not hold two networks.
-IN_TURN = (OURS, OURS_COMPILED)
-
 # On CUDA ours computes in bfloat16 and is compiled anyway.
 EAGER = {"cpu": (ORIGINAL, OURS, OURS_BF16), "cuda": (ORIGINAL, OURS)}
 COMPILED_PEERS = {"cpu": (ORIGINAL_COMPILED,), "cuda": (ORIGINAL_COMPILED, ORIGINAL_GRAPHS)}
@@ -136,13 +132,6 @@ SWITCHES: dict[str, dict[str, str]] = {
     # A switch that training heeds needs one that it does not.
     "cuda_graphs": {"condition_cache": "on", "cuda_graphs": "on"},
 }
-
-
-def beside_original(
-    variant: ImagenVariant, device: torch.device, prepare: Callable[[ImagenVariant], Any]
-) -> tuple[str, Callable[..., Any]] | None:
-    """What :class:`.harness.Plan` is to time beside a variant; ``prepare`` makes the case's preparation for one."""
-    return (ORIGINAL.name, prepare(ORIGINAL)) if device.type == "cpu" and variant in IN_TURN else None
 
 
 def stage(network: Network) -> tuple[Network, ...]:

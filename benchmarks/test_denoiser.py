@@ -1,7 +1,7 @@
 """One call of a U-Net, and one with its backward, against the original and what a user would make of it."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from .denoisers import (
     OURS,
     OURS_BF16,
     OURS_COMPILED,
+    Network,
     Variant,
+    beside_original,
 )
-from .harness import CLOCK, Plan
+from .harness import CLOCK, Context, Plan, Prepared
 from .results import Identity
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
@@ -68,12 +70,19 @@ def _calls(profile: str, cuda: bool) -> list[tuple[str, int, str, tuple[Variant,
 def plans(profile: str, device: torch.device) -> Iterator[Plan]:
     for name, batch, direction, variants, priority in _calls(profile, device.type == "cuda"):
         network = NETWORKS[name]
+
+        def prepared(
+            variant: Variant, network: Network = network, batch: int = batch, direction: str = direction
+        ) -> Callable[[Context], Prepared]:
+            return functools.partial(prepare, network, variant, batch, direction)
+
         for variant in variants:
             # A backward is launched one by one in training; a denoiser that samples can be a graph.
             for graph in (False, True) if device.type == "cuda" and direction == "forward" else (False,):
                 identity = Identity("denoiser", name, direction, network.shape(batch), "float32", variant.name, graph)
                 seconds = COMPILE_SECONDS[device.type] if variant.compile else 0.0
-                yield Plan(identity, functools.partial(prepare, network, variant, batch, direction), priority, seconds)
+                beside = beside_original(variant, ORIGINAL, device, prepared)
+                yield Plan(identity, prepared(variant), priority, seconds, beside)
 
 
 def test_denoiser(plan, harness, benchmark):

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .denoisers import NETWORKS, Network
+from .denoisers import NETWORKS, Network, beside_original
 from .harness import CLOCK, Plan
-from .imagens import COMPILED_PEERS, EAGER, OURS_COMPILED, ImagenVariant, beside_original
+from .imagens import COMPILED_PEERS, EAGER, ORIGINAL, OURS_COMPILED, ImagenVariant
 from .results import Identity
 from .sampling_steps import prepare
 
@@ -46,7 +46,7 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
             def prepared(variant: ImagenVariant, network: Network = network, batch: int = batch):
                 return functools.partial(prepare, network, variant, batch)
 
-            beside = beside_original(variant, device, prepared)
+            beside = beside_original(variant, ORIGINAL, device, prepared)
             yield Plan(identity, prepared(variant), priority, variant.seconds(device), beside)
 
 

@@ -8,9 +8,9 @@ import torch
 
 from minimagen_fast.quickstart_training import Recipe
 
-from .denoisers import NETWORKS
+from .denoisers import NETWORKS, beside_original
 from .harness import CLOCK, Plan
-from .imagens import EAGER, ORIGINAL_COMPILED, ImagenVariant, beside_original
+from .imagens import EAGER, ORIGINAL, ORIGINAL_COMPILED, ImagenVariant
 from .results import Identity
 from .training_steps import prepare
 
@@ -58,7 +58,7 @@ def _plan(
         return functools.partial(prepare, network, variant, batch, threads=threads)
 
     identity = Identity("training", name, "both", network.shape(batch) + suffix, "float32", variant.name)
-    beside = beside_original(variant, device, prepared)
+    beside = beside_original(variant, ORIGINAL, device, prepared)
     return Plan(identity, prepared(variant), priority, variant.seconds(device), beside)
 
 

@@ -20,6 +20,7 @@ if __name__ != "kernels":
     from .row_norm import layer_norm
     from .sampling_step import ancestral_step, ddim_step, dpm_solver_pp_2m_step
     from .upsample_conv import upsample_conv3x3
+    from .wide_conv import wide_conv2d
 
     __all__ = [
         "ancestral_step",
@@ -38,4 +39,5 @@ if __name__ != "kernels":
         "q_sample",
         "upsample_conv3x3",
         "use_implementation",
+        "wide_conv2d",
     ]

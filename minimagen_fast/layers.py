@@ -19,6 +19,7 @@ from .kernels import (
     null_key_attention,
     null_key_cross_attention,
     upsample_conv3x3,
+    wide_conv2d,
 )
 from .plain import is_plain, is_plain_sequence
 
@@ -122,12 +123,13 @@ def _project(product: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return product(tokens)
 
 
-def _is_plain_conv(module: Any, side: int) -> bool:
-    """Whether a module is a plain convolution, of this side length, that leaves the size of images as it is."""
-    return (
-        is_plain(module, nn.Conv2d)
-        and (module.kernel_size, module.padding, module.padding_mode) == ((side,) * 2, (side // 2,) * 2, "zeros")
-        and (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
+def _is_plain_conv(module: Any, side: int | None = None) -> bool:
+    """Whether a module is a plain convolution, of this or any side length, that leaves the size of images as it is."""
+    if not is_plain(module, nn.Conv2d):
+        return False
+    side = default(side, module.kernel_size[0])
+    return (module.kernel_size, module.padding, module.padding_mode) == ((side,) * 2, (side // 2,) * 2, "zeros") and (
+        (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
     )
 
 
@@ -377,8 +379,12 @@ class CrossEmbedLayer(nn.Module):
             # There the backward pass of wide kernels on few channels is up to 30 times slower in channels_last.
             layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
             x = x.contiguous()
-            return torch.cat([conv(x) for conv in self.convs], dim=1).contiguous(memory_format=layout)
-        return torch.cat([conv(x) for conv in self.convs], dim=1)
+            return self._side_by_side(x).contiguous(memory_format=layout)
+        return self._side_by_side(x)
+
+    def _side_by_side(self, x: torch.Tensor) -> torch.Tensor:
+        results = [wide_conv2d(x, conv.weight, conv.bias) if _is_plain_conv(conv) else conv(x) for conv in self.convs]
+        return torch.cat(results, dim=1)
 
 
 def Downsample(dim: int, dim_out: int | None = None) -> nn.Conv2d:

@@ -92,14 +92,14 @@ def harness(request, tmp_path_factory):
     """The harness of this run; its result file is there from now on."""
     from .harness import Context, Harness
     from .machine import device_slug, machine_info, software_info
-    from .peers import missing_peers
-    from .results import FOLDER, ResultFile
+    from .peers import missing_peers, peer_versions
+    from .results import FOLDER, ResultFile, file_name
 
     state = request.config.stash[_STATE]
-    machine, software = machine_info(state.device), software_info()
+    machine, software = machine_info(state.device), {**software_info(), "peers": peer_versions()}
     context = Context.of(state.device, state.profile, tmp_path_factory.mktemp("scratch"))
     folder = state.folder or FOLDER / device_slug(machine)
-    file = folder / f"{state.profile.name}-{state.date:%Y-%m-%d}-{software['commit'] or 'unknown'}.json"
+    file = folder / file_name(state.profile.name, state.date, software)
     header = {"profile": state.profile.name, "started": state.date.isoformat(timespec="seconds")}
     results = ResultFile(file, header | {"machine": machine, "software": software, "ceilings": context.ceilings})
     for what, why in missing_peers():

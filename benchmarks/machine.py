@@ -14,7 +14,6 @@ import torch
 import minimagen_fast
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("minimagen", "xformers", "liger_kernel")
 # Where the system does not say how large the last cache is.
 DEFAULT_CACHE_BYTES = 32 * 2**20
 
@@ -44,7 +43,7 @@ def machine_info(device: torch.device) -> dict[str, Any]:
 
 
 def software_info() -> dict[str, Any]:
-    """Versions, commit and peers, for the result file."""
+    """Versions and commit, for the result file."""
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "python": platform.python_version(),
@@ -54,7 +53,6 @@ def software_info() -> dict[str, Any]:
         "minimagen_fast": minimagen_fast.__version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "peers": {name: _version(name) for name in PEERS},
     }
 
 

@@ -38,9 +38,23 @@ def missing_peers() -> list[tuple[str, str]]:
     return [(f"peer {package}", reason) for package in INSTALL if (reason := why_not(package))]
 
 
+def peer_versions() -> dict[str, str | None]:
+    """The version of each of them, None if it cannot be used."""
+    return {package: _usable_version(package) for package in INSTALL}
+
+
 def original_package() -> str | None:
     """The version of the original package, None if it cannot be used."""
-    return None if why_not("minimagen") else importlib.metadata.version("minimagen")
+    return _usable_version("minimagen")
+
+
+def _usable_version(package: str) -> str | None:
+    if why_not(package):
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 Run = Callable[[dict[str, Any]], Any]

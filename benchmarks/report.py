@@ -128,7 +128,7 @@ def _facts(run: Run) -> str:
         device += f", capability {'.'.join(map(str, machine['capability']))}"
     clocks = ", ".join(f"{name.replace('_', ' ')} {digits(value)}" for name, value in (machine["clocks"] or {}).items())
     rates = ", ".join(f"{name} {readable_rate(rate, 'FLOP')}" for name, rate in ceilings["flops_per_second"].items())
-    peers = ", ".join(f"{name} {version or 'not installed'}" for name, version in run.software["peers"].items())
+    peers = ", ".join(f"{name} {version or 'not available'}" for name, version in run.software["peers"].items())
     statuses = [case.status for case in run.cases]
     originals = in_order([str(case.extra["original"]) for case in run.cases if "original" in case.extra])
     return table(

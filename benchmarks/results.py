@@ -1,10 +1,12 @@
 """The result file of a run: one JSON, rewritten after every case, so that a run that was stopped leaves what it has."""
 
+import itertools
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -97,16 +99,33 @@ def spread(samples: Sequence[float]) -> dict[str, Any] | None:
     return {"median": median(samples), "q1": q1, "q3": q3, "min": min(samples), "samples": list(samples)}
 
 
+def file_name(profile: str, date: datetime, software: dict[str, Any]) -> str:
+    """What a run's file is called: profile, date, commit, and whether the code was really that of the commit."""
+    commit = (software["commit"] or "unknown") + ("-dirty" if software["dirty"] else "")
+    return f"{profile}-{date:%Y-%m-%d}-{commit}.json"
+
+
+def _free(path: Path) -> Path:
+    """The path, or one beside it, of nothing that is there."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 class ResultFile:
     """A run's results, on disk from the start.
 
     Args:
-        path: The JSON file; folders on the way to it are made, a file of that name is replaced.
+        path: The JSON file; folders on the way to it are made. Where something of that name is, -2 is added, or the
+            first number that is free.
         header: What is known before the first case: profile, start, machine, software, ceilings.
+
+    Attributes:
+        path: Where the results really are.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]):
-        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = _free(path)
         self._content: dict[str, Any] = {
             "schema": SCHEMA,
             **header,
@@ -115,7 +134,6 @@ class ResultFile:
             "cases": [],
             "missing": [],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._write()
 
     @property

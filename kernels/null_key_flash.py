@@ -12,8 +12,8 @@ float16 cannot hold, beyond 65504, makes dq and dk infinite or NaN.
 Queries and output stay in (b, n, heads * d), keys and values in (b, m, heads * d) or, one head for all, (b, m, d). With
 one head for all keys the heads of a query are nothing but more queries: row n * heads + head of one head.
 
-Floor: matrix products of 4 b heads n m d operations forward and 10 backward (the two kernels here take 14, since both
-make p and ds again). Memory: q and out once; keys and values once per block of queries, from L2.
+Floor: matrix products of 4 b heads n m d operations forward and 8 backward (the two kernels here take 14, since both
+make s and grad v, which nobody keeps). Memory: q and out once; keys and values once per block of queries, from L2.
 """
 
 import torch

@@ -130,7 +130,7 @@ def write(path: Path, records, *, profile="cpu", complete=True, started=STARTED,
     for entry in records:
         file.add(entry, seconds / 2)
     file.finish(complete, seconds)
-    return path
+    return file.path
 
 
 @functools.cache

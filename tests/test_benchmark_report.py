@@ -154,12 +154,12 @@ def test_what_is_no_result_file_is_refused(cpu):
         cpu.write_text(broken)
         with pytest.raises(ValueError, match=message):
             read(cpu)
-    changed(write(cpu, FAILURES), "cases.0.reason", None)
+    failed = changed(write(cpu.parent / "failed.json", FAILURES), "cases.0.reason", None)
     with pytest.raises(ValueError, match=r"cases\[0\].reason must be a string, as the status is 'parity_failed'"):
-        read(cpu)
-    write(cpu, [*kernels(("float32",)), next(kernels(("float32",)))])
+        read(failed)
+    twice = write(cpu.parent / "twice.json", [*kernels(("float32",)), next(kernels(("float32",)))])
     with pytest.raises(ValueError, match=r"cases\[\d+\].id must be the id of no other case"):
-        read(cpu)
+        read(twice)
 
 
 # Report
@@ -239,7 +239,7 @@ def test_the_report_says_what_there_is(cpu):
         "copy 20 GB/s",
         "float32 100 GFLOP/s",
         "83.4 s",
-        "minimagen not installed",
+        "minimagen not available",
         REFERENCE_PATH,
         " timed, 1 wrong, 1 failed, 1 not",
     ):
@@ -306,8 +306,8 @@ def test_the_report_beside_the_file(cpu, capsys):
             assert image.width == WIDTH * DPI
             assert len(image.convert("L").getcolors()) > 50
 
-    write(cpu, networks())
-    assert cli.main(["bench", "report", str(cpu), "--out", str(folder)]) == 0
+    less = write(cpu.parent / "less.json", networks())
+    assert cli.main(["bench", "report", str(less), "--out", str(folder)]) == 0
     assert not (folder / "roofline.png").exists(), "of an earlier report"
     assert "roofline" not in (folder / "report.md").read_text(encoding="utf-8")
 

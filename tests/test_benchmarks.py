@@ -1,6 +1,9 @@
 """The benchmark suite: that its smoke profile runs, and that what it says can be trusted."""
 
 import contextlib
+import functools
+import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -9,19 +12,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import kernel_cases, machine, test_kernels
+from benchmarks import kernel_cases, machine, peers, test_kernels
 from benchmarks.floors import count_flops, floor_of
 from benchmarks.harness import CLOCK, Context, Harness, Plan, Prepared, Unavailable
 from benchmarks.measure import MAX_COPIES, Timer, copies_needed, launches, peak_bytes
 from benchmarks.parity import difference, relative_distance
 from benchmarks.profiles import PROFILES
-from benchmarks.results import SECTIONS, STATUSES, Identity, Record, ResultFile, spread
+from benchmarks.results import SECTIONS, STATUSES, Identity, Record, ResultFile, file_name, spread
 from minimagen_fast.kernels.group_norm_silu import group_norm_silu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,6 +296,40 @@ def test_a_result_file_is_whole_or_not_there(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_a_second_run_of_the_same_name_leaves_the_first(tmp_path):
+    wanted = tmp_path / "cpu-2026-11-22-abc1234.json"
+    first = ResultFile(wanted, {"profile": "smoke"})
+    first.add(Record(IDENTITY, samples=[1.0]), 1.0)
+    before = first.path.read_text()
+    others = [ResultFile(wanted, {"profile": "smoke"}) for _ in range(2)]
+    for other in others:
+        other.finish(True, 1.0)
+    assert first.path == wanted and wanted.read_text() == before
+    assert [other.path.name for other in others] == [f"{wanted.stem}-{number}.json" for number in (2, 3)]
+
+
+@pytest.mark.parametrize(("dirty", "name"), [(False, "abc1234"), (True, "abc1234-dirty"), (None, "abc1234")])
+def test_a_result_file_says_of_what_it_is(tmp_path, dirty, name):
+    date = datetime(2026, 11, 22, tzinfo=timezone.utc)
+    assert file_name("cpu", date, {"commit": "abc1234", "dirty": dirty}) == f"cpu-2026-11-22-{name}.json"
+    assert file_name("cpu", date, {"commit": None, "dirty": dirty}).startswith("cpu-2026-11-22-unknown")
+
+
+def test_a_peer_that_cannot_be_imported_has_no_version(monkeypatch):
+    def import_module(name):
+        if name == "minimagen.Imagen":
+            raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.0.9")
+    peers.why_not.cache_clear()
+    try:
+        assert peers.peer_versions() == {"minimagen": None, "xformers": "0.0.9", "liger_kernel": "0.0.9"}
+        assert peers.original_package() is None and "peer minimagen" in dict(peers.missing_peers())
+    finally:
+        peers.why_not.cache_clear()
+
+
 def test_the_sections_and_statuses_are_those_of_the_format():
     steps = {"sampling-step", "few-steps"}
     assert {*SECTIONS} == {"kernels", "denoiser", "sampling", "training", "startup", "ablation"} | steps
@@ -340,6 +378,16 @@ def test_floor_of_our_own_operation_is_that_of_one_pass():
     assert 2 <= ours.seconds / x.nbytes < 2.1
     assert {*ours.by_family} == {"group norm"}
     assert plain.seconds / x.nbytes >= 3, "normalised and activated in turn"
+
+
+def test_floor_of_attention_is_what_plain_torch_multiplies():
+    inputs = kernel_cases.attention(2, 64, 63, shared=False).inputs("meta", torch.float32, gradients=True)
+    run = functools.partial(kernel_cases.null_key_attention, **inputs, heads=kernel_cases.HEADS)
+    # It multiplies with the null key, too.
+    keys, plain = 63 / 64, count_flops(lambda: run(implementation="reference"))
+    assert floor_of(lambda: run(implementation="triton"), CEILINGS).flops == keys * plain
+    both = keys * count_flops(lambda: run(implementation="reference").sum().backward())
+    assert floor_of(lambda: run(implementation="triton").sum().backward(), CEILINGS).flops == both == 3 * keys * plain
 
 
 def test_floor_counts_the_backward():

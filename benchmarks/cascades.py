@@ -11,7 +11,7 @@ import torch
 from minimagen_fast.Imagen import Imagen
 
 from .denoisers import NETWORKS, TOKENS, Network
-from .harness import Context, Prepared
+from .harness import Context, Prepared, reference_fits
 from .imagens import REFERENCE, ImagenVariant
 from .parity import relative_distance
 from .peers import original_package
@@ -65,12 +65,14 @@ def prepare(cascade: Cascade, variant: ImagenVariant, batch: int, context: Conte
             return f"pictures {distance:.2g} away from the reference's, {allowed:.2g} is allowed"
         return None
 
+    sample = _sampler(imagen, cascade, variant, batch, device)
     return Prepared(
-        _sampler(imagen, cascade, variant, batch, device),
+        sample,
         wrong,
         steady=not variant.compiles(device),
         # Elsewhere it takes the profiler, over thousands of operations, to say what a step of sampling says.
         memory=device.type == "cuda",
+        memory_of=variant.without_graphs(imagen, lambda: sample),
         extra={**variant.about(imagen, device), "guidance": GUIDANCE},
         # All pictures of a batch are ready at the same time.
         more=lambda samples: {
@@ -81,6 +83,7 @@ def prepare(cascade: Cascade, variant: ImagenVariant, batch: int, context: Conte
 
 
 @functools.lru_cache(maxsize=2)
+@reference_fits()
 def _expected(cascade: Cascade, batch: int, match_original: bool, device: torch.device) -> torch.Tensor:
     """The reference's pictures."""
     imagen = REFERENCE.imagen(cascade.networks, device, timesteps=cascade.timesteps)

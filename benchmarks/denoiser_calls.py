@@ -11,7 +11,7 @@ from minimagen_fast.kernels import launch
 
 from .denoisers import REFERENCE, TOLERANCE, Network, Variant
 from .floors import Floor, convolution_rate, count_flops, floor_of, share_of_matrix_rate
-from .harness import Context, Prepared
+from .harness import Context, Prepared, reference_fits
 from .parity import relative_distance
 
 # What the floor is that of, on any machine.
@@ -78,6 +78,7 @@ def _wrong(
 
 
 @functools.lru_cache(maxsize=1)
+@reference_fits()
 def _expected(network: Network, batch: int, device: torch.device, backward: bool) -> list[torch.Tensor]:
     """The reference's results, in main memory: the next variants are compared with the same."""
     call = call_of(REFERENCE.module(network, device), network.inputs(batch, device), REFERENCE, device, backward)

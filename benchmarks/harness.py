@@ -2,8 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ STEADY_SECONDS = 0.5
 
 class Unavailable(Exception):
     """A case cannot be measured here; the message says why."""
+
+
+@contextmanager
+def reference_fits() -> Iterator[None]:
+    """Where the reference computes what a case is compared with: if memory is too little, it is not for the case."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        why = f"the reference, with which it is compared, is out of memory: {_first_line(error)}"
+        raise Unavailable(why) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +83,8 @@ class Prepared:
         rounds: How many samples then.
         memory: Whether to count memory (and launches, if ``count_launches``), which takes further calls.
         count_launches: Whether to count what is started on the device.
+        memory_of: Where the subject replays a CUDA graph, the memory of which was allocated before: makes the same call
+            without, of which memory is counted; None from it if there is none. The subject is not called after that.
         bytes: See :class:`.results.Record`, and so the others.
         flops: As there.
         floor: As there.
@@ -90,6 +102,7 @@ class Prepared:
     rounds: int = 1
     memory: bool = True
     count_launches: bool = False
+    memory_of: Callable[[], Subject | None] | None = None
     bytes: int | None = None
     flops: int | None = None
     floor: Floor | None = None
@@ -262,12 +275,20 @@ class Harness:
         record.bytes, record.flops = prepared.bytes, prepared.flops
         if prepared.floor:
             record.floor_seconds, record.floor_by_family = prepared.floor.seconds, prepared.floor.by_family
-        if prepared.memory and prepared.subject:
-            record.peak_bytes = peak_bytes(prepared.subject, self.context.device)
-            if prepared.images:
-                record.extra["peak_bytes_per_image"] = record.peak_bytes / prepared.images
-            if prepared.count_launches:
-                record.launches = launches(prepared.subject, self.context.device)
+        if not prepared.memory or prepared.subject is None:
+            return
+        device, subject = self.context.device, prepared.subject
+        if prepared.count_launches:
+            record.launches = launches(subject, device)
+        if prepared.memory_of is not None:
+            subject = prepared.memory_of()
+            if subject is None:
+                return
+            # Once before: libraries try their ways at first, which may take more.
+            subject(0)
+        record.peak_bytes = peak_bytes(subject, device)
+        if prepared.images:
+            record.extra["peak_bytes_per_image"] = record.peak_bytes / prepared.images
 
 
 def summary(record: Record) -> str:

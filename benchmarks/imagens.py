@@ -17,6 +17,7 @@ from . import denoisers
 from .denoisers import Network, Variant
 from .floors import convolution_rate
 from .harness import Unavailable
+from .measure import Subject
 from .peers import original_package
 
 
@@ -75,6 +76,22 @@ class ImagenVariant:
     def dtype(self, imagen: torch.nn.Module) -> torch.dtype:
         """What most is computed in."""
         return self.unets.dtype if self.unets.original else imagen.acceleration.dtype
+
+    def without_graphs(
+        self, imagen: torch.nn.Module, make: Callable[[], Subject]
+    ) -> Callable[[], Subject | None] | None:
+        """What :class:`.harness.Prepared` is to count the memory of; ``make`` makes a call of the cascade."""
+        if self.unets.mode is not None:
+            # Graphs that torch.compile makes: without them it would be compiled otherwise.
+            return lambda: None
+        if not isinstance(imagen, Imagen) or imagen.acceleration.cuda_graphs == "off":
+            return None
+
+        def launched() -> Subject:
+            imagen.accelerate(self.preset, **{**self.settings, "cuda_graphs": "off"})
+            return make()
+
+        return launched
 
     def compiles(self, device: torch.device) -> bool:
         """Whether torch.compile is at work, as far as can be told before the cascade is there."""

@@ -1,8 +1,9 @@
-"""The registry of kernel cases: every operation of ``minimagen_fast.kernels`` at the shapes that the U-Nets give it.
+"""The registry of kernel cases: operations of ``minimagen_fast.kernels`` at the shapes that the U-Nets give them.
 
 Its readers are the ahead-of-time table (:mod:`.aot`), the traffic table (:mod:`.traffic`) and the timing suite. One
 function an operation makes a :class:`Case` from sizes; :data:`CASES` lists what is measured, :func:`unet_cases` what a
-built-in U-Net does with images of some size. A new operation needs a function here, and entries in those two places.
+built-in U-Net does with images of some size. A new operation needs a function here, and entries in those two places;
+one that has no kernels of ours, but arranges what libraries do, is in :mod:`.library_cases`.
 
     case = CASES["group_norm_silu/b1-128x32x32+scale"]
     inputs = case.inputs("cuda", torch.bfloat16, torch.channels_last, gradients=True)
@@ -147,6 +148,9 @@ class Case:
         converted: Whether there are parameters among its inputs, which a U-Net may have in bfloat16.
         libraries: Further implementations that have kernels of ours besides a library's, in half precision.
         half_only: Whether kernels take it in half precision only.
+        by_sample: Inputs that have a batch, if results for a sample depend on that sample alone, and plain torch may
+            not have the memory for all of them at once.
+        share: What part of plain torch's FLOPs it takes at least.
     """
 
     operation: str
@@ -164,6 +168,8 @@ class Case:
     converted: bool = False
     libraries: tuple[str, ...] = ()
     half_only: bool = False
+    by_sample: tuple[str, ...] = ()
+    share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -197,7 +203,7 @@ class Case:
         return self.function(**inputs, **self.options, implementation=implementation)
 
 
-def _image_shape(b: int, c: int, h: int, w: int) -> str:
+def image_shape(b: int, c: int, h: int, w: int) -> str:
     return f"b{b}-{c}x{h}x{w}"
 
 
@@ -237,7 +243,7 @@ def group_norm(
     forward, backward = (1, 1) if resident else (2, 2)
     case = Case(
         "group_norm_silu",
-        _image_shape(b, c, h, w) + (f"+skip{skip}" if skip else "") + ("+scale" if scale else ""),
+        image_shape(b, c, h, w) + (f"+skip{skip}" if skip else "") + ("+scale" if scale else ""),
         group_norm_silu,
         make_inputs,
         Floor({**dict.fromkeys(images, forward), **once}, ("output",)),
@@ -287,6 +293,7 @@ def attention(b: int, n: int, m: int, *, shared: bool, heads: int = HEADS, d: in
         converted=True,
         libraries=("sdpa_merge",),
         half_only=d > 64,
+        by_sample=("q", "k", "v"),
     )
 
 
@@ -345,7 +352,7 @@ def channel_norm(b: int, c: int, h: int, w: int, *, gelu: bool = False, residual
     widest = 1024 if residual else 2048
     return Case(
         "channel_layer_norm",
-        _image_shape(b, c, h, w) + ("+gelu" if gelu else "") + ("+residual" if residual else ""),
+        image_shape(b, c, h, w) + ("+gelu" if gelu else "") + ("+residual" if residual else ""),
         channel_layer_norm,
         make_inputs,
         Floor({**dict.fromkeys(images, 1), "gain": 1}, ("output",)),
@@ -376,7 +383,7 @@ def noising(b: int, c: int, h: int, w: int) -> Case:
 
     return Case(
         "q_sample",
-        _image_shape(b, c, h, w),
+        image_shape(b, c, h, w),
         q_sample,
         make_inputs,
         Floor({"x_start": 1, "noise": 1, "t": 1}, ("output",)),
@@ -421,7 +428,7 @@ def start_from_noise(b: int, c: int, h: int, w: int) -> Case:
 
     return Case(
         "predict_start_from_noise",
-        _image_shape(b, c, h, w),
+        image_shape(b, c, h, w),
         predict_start_from_noise,
         make_inputs,
         Floor({"x_t": 1, "noise": 1, "t": 1}, ("output",)),
@@ -443,7 +450,7 @@ def posterior_mean(b: int, c: int, h: int, w: int) -> Case:
 
     return Case(
         "q_posterior_mean",
-        _image_shape(b, c, h, w),
+        image_shape(b, c, h, w),
         q_posterior_mean,
         make_inputs,
         Floor({"x_start": 1, "x_t": 1, "t": 1}, ("output",)),
@@ -493,7 +500,7 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
     eta = {"eta": 1.0 if third else 0.0} if kind == "ddim" else {}
     return Case(
         f"{kind}_step",
-        _image_shape(b, c, h, w)
+        image_shape(b, c, h, w)
         + ("+guidance" if guided else "")
         + ("" if third else "+eta0" if kind == "ddim" else "+first"),
         function,
@@ -572,7 +579,7 @@ def attention_cases(side: int, batch: int) -> Iterator[Case]:
         yield attention(batch, side * side, side * side, shared=True, d=d)
 
 
-def _named(cases: list[Case], *, small: bool) -> dict[str, Case]:
+def named(cases: list[Case], *, small: bool) -> dict[str, Case]:
     return {case.name: replace(case, small=small) for case in cases}
 
 
@@ -636,5 +643,5 @@ _LARGE = [
     )
 ]
 
-CASES: dict[str, Case] = {**_named(_SMALL, small=True), **_named(_LARGE, small=False)}
+CASES: dict[str, Case] = {**named(_SMALL, small=True), **named(_LARGE, small=False)}
 assert len(CASES) == len(_SMALL) + len(_LARGE), "two cases of one name"

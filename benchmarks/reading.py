@@ -147,7 +147,8 @@ class Run:
     Attributes:
         path: The file.
         profile: 'smoke', 'cpu', 'gpu' or 'full'.
-        complete: Whether every case of the profile has its record.
+        complete: Whether every case of the profile has its record: the run was not stopped, and not only a part asked
+            for. Those for which the time did not suffice have one, too.
         started: When, in UTC.
         seconds: How long it took.
         machine: Device, threads, memory, driver, clocks.

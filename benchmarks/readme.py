@@ -105,10 +105,11 @@ def _device(run: Run, root: Path) -> str:
     kernels = _kernel_rows(run)
     if kernels:
         parts.append(kernels)
-    count = len(losses(run))
+    count, left_out = len(losses(run)), sum(case.status == "unavailable" for case in run.cases)
     parts.append(
         "A ratio above one means that ours is faster; bold ones are lost. "
         + (f"Open losses: {count}, [listed in the report]({report}#open-losses)." if count else "No open losses.")
+        + (f" Cases not measured: {left_out}, [with the reasons]({report}#not-measured)." if left_out else "")
     )
     return "\n\n".join(parts)
 

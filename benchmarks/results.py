@@ -61,7 +61,8 @@ class Record:
         flops: Floating-point operations of a call, a multiplication and an addition counted as two.
         floor_seconds: The least time that this machine can need, see :mod:`.floors`.
         floor_by_family: The same by kind of operation; sums to it.
-        peak_bytes: Most memory that a call had allocated at one time, its inputs aside.
+        peak_bytes: Most memory that a call had allocated at one time, its inputs aside; where it replays a CUDA graph,
+            that of the same call without.
         launches: Kernels that a call starts on the device.
         beside: A peer's variant, and its seconds of one call each, taken in turn with ``samples``.
         extra: Whatever else is worth knowing, by name.
@@ -155,7 +156,7 @@ class ResultFile:
         self._write()
 
     def finish(self, complete: bool, seconds: float) -> None:
-        """Note the end of the run, and whether every case of the profile has its record."""
+        """Note the end of the run, and whether every case of the profile has its record, be it why it is not timed."""
         self._content["complete"] = complete
         self._content["seconds"] = seconds
         self._write()

@@ -17,8 +17,9 @@ from minimagen_fast.sampling import repeated_step
 from .denoiser_calls import demands
 from .denoisers import Network
 from .floors import convolution_rate, share_of_matrix_rate
-from .harness import Context, Prepared
+from .harness import Context, Prepared, reference_fits
 from .imagens import REFERENCE, ImagenVariant, stage
+from .measure import Subject
 from .parity import relative_distance
 
 GUIDANCE = 3.0
@@ -37,8 +38,12 @@ def prepare(network: Network, variant: ImagenVariant, batch: int, context: Conte
     device = context.device
     imagen = variant.imagen(stage(network), device, timesteps=TIMESTEPS).eval()
     stack, started = ExitStack(), time.perf_counter()
-    with variant.active(device):
-        step = _step_of(imagen, network, batch, device, stack)
+
+    def begin() -> Callable[[], torch.Tensor]:
+        with variant.active(device):
+            return _step_of(imagen, network, batch, device, stack)
+
+    step = begin()
     once_before = time.perf_counter() - started
     dtype = variant.dtype(imagen)
     rate = convolution_rate(dtype, device.type == "cuda")
@@ -50,6 +55,12 @@ def prepare(network: Network, variant: ImagenVariant, batch: int, context: Conte
                 # As a sampling begins; a peer that was called since may have set it otherwise.
                 host_memory.keep_freed(imagen.acceleration.freed_memory == "kept")
             return step()
+
+    def begin_again() -> Subject:
+        nonlocal step
+        stack.close()
+        step = begin()
+        return subject
 
     def wrong(images: torch.Tensor) -> str | None:
         expected, without = _expected(network, batch, device)
@@ -66,6 +77,7 @@ def prepare(network: Network, variant: ImagenVariant, batch: int, context: Conte
         wrong,
         steady=not variant.compiles(device),
         count_launches=True,
+        memory_of=variant.without_graphs(imagen, begin_again),
         bytes=floor.bytes,
         flops=flops,
         floor=floor,
@@ -85,6 +97,7 @@ def first_step_seconds(network: Network, variant: ImagenVariant, device: torch.d
 
 
 @functools.lru_cache(maxsize=1)
+@reference_fits()
 def _expected(network: Network, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference's new images, and those of a network that predicts nothing."""
     imagen = REFERENCE.imagen(stage(network), device, timesteps=TIMESTEPS).eval()

@@ -9,9 +9,10 @@ import torch
 
 from minimagen_fast.Unet import Base, Super
 
-from .floors import count_flops, family_of, floor_of_operation
-from .harness import CLOCK, Context, Plan, Prepared
+from .floors import convolution_rate, count_flops, family_of, floor_of_operation
+from .harness import CLOCK, Context, Plan, Prepared, reference_fits
 from .kernel_cases import CASES, Case, unet_cases
+from .library_cases import LIBRARY_CASES
 from .measure import copies_needed
 from .parity import KERNEL_TOLERANCE, difference
 from .peers import Run, kernel_variants
@@ -28,11 +29,12 @@ ALL_LAYOUTS = (*GPU_LAYOUTS, (torch.bfloat16, CONTIGUOUS), (torch.float32, CHANN
 
 def _cases(profile: str, device: torch.device) -> list[Case]:
     """What is measured. A GPU is hardly busy with what is small enough for a CPU."""
-    cases = {case.name: case for case in CASES.values() if case.small == (device.type == "cpu")}
+    every = CASES | LIBRARY_CASES
+    cases = {case.name: case for case in every.values() if case.small == (device.type == "cpu")}
     if profile == "smoke":
         return [*_first_of_each_operation(cases.values()).values()]
     if profile == "full" and device.type == "cuda":
-        cases = dict(CASES)
+        cases = dict(every)
         for batch in (1, 8, 32):
             for unet, side in ((Base, 64), (Super, 256)):
                 cases |= {case.name: case for case in unet_cases(unet, side, batch)}
@@ -58,6 +60,10 @@ class _Way:
 
 def _priority(case: Case, way: _Way, first: bool, profile: str, device: torch.device) -> int | None:
     """When a way to run a case has its turn; None if it is left to the profile ``full``, or out."""
+    if case.name in LIBRARY_CASES:
+        # Last: what they are worth is in the times of networks, too.
+        usual = way.variant != "inductor" and (device.type == "cpu" or way.graph and way.dtype == torch.bfloat16)
+        return 7 if usual or profile == "full" else None
     if device.type == "cpu":
         if way.variant == "inductor":
             return 3 if first and profile == "cpu" or profile == "full" else None
@@ -118,11 +124,18 @@ def _preparer(
         on_meta = case.inputs("meta", dtype, memory_format, gradients=backward)
         out = case.run(on_meta, "reference")
         size = (case.backward if backward else case.forward).bytes(on_meta, out)
-        flops = count_flops(_gradients(case, on_meta, out) if backward else lambda: case.run(on_meta, "reference"))
+        plain = count_flops(_gradients(case, on_meta, out) if backward else lambda: case.run(on_meta, "reference"))
+        flops = round(case.share * plain)
+        tolerance = KERNEL_TOLERANCE[_rounded_to(case, dtype, context.device)]
+
+        @reference_fits()
+        def wrong(result: Any) -> str | None:
+            return difference(result, _expected(case, first, backward), tolerance)
+
         subject = _backward_subject(case, run, sets) if backward else _forward_subject(run, sets)
         return Prepared(
             subject,
-            lambda result: difference(result, _expected(case, first, backward), KERNEL_TOLERANCE[dtype]),
+            wrong,
             copies=copies,
             bytes=size,
             flops=flops or None,
@@ -150,16 +163,23 @@ def _backward_subject(case: Case, run: Run, sets: list[dict[str, Any]]) -> Calla
     return lambda index: calls[index]()
 
 
+def _rounded_to(case: Case, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to whose digits it is computed: TF32, in which convolutions may be, has those of float16."""
+    rate = convolution_rate(dtype, device.type == "cuda")
+    return torch.float16 if rate == "tf32" and family_of(case.operation) == "convolution" else dtype
+
+
 def _gradients(case: Case, inputs: dict[str, Any], out: torch.Tensor) -> Callable[[], Any]:
     wanted = [inputs[name] for name in case.gradients if inputs[name] is not None]
-    if out.device.type == "meta":
-        cotangent = torch.empty_like(out)
-    else:
-        generator = torch.Generator(out.device).manual_seed(2)
-        # Values that every dtype has, so that all get the same ones; copied into the output's layout.
-        values = torch.randn(out.shape, device=out.device, generator=generator).to(torch.bfloat16)
-        cotangent = torch.empty_like(out).copy_(values)
+    # Copied into the output's layout.
+    cotangent = torch.empty_like(out) if out.device.type == "meta" else torch.empty_like(out).copy_(_cotangent(out))
     return lambda: torch.autograd.grad(out, wanted, cotangent, retain_graph=True)
+
+
+def _cotangent(out: torch.Tensor) -> torch.Tensor:
+    """The same for all that have this shape: values that every dtype has."""
+    generator = torch.Generator(out.device).manual_seed(2)
+    return torch.randn(out.shape, device=out.device, generator=generator).to(torch.bfloat16)
 
 
 def _expected(case: Case, inputs: dict[str, Any], backward: bool) -> Any:
@@ -170,8 +190,31 @@ def _expected(case: Case, inputs: dict[str, Any], backward: bool) -> Any:
         name: t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_(t.requires_grad)
         for name, t in inputs.items()
     }
+    if case.by_sample:
+        return _expected_by_sample(case, exact, backward)
     out = case.run(exact, implementation="reference")
     return _gradients(case, exact, out)() if backward else out
+
+
+def _expected_by_sample(case: Case, inputs: dict[str, Any], backward: bool) -> Any:
+    """The same with the memory for one sample: plain torch has every query's weight for every key several times."""
+
+    def run(index: int) -> torch.Tensor:
+        sample = {name: inputs[name][index : index + 1] for name in case.by_sample}
+        return case.run({**inputs, **sample}, implementation="reference")
+
+    samples = range(len(inputs[case.by_sample[0]]))
+    with torch.no_grad():
+        out = torch.cat([run(index) for index in samples])
+    if not backward:
+        return out
+    wanted, cotangent = [inputs[name] for name in case.gradients], _cotangent(out).to(out.dtype)
+    found = [torch.zeros_like(tensor) for tensor in wanted]
+    for index in samples:
+        gradients = torch.autograd.grad(run(index), wanted, cotangent[index : index + 1])
+        for total, gradient in zip(found, gradients, strict=True):
+            total += gradient
+    return found
 
 
 def test_kernels(plan, harness, benchmark):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from statistics import median, quantiles
 from typing import Any
 
@@ -16,7 +16,7 @@ from minimagen_fast.t5 import register_text_encoder
 from .denoiser_calls import demands
 from .denoisers import TOKENS, TOLERANCE, Network
 from .floors import Floor, convolution_rate, share_of_matrix_rate
-from .harness import Context, Prepared
+from .harness import Context, Prepared, reference_fits
 from .imagens import REFERENCE, ImagenVariant, stage
 from .measure import saved_bytes
 from .parity import relative_distance
@@ -145,7 +145,9 @@ def prepare(
     optimizer_seconds = optimizer / context.ceilings["copy_bytes_per_second"]
 
     def wrong(_: None) -> str | None:
-        found = _wrong(loop, _Loop(network, REFERENCE, batch_size, device, 1), batch, dtype)
+        with reference_fits():
+            reference = _Loop(network, REFERENCE, batch_size, device, 1)
+        found = _wrong(loop, reference, batch, dtype)
         for _ in range(WARM_UP_STEPS):
             loop.step()
         loop.waited.clear()
@@ -162,12 +164,16 @@ def prepare(
             "saved_bytes_per_image": saved_bytes(lambda: loop.loss(batch), loop.imagen.unets[-1]) / batch_size,
         }
 
+    def update(_: int) -> None:
+        loop.update(batch)
+
     return Prepared(
-        lambda _: loop.update(batch),
+        update,
         wrong,
         sample=loop.step,
         rounds=rounds,
         count_launches=True,
+        memory_of=variant.without_graphs(loop.imagen, lambda: update),
         bytes=floor.bytes + optimizer,
         flops=flops,
         floor=None
@@ -193,7 +199,8 @@ def _wrong(loop: _Loop, reference: _Loop, batch: dict[str, torch.Tensor], dtype:
     found: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
     for each in (loop, reference):
         torch.manual_seed(SEED)
-        loss = each.gradients(batch)
+        with reference_fits() if each is reference else nullcontext():
+            loss = each.gradients(batch)
         found.append((loss, [p.grad for p in each.parameters if p.grad is not None]))
         for parameter in each.parameters:
             parameter.grad = None

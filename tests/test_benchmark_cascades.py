@@ -2,6 +2,8 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,18 @@ from benchmarks import (
 )
 from benchmarks.denoisers import NETWORKS
 from benchmarks.harness import Context, Prepared
-from benchmarks.imagens import OURS, OURS_BF16, OURS_COMPILED, REFERENCE, SWITCHES, ImagenVariant, ablation, stage
-from benchmarks.measure import saved_bytes
+from benchmarks.imagens import (
+    ORIGINAL_GRAPHS,
+    OURS,
+    OURS_BF16,
+    OURS_COMPILED,
+    REFERENCE,
+    SWITCHES,
+    ImagenVariant,
+    ablation,
+    stage,
+)
+from benchmarks.measure import peak_bytes, saved_bytes
 from benchmarks.profiles import PROFILES
 from benchmarks.results import SECTIONS, Identity
 from minimagen_fast.acceleration import CHOICES
@@ -157,6 +169,37 @@ def test_a_step_of_training_a_super_resolution_network(context):
     plain = training_steps.prepare(SUPER, REFERENCE, 2, context)
     plain.wrong(None)
     assert plain.more([plain.sample()] * 2)["saved_bytes_per_image"] > extra["saved_bytes_per_image"]
+
+
+@pytest.mark.parametrize("module", [sampling_steps, cascades, training_steps])
+def test_memory_is_that_of_a_call_that_replays_nothing(module, context, monkeypatch):
+    cascade = cascades.Cascade.of("tiny", ("tiny-base@16",), 20)
+    network = cascade if module is cascades else BASE
+    assert module.prepare(network, OURS, 1, context).memory_of is None, "on a CPU nothing is replayed"
+    compiled = replace(ORIGINAL_GRAPHS, unets=replace(ORIGINAL_GRAPHS.unets, compile=False))
+    assert module.prepare(network, compiled, 1, context).memory_of() is None
+
+    monkeypatch.setattr(ImagenVariant, "without_graphs", lambda self, imagen, make: make)
+    prepared = module.prepare(network, OURS, 1, context)
+    before = prepared.subject(0)
+    assert peak_bytes(prepared.memory_of(), CPU) > 0
+    assert before is None or prepared.subject(0).shape == before.shape
+    prepared.close()
+
+
+def test_graphs_are_left_off_and_nothing_else():
+    said = []
+
+    class OnCuda(Imagen):
+        acceleration = SimpleNamespace(cuda_graphs="on")
+
+        def accelerate(self, preset, **settings):
+            said.append((preset, settings))
+
+    last = ablation("condition_cache", "cuda_graphs")[-1]
+    call = last.without_graphs(OnCuda.__new__(OnCuda), lambda: len)
+    assert not said, "only once it has been timed"
+    assert call() is len and said == [("reference", {"condition_cache": "on", "cuda_graphs": "off"})]
 
 
 def test_what_a_backward_needs_is_counted_by_storage_and_once():

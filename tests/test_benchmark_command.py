@@ -215,6 +215,9 @@ def test_the_section_of_a_run(cpu, tmp_path):
     assert "(1.03 images/s) | ours-bf16-channels_last | 3.3x | – | – |" in row
     assert re.search(r"\| q_sample \| forward \| float32 \| \S+ \| \S+ \|", section)
     assert f"Open losses: {len(losses(read(cpu)))}, " in section
+    assert (
+        "Cases not measured: 1, [with the reasons](test-cpu/cpu-2026-11-22-abc1234/report.md#not-measured)." in section
+    )
 
 
 def test_the_section_is_replaced_between_its_markers(tmp_path):

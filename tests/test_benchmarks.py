@@ -19,13 +19,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import kernel_cases, machine, peers, test_kernels
+from benchmarks import kernel_cases, library_cases, machine, peers, test_kernels
 from benchmarks.floors import count_flops, floor_of
 from benchmarks.harness import CLOCK, Context, Harness, Plan, Prepared, Unavailable
 from benchmarks.measure import MAX_COPIES, Timer, copies_needed, launches, peak_bytes
 from benchmarks.parity import difference, relative_distance
 from benchmarks.profiles import PROFILES
 from benchmarks.results import SECTIONS, STATUSES, Identity, Record, ResultFile, file_name, spread
+from minimagen_fast import kernels
 from minimagen_fast.kernels.group_norm_silu import group_norm_silu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +221,96 @@ def test_a_right_kernel_passes_the_check(harness, direction):
     prepare = test_kernels._preparer(case, lambda case: run, torch.float32, torch.contiguous_format, direction)
     record = harness.run(Plan(IDENTITY, prepare), Benchmark())
     assert record.status == "ok" and record.floor_seconds == record.bytes > 0
+
+
+@pytest.mark.parametrize("of_reference", [True, False])
+def test_it_is_said_whose_memory_did_not_suffice(harness, of_reference):
+    def function(x, implementation, **options):
+        if (implementation == "reference") == of_reference and x.device.type != "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return x
+
+    case = replace(kernel_cases.group_norm(1, 16, 4, 4), function=lambda weight, bias, **more: function(**more))
+    run = functools.partial(case.run, implementation="auto")
+    prepare = test_kernels._preparer(case, lambda case: run, torch.float32, torch.contiguous_format, "forward")
+    with pytest.raises(pytest.skip.Exception):
+        harness.run(Plan(IDENTITY, prepare), Benchmark())
+    (recorded,) = json.loads(harness.results.path.read_text())["cases"]
+    said = "the reference, with which it is compared, is out of memory" if of_reference else "out of memory"
+    assert (recorded["status"], recorded["reason"]) == ("unavailable", f"{said}: CUDA out of memory.")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("make", [kernel_cases.attention, library_cases.cross_attention])
+def test_the_reference_needs_the_memory_of_one_sample(make, backward):
+    sizes = dict(shared=True) if make is kernel_cases.attention else dict(dim=16, context=8)
+    case = make(3, 5, 7, d=8, **sizes)
+    inputs = case.inputs(CPU, torch.float32, gradients=backward)
+    batches = []
+
+    def function(**arguments):
+        batches.append(len(arguments[case.by_sample[0]]))
+        return case.function(**arguments)
+
+    sliced = test_kernels._expected(replace(case, function=function), inputs, backward)
+    whole = test_kernels._expected(replace(case, by_sample=()), inputs, backward)
+    torch.testing.assert_close(sliced, list(whole) if backward else whole)
+    assert {*batches} == {1}
+
+
+def test_memory_of_what_replays_a_graph_is_that_of_the_same_call_without(harness):
+    """A replay, here a call that does nothing, allocates nothing."""
+    calls = []
+
+    def launched(_):
+        calls.append("launched")
+        return torch.ones(512)
+
+    def peak(memory_of) -> int | None:
+        calls.clear()
+        replayed = Prepared(lambda _: calls.append("replayed"), lambda result: None, memory_of=memory_of, images=2)
+        record = harness.run(Plan(IDENTITY, lambda context: replayed), Benchmark())
+        assert calls == sorted(calls, reverse=True), "what was timed is not called again"
+        assert ("peak_bytes_per_image" in record.extra) == (record.peak_bytes is not None)
+        return record.peak_bytes
+
+    assert [peak(None), peak(lambda: launched), peak(lambda: None)] == [0, 2048, None]
+
+
+def test_every_operation_is_measured_forward_and_backward():
+    operations = {*kernels.__all__} - {"implementation", "use_implementation"}
+    cases = kernel_cases.CASES | library_cases.LIBRARY_CASES
+    assert len(cases) == len(kernel_cases.CASES) + len(library_cases.LIBRARY_CASES)
+    for profile, device in (("smoke", "cpu"), ("cpu", "cpu"), ("gpu", "cuda")):
+        plans = list(test_kernels.plans(profile, torch.device(device)))
+        found = {(p.identity.name, p.identity.direction) for p in plans if p.identity.variant == "ours"}
+        assert found == {(p.identity.name, p.identity.direction) for p in plans if p.identity.variant == "reference"}
+        assert {name for name, _ in found} == operations, profile
+        # A step of a sampler has none.
+        assert {name for name, direction in found if direction == "backward"} == {
+            name for name in operations if not name.endswith("_step")
+        }
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        library_cases.concatenated(2, 8, 4, 4, skip=4, out=6),
+        library_cases.projection(2, 5, 8, out=6),
+        library_cases.cross_attention(2, 5, 7, dim=16, context=8, d=8),
+        library_cases.enlargement(2, 8, 4, 4, out=6),
+        library_cases.wide_convolution(2, 3, 8, 8, side=9, out=4),
+    ],
+    ids=lambda case: case.operation,
+)
+def test_what_libraries_do_passes_the_check(harness, case, direction):
+    run = functools.partial(case.run, implementation="auto")
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        prepare = test_kernels._preparer(case, lambda case: run, torch.float32, memory_format, direction)
+        record = harness.run(Plan(replace(IDENTITY, variant=str(memory_format)), prepare), Benchmark())
+        assert record.status == "ok" and record.flops > 0 and record.floor_seconds > 0
+        assert {*record.floor_by_family} <= {"convolution", "linear", "attention"}
 
 
 def test_what_cannot_be_measured_is_listed_with_its_reason(harness):

@@ -26,6 +26,11 @@ OPERATIONS = (
     "ancestral_step",
     "ddim_step",
     "dpm_solver_pp_2m_step",
+    "conv1x1_concat",
+    "linear",
+    "null_key_cross_attention",
+    "upsample_conv3x3",
+    "wide_conv2d",
 )
 ATTENTION_PEERS = ("sdpa:cudnn", "sdpa:flash", "sdpa:efficient", "sdpa_merge", "triton", "xformers")
 

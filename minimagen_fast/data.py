@@ -37,13 +37,13 @@ SPLIT_SEED = 0
 class MinimagenDataset(CaptionedPictures):
     """Captioned pictures from the web.
 
-    An item is ``{'image': (3, side_length, side_length) float32 in [0, 1], 'encoding': (1, n, dim), 'mask': (1, n)
-    bool}``, or None where the picture or the caption could not be had; :attr:`failures` counts these. A picture is
-    scaled to a square, each axis on its own, and its values are stretched to fill [0, 1] as in minimagen's ``_Rescale``
-    (those of a picture of one colour stay as they are).
+    An item is ``{'image': (3, side_length, side_length) float32 in [0, 1], 'encoding': (1, n, dim) float32, 'mask':
+    (1, n) bool}``, or None where the picture or the caption could not be had; :attr:`failures` counts these. A picture
+    is scaled to a square, without `crop` each axis on its own, and its values are stretched to fill [0, 1] as in
+    minimagen's ``_Rescale`` (those of a picture of one colour stay as they are).
 
     Args:
-        hf_dataset: A Hugging Face ``DatasetDict``, or a mapping with the keys 'train' and 'validation' and below each
+        hf_dataset: A Hugging Face ``DatasetDict``, or a mapping, which has below the key of the split that is taken
             'image_url' and 'caption', lists of one length.
         encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
         max_length: Number of tokens after which a caption is cut off.
@@ -58,7 +58,8 @@ class MinimagenDataset(CaptionedPictures):
         flip: Whether to mirror every second picture, left to right, at random.
 
     Raises:
-        ValueError: if the split is missing, a number is out of range, or the captions were encoded otherwise.
+        ValueError: if the split is missing, `side_length`, `max_length` or `crop` cannot be used, or the captions were
+            encoded otherwise.
     """
 
     _default_crop = None

@@ -45,7 +45,7 @@ class ImageError(Exception):
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file of any format and mode that PIL reads.
+    """Decode an image file of any of the `FORMATS`, in any mode.
 
     Grey, palette, CMYK and 16-bit pictures become RGB, transparent ones stand on white, and a camera's orientation mark
     is obeyed.
@@ -55,7 +55,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels: Larger pictures are refused before they are decoded, as are those with a side beyond `MAX_SIDE`.
 
     Raises:
-        ImageError: 'not_an_image', 'truncated' or 'too_large'.
+        ImageError: 'not_an_image', also for other formats that PIL reads, 'truncated' or 'too_large'.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:

@@ -14,7 +14,7 @@ from .caption_format import DTYPES
 from .data import MinimagenDataset, conceptual_rows
 from .helpers import usable_device
 from .shapes import all_captions
-from .sources import BUILT_IN, CONCEPTUAL, add_source_arguments, open_captions
+from .sources import BUILT_IN, CONCEPTUAL, add_source_arguments, check_columns, open_captions
 from .training import get_minimagen_parser
 
 
@@ -95,6 +95,7 @@ def _from_environment(name: str, default: int) -> int:
 
 
 def _captions(args: argparse.Namespace) -> Iterable[str]:
+    check_columns(args)
     if args.DATA == BUILT_IN:
         return all_captions()
     if args.DATA == CONCEPTUAL:

@@ -30,7 +30,9 @@ class _OnlyHttp(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http and https alone; urllib's own handler also follows them to ftp."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        return super().redirect_request(req, fp, code, msg, headers, newurl) if _is_http(newurl) else None
+        if not _is_http(newurl):  # as urllib's own does for all that it does not know
+            raise urllib.error.HTTPError(newurl, code, msg, headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _InTime(io.RawIOBase):
@@ -136,7 +138,8 @@ def fetch_image(
         The picture as RGB, see :func:`.decode.decode_image`.
 
     Raises:
-        ImageError: with the reason why it could not be had.
+        ImageError: with the reason why it could not be had: 'scheme', 'http', 'timeout', 'network', 'too_large',
+            'not_an_image' or 'truncated'.
     """
     if not isinstance(url, str) or not _is_http(url.strip()):
         raise ImageError("scheme", f"only http and https addresses are fetched, got {str(url)[:100]!r}")
@@ -174,9 +177,9 @@ def _read(url: str, timeout: float, max_bytes: int) -> bytes:
             return bytes(data)
     except urllib.error.HTTPError as error:
         error.close()
-        target = urllib.parse.urljoin(url, error.headers.get("Location", ""))
-        if not _is_http(target):
-            raise ImageError("scheme", f"redirected to {target[:100]!r}, which is neither http nor https") from error
+        # Not the header Location, which may be anything, and in any answer: of a redirect this is where it leads.
+        if not _is_http(error.url):
+            raise ImageError("scheme", f"redirected to {error.url[:100]!r}, which is neither http nor https") from error
         kind = _PassingError if error.code in _PASSING else ImageError
         raise kind("http", f"the server answered {error.code} {error.reason}") from error
     except TimeoutError as error:

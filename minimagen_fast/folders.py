@@ -41,13 +41,14 @@ class FolderDataset(CaptionedPictures):
         captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
         crop: 'center' (the default) or 'random': which of the largest squares of a picture to take.
         flip: Whether to mirror every second picture, left to right, at random.
+        caption_field: The field of the metadata that holds the caption; 'text' if not given.
 
     Raises:
         FileNotFoundError: if there is no such folder.
         OSError: if a folder within cannot be read.
         ValueError: if it holds no captioned picture, both metadata files, a picture without a caption or a caption
-            without a picture, or an entry that cannot be read or points outside the folder; or if the captions were
-            encoded otherwise.
+            without a picture, or an entry that cannot be read or points outside the folder; if a field is named where
+            there is no metadata; or if the captions were encoded otherwise.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class FolderDataset(CaptionedPictures):
         captions: CaptionStore | None = None,
         crop: str | None = None,
         flip: bool = False,
+        caption_field: str | None = None,
     ):
         super().__init__(
             side_length=side_length,
@@ -72,7 +74,7 @@ class FolderDataset(CaptionedPictures):
         self.directory = Path(directory).absolute()
         if not self.directory.is_dir():
             raise FileNotFoundError(f"there is no folder {self.directory}")
-        self.entries = _entries(self.directory)
+        self.entries = _entries(self.directory, caption_field)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -92,17 +94,23 @@ class FolderDataset(CaptionedPictures):
         return decode_image(path.read_bytes())
 
 
-def _entries(directory: Path) -> list[tuple[str, str]]:
+def _entries(directory: Path, caption_field: str | None) -> list[tuple[str, str]]:
     """(file name, caption) of every picture of a folder, checked."""
     problems: list[str] = []
     jsonl, table = directory / "metadata.jsonl", directory / "metadata.csv"
     files = visible_files(directory)
     if jsonl.is_file() and table.is_file():
         raise ValueError(f"{directory} has both {jsonl.name} and {table.name}: keep one")
+    field = "text" if caption_field is None else caption_field
     if jsonl.is_file():
-        entries = _from_metadata(jsonl, _json_rows(jsonl, problems), files, problems)
+        entries = _from_metadata(jsonl, _json_rows(jsonl, problems), field, files, problems)
     elif table.is_file():
-        entries = _from_metadata(table, _csv_rows(table, problems), files, problems)
+        entries = _from_metadata(table, _csv_rows(table, field, problems), field, files, problems)
+    elif caption_field is not None:
+        raise ValueError(
+            f"{directory} has neither {jsonl.name} nor {table.name} with a field {caption_field}: leave out"
+            " CAPTION_COLUMN"
+        )
     else:
         entries = _from_pairs(directory, files, problems)
     if problems:
@@ -174,14 +182,14 @@ def _json_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
     return rows
 
 
-def _csv_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
+def _csv_rows(file: Path, field: str, problems: list[str]) -> list[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(_text(file, problems), newline=""))
     rows = []
     try:
         names = list(reader.fieldnames or ())
         problems += [
             f"{file.name}, line {reader.line_num}: there are {names.count(name)} columns {name}: keep one"
-            for name in ("file_name", "text")
+            for name in ("file_name", field)
             if names.count(name) > 1
         ]
         for row in reader:
@@ -198,13 +206,13 @@ def _csv_rows(file: Path, problems: list[str]) -> list[tuple[str, Any]]:
 
 
 def _from_metadata(
-    file: Path, rows: list[tuple[str, Any]], files: list[PurePosixPath], problems: list[str]
+    file: Path, rows: list[tuple[str, Any]], field: str, files: list[PurePosixPath], problems: list[str]
 ) -> list[tuple[str, str]]:
     entries = []
     for place, row in rows:
-        name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
+        name, text = (row.get("file_name"), row.get(field)) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str):
-            problems.append(f"{file.name}, {place}: needs file_name and text, both strings")
+            problems.append(f"{file.name}, {place}: needs file_name and {field}, both strings")
         elif not is_below(name):
             problems.append(f"{file.name}, {place}: {name!r} is outside the folder")
         elif "\0" in name or not (file.parent / name).is_file():

@@ -1,7 +1,9 @@
 """From ``--DATA`` to a data set: where captioned pictures may come from, and how they are divided for validation."""
 
 import argparse
+import functools
 import glob
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from .tables import TableDataset, find_columns, import_datasets, open_tables, un
 from .tar_files import TarDataset
 from .tar_members import CAPTION_FIELDS, tar_examples
 
-__all__ = ["add_data_arguments", "add_source_arguments", "open_captions", "open_data"]
+__all__ = ["add_data_arguments", "add_source_arguments", "check_columns", "open_captions", "open_data"]
 
 BUILT_IN, CONCEPTUAL = "built-in", "conceptual-captions"
 BUILT_IN_PICTURES = 10_000
@@ -46,18 +48,24 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         default=CONCEPTUAL,
         help=f"{CONCEPTUAL} (%(default)s), {BUILT_IN} (shapes drawn on the spot), a folder of captioned pictures, a"
         " data set saved by Hugging Face datasets, or .tar (WebDataset), .parquet or .arrow files: a folder of them, a"
-        " pattern in quotation marks, or names with commas between",
+        " pattern in quotation marks (** for folders within), or names with commas between",
     )
     add(
         "--STREAMING",
         action="store_true",
         help="read the files from beginning to end instead of by index; they may be addresses then",
     )
-    add("--IMAGE_COLUMN", default=None, help="column with the pictures or their addresses (image, image_url)")
+    add(
+        "--IMAGE_COLUMN",
+        default=None,
+        help="column of .parquet, .arrow or saved data with the pictures or their addresses (image, image_url or the"
+        " like); not for other data",
+    )
     add(
         "--CAPTION_COLUMN",
         default=None,
-        help="column, or field of x.json in tar files, with the captions (caption, text)",
+        help="column with the captions (caption, text or txt); of tar files the field of x.json (caption, text), of a"
+        f" folder of pictures that of metadata.jsonl or .csv (text); not for {CONCEPTUAL} and {BUILT_IN}",
     )
 
 
@@ -109,6 +117,7 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         FileNotFoundError: if there is no such folder or file.
         ValueError: if the data or an argument cannot be used.
     """
+    check_columns(args)
     captions = None if args.CAPTIONS is None else CaptionStore(args.CAPTIONS)
     options: dict[str, Any] = dict(
         side_length=args.IMG_SIDE_LEN, encoder_name=args.T5_NAME, max_length=args.MAX_NUM_WORDS, captions=captions
@@ -126,10 +135,27 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         assert isinstance(parts, tuple), "testset was not asked for"
         train, valid = parts
     else:
-        dataset = _by_index(_find(args.DATA), args, options)
+        dataset = _by_index(_found(args), args, options)
         train, valid = split_train_valid(dataset, args.TRAIN_VALID_FRAC, args.VALID_NUM)
     assert isinstance(valid.dataset, CaptionedPictures)
     return train, Subset(valid.dataset.unaugmented(), valid.indices)
+
+
+def check_columns(args: argparse.Namespace) -> None:
+    """See that no column is named of data that has none to choose from.
+
+    Raises:
+        ValueError: if one is.
+    """
+    if args.DATA in (BUILT_IN, CONCEPTUAL):
+        _refuse_columns(f"{args.DATA} has", args, "IMAGE_COLUMN", "CAPTION_COLUMN")
+
+
+def _refuse_columns(what: str, args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is not None:
+            kind = name.partition("_")[0].lower()
+            raise ValueError(f"{what} no {kind} column to choose: leave out --{name} {getattr(args, name)}")
 
 
 def open_captions(args: argparse.Namespace) -> Iterable[str]:
@@ -141,7 +167,7 @@ def open_captions(args: argparse.Namespace) -> Iterable[str]:
     Raises:
         ImportError, FileNotFoundError, ValueError: as :func:`open_data`.
     """
-    found = _find(args.DATA)
+    found = _found(args)
     if args.STREAMING:
         return _streamed_captions(_streamable(found), args)
     options: dict[str, Any] = dict(side_length=1, encoder_name=args.T5_NAME, max_length=args.MAX_NUM_WORDS)
@@ -159,6 +185,14 @@ def _streamed_captions(found: _Found, args: argparse.Namespace) -> Iterator[str]
             yield example[column]
 
 
+def _found(args: argparse.Namespace) -> _Found:
+    found = _find(args.DATA)
+    if found.kind in ("pictures", "tar"):
+        what = "a folder of pictures has" if found.kind == "pictures" else "tar files have"
+        _refuse_columns(what, args, "IMAGE_COLUMN")
+    return found
+
+
 def _find(data: str) -> _Found:
     path = Path(data).expanduser()
     if path.is_dir():
@@ -171,6 +205,7 @@ def _find(data: str) -> _Found:
                 f"{len(packed)} files in {data} are packed and are left out, such as {packed[0]}: unpack them",
                 stacklevel=2,
             )
+        files = _without_caches(files)
         if not files:
             return _Found("pictures", (str(path),))
         if any(map(is_picture, inside)):
@@ -187,14 +222,31 @@ def _find(data: str) -> _Found:
             files.append(part)
             continue
         named = Path(part).expanduser()
-        matching = [str(named)] if named.is_file() else sorted(glob.glob(str(named)))
+        matching = [str(named)]
+        if not named.is_file():
+            matching = _without_caches(sorted(glob.glob(str(named), recursive=True)))
         if not matching:
             raise FileNotFoundError(f"there is no folder {part}, and no file or pattern of files of this name")
         files += matching
     return _of_one_kind(data, files)
 
 
-def _of_one_kind(data: str, files: Sequence[str]) -> _Found:
+def _without_caches(files: Iterable[str]) -> list[str]:
+    """Those that are not what `datasets` has kept, beside a data set, of what was made of it."""
+
+    @functools.cache
+    def is_saved(folder: Path) -> bool:
+        return any((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+
+    return [file for file in files if not (Path(file).name.startswith("cache-") and is_saved(Path(file).parent))]
+
+
+def _of_one_kind(data: str, named: Sequence[str]) -> _Found:
+    # Each file once, however often and by whatever links it was named: else one picture might be on both sides.
+    once: dict[str, str] = {}
+    for file in named:
+        once.setdefault(file if "://" in file else os.path.realpath(file), file)
+    files = list(once.values())
     kinds = {KINDS.get(Path(file.partition("?")[0] if "://" in file else file).suffix.lower()) for file in files}
     if len(kinds) > 1 or None in kinds:
         raise ValueError(
@@ -215,7 +267,7 @@ def _by_index(found: _Found, args: argparse.Namespace, options: dict[str, Any]) 
     if remote:
         raise ValueError(f"{remote[0]} cannot be read by index: give --STREAMING, or download it")
     if found.kind == "pictures":
-        return FolderDataset(found.files[0], **options)
+        return FolderDataset(found.files[0], caption_field=args.CAPTION_COLUMN, **options)
     if found.kind == "tar":
         return TarDataset(found.files, caption_field=args.CAPTION_COLUMN, **options)
     columns = _columns(found, args)
@@ -246,7 +298,7 @@ def _streamed(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Datase
         raise ValueError(f"VALID_NUM must be at least 1, or None for all, got {args.VALID_NUM}")
     if args.DATA == CONCEPTUAL:
         return _streamed_conceptual(args, options)
-    found = _streamable(_find(args.DATA))
+    found = _streamable(_found(args))
     columns = _columns(found, args)
     number = len(found.files)
     for_validation = min(max(1, round((1 - args.TRAIN_VALID_FRAC) * number)), number - 1)

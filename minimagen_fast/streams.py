@@ -1,7 +1,8 @@
 """Batches from data that is read from its beginning to its end: streams of Hugging Face ``datasets``."""
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -99,8 +100,9 @@ class StreamedLoader:
 
     The files of the stream are shuffled and divided by ``datasets``; where their number is no multiple of `ranks`,
     every rank reads all of them and takes every `ranks`-th sample. Samples are shuffled in a buffer. With the same
-    number of ranks and workers, the batches of an epoch follow from (`seed`, epoch) alone. To start within an epoch
-    reads what came before once more, but decodes none of it.
+    number of ranks and workers, the batches of an epoch follow from (`seed`, epoch) alone. What the workers end with
+    that is no whole batch is put together into the last batches. To start within an epoch reads what came before once
+    more, but decodes none of the whole batches.
 
     Nobody knows how many batches a stream has, and ranks may have different numbers: a training must end an epoch on
     all ranks when one of them has no more.
@@ -115,7 +117,7 @@ class StreamedLoader:
         rank: Number of this process, from 0.
         ranks: Number of processes.
         shuffle: Whether to shuffle files and samples.
-        drop_last: Whether to leave out the smaller batch that every worker may end with.
+        drop_last: Whether to leave out a last batch that is smaller.
         num_workers: Processes that read and decode, at most as many as there are files for this rank; 0 to do so in
             this one.
         prefetch_factor: Batches that each of them has ready, 2 if not given.
@@ -163,9 +165,10 @@ class StreamedLoader:
 
         self.num_workers, self.device = num_workers, torch.device(device)
         self._tally = Tally(max_bad_fraction)
+        self._size, self._drop_last = batch_size // ranks, drop_last
         stream = dataset.stream.shuffle(seed=seed, buffer_size=buffer_size) if shuffle else dataset.stream
         stream = split_dataset_by_node(stream, rank=rank, world_size=ranks)
-        self._batches = _Batches(dataset, stream, batch_size // ranks, drop_last, seed, rank, ranks)
+        self._batches = _Batches(dataset, stream, self._size, seed, rank, ranks)
         self._options = worker_options(num_workers, prefetch_factor, pin_memory, multiprocessing_context)
 
     @property
@@ -199,25 +202,51 @@ class StreamedLoader:
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )
-        for number, loaded in enumerate(loader):
+        for number, loaded in enumerate(self._whole(loader)):
             if number >= start or loaded.problem is not None:
                 yield self._tally.passed(loaded, self.device)
 
+    def _whole(self, batches: Iterable[Loaded]) -> Iterator[Loaded]:
+        """Whole batches: those of the workers, and then those of what they have left."""
+        number, left = 0, list[tuple[int, Any]]()
+        for loaded in batches:
+            if 0 < loaded.seen < self._size:
+                left += _taken_apart(loaded)
+            else:
+                number += 1
+                yield loaded
+        if number == 0 and len(left) < self._size and self._drop_last:
+            warnings.warn(
+                f"this part of the stream has {len(left)} samples, which are left out, since a batch has {self._size}:"
+                " use a smaller BATCH_SIZE, more pictures, or fewer ranks",
+                stacklevel=2,
+            )
+        for first in range(0, len(left), self._size):
+            if len(left) - first >= self._size or not self._drop_last:
+                yield collate(left[first : first + self._size])
+
+
+def _taken_apart(loaded: Loaded) -> list[tuple[int, Any]]:
+    """The samples that :func:`.batches.collate` has put together; those that could not be had are nobody's."""
+    batch = dict(loaded.batch or {})
+    ids = batch.pop("id", torch.empty(0)).tolist()
+    items = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    return [*zip(ids, items, strict=True), *((-1, reason) for reason in loaded.reasons)]
+
 
 class _Batches(IterableDataset):
-    """What each worker makes of its part of a stream: a ``Loaded`` for every batch."""
+    """What each worker makes of its part of a stream: a ``Loaded`` for every batch; the last may be smaller."""
 
     def __init__(
         self,
         pictures: StreamedPictures,
         stream: Any,
         size: int,
-        drop_last: bool,
         seed: int,
         rank: int,
         ranks: int,
     ):
-        self.pictures, self.stream, self.size, self.drop_last = pictures, stream, size, drop_last
+        self.pictures, self.stream, self.size = pictures, stream, size
         self.seed, self.rank, self.ranks = seed, rank, ranks
         self.epoch, self.unmade = 0, 0
 
@@ -235,9 +264,7 @@ class _Batches(IterableDataset):
         number = 0
         try:
             while batch := list(islice(examples, self.size)):
-                if len(batch) < self.size and self.drop_last:
-                    return
-                if number < self.unmade:
+                if number < self.unmade and len(batch) == self.size:
                     yield Loaded(None, 0, [])
                 else:
                     yield collate([self._result(count * places + place, example) for count, example in batch])

@@ -117,7 +117,7 @@ class TableDataset(CaptionedPictures):
         columns = find_columns(rows.column_names, image_column, caption_column)
         self.image_column, self.caption_column = columns
         # Other columns would be read with every row, and pictures decoded by other rules than ours.
-        self.rows = undecoded(rows.select_columns(list(dict.fromkeys(columns))))
+        self.rows = undecoded(rows).select_columns(list(dict.fromkeys(columns)))
         if len(self.rows) == 0:
             raise ValueError("the table has no rows")
 
@@ -140,6 +140,8 @@ def undecoded(rows: Any) -> Any:
     """A data set or stream of ``datasets`` whose pictures stay the bytes that they are stored as."""
     from datasets import Image as ImageFeature
 
+    # A format that it was given hides columns, or makes arrays or tables of cells.
+    rows = rows.with_format(None)
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, ImageFeature):
             rows = rows.cast_column(name, ImageFeature(decode=False))
@@ -167,31 +169,42 @@ def open_tables(
         streaming: Whether to stream.
 
     Returns:
-        A ``datasets.Dataset`` or ``datasets.IterableDataset``.
+        A ``datasets.Dataset`` or ``datasets.IterableDataset``; of files on this machine, with these two columns alone.
 
     Raises:
         ImportError: if the package ``datasets`` is not installed.
-        ValueError: if a file is damaged, no file has a row, or the columns are not there.
+        ValueError: if a file is damaged, no file has a row, or a file on this machine lacks one of the columns.
     """
     datasets = import_datasets()
     import pyarrow
 
     local = [file for file in files if "://" not in file]
-    numbers = [_check_file(kind, file, count=not streaming) for file in local]
+    checked = [_check_file(kind, file, count=not streaming) for file in local]
+    numbers = [number for number, _ in checked]
     rows = None if len(local) < len(files) or None in numbers else sum(filter(None, numbers))
     if rows == 0:
         raise ValueError(f"there are no rows in the {kind} files from {files[0]} on")
+    columns: list[str] | None = None
+    if local:
+        columns = list(dict.fromkeys(find_columns(checked[0][1], image_column, caption_column)))
+    for file, (_, names) in zip(local, checked, strict=True):
+        # `datasets` would take cells that are not there for empty ones, or end in the middle of an epoch.
+        if missing := [column for column in columns or () if column not in names]:
+            raise ValueError(
+                f"{file} has no column {' and no column '.join(missing)}, which {local[0]} has, but {', '.join(names)}:"
+                " leave it out, or give it the same columns"
+            )
     try:
         if kind == "arrow" and not streaming:
             try:
-                return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+                tables = [datasets.Dataset.from_file(file).select_columns(columns) for file in files]
+                return datasets.concatenate_datasets(tables)
             except pyarrow.ArrowInvalid:
                 pass  # in the file format, which `datasets` has to copy
         # By itself `datasets` reads whole row groups at a time, which may be gigabytes of pictures.
         options: dict[str, Any] = {"batch_size": ROWS_AT_A_TIME} if kind == "parquet" else {}
-        if kind == "parquet" and "://" not in files[0]:
-            names = pyarrow.parquet.read_schema(files[0]).names
-            options["columns"] = list(dict.fromkeys(find_columns(names, image_column, caption_column)))
+        if kind == "parquet" and columns is not None:
+            options["columns"] = columns
         # By itself `datasets` takes names for patterns.
         named = [file if "://" in file else glob.escape(file) for file in files]
         table = datasets.load_dataset(kind, data_files=named, split="train", streaming=streaming, **options)
@@ -200,10 +213,10 @@ def open_tables(
         raise ValueError(f"the {kind} files from {files[0]} on cannot be read: {cause}") from error
     if rows is not None and not streaming and len(table) != rows:
         raise ValueError(f"datasets read {len(table)} of the {rows} rows in the {kind} files from {files[0]} on")
-    return table
+    return table if columns is None else table.select_columns(columns)
 
 
-def _check_file(kind: str, file: str, *, count: bool) -> int | None:
+def _check_file(kind: str, file: str, *, count: bool) -> tuple[int | None, list[str]]:
     """See that a file is what its name says, before hours of training have gone by.
 
     Args:
@@ -212,7 +225,7 @@ def _check_file(kind: str, file: str, *, count: bool) -> int | None:
         count: Whether to go through a stream of Arrow, for the number of its rows.
 
     Returns:
-        The number of rows, where it is known.
+        The number of rows, where it is known, and the names of the columns.
 
     Raises:
         ValueError: if it is not, or is cut short.
@@ -221,16 +234,16 @@ def _check_file(kind: str, file: str, *, count: bool) -> int | None:
 
     try:
         if kind == "parquet":
-            return pyarrow.parquet.read_metadata(file).num_rows
+            metadata = pyarrow.parquet.read_metadata(file)
+            return metadata.num_rows, metadata.schema.to_arrow_schema().names
         with pyarrow.memory_map(file) as mapped:
             try:
                 stream = pyarrow.ipc.open_stream(mapped)
             except pyarrow.ArrowInvalid:
                 mapped.seek(0)
-                pyarrow.ipc.open_file(mapped)
-                return None
+                return None, pyarrow.ipc.open_file(mapped).schema.names
             # Of batches in mapped memory nothing but their description is read, unless they are compressed.
-            return sum(batch.num_rows for batch in stream) if count else None
+            return sum(batch.num_rows for batch in stream) if count else None, stream.schema.names
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no {kind} file, or it is damaged or cut short ({error}): get it anew") from error
 

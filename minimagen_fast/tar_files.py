@@ -18,12 +18,12 @@ from .decode import ImageError, decode_image
 from .files import replace_file
 from .folders import IMAGE_SUFFIXES
 from .t5 import MAX_LENGTH
-from .tar_members import CAPTION_FIELDS, Member, caption_of, captioned_members, read_member
+from .tar_members import CAPTION_FIELDS, LeftOut, Member, caption_of, captioned_members, read_member
 from .tiny_t5 import cache_root
 
 __all__ = ["TarDataset"]
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 class TarDataset(CaptionedPictures):
@@ -32,7 +32,7 @@ class TarDataset(CaptionedPictures):
     Nothing is unpacked or copied. Where the members lie is found out once, by reading the headers of the files, and
     kept in the cache folder (see :func:`.tiny_t5.embedded_t5_directory`) until a file changes; pictures are then read
     by index from any number of processes. Items are like those of :class:`.folders.FolderDataset`. A picture or caption
-    that is alone is left out, with a warning.
+    that is alone, or has another dot in its name, is left out, with a warning.
 
     Args:
         files: The tar files, not compressed.
@@ -47,8 +47,7 @@ class TarDataset(CaptionedPictures):
     Raises:
         FileNotFoundError: if a file is not there.
         ValueError: if a file cannot be used (see :func:`.tar_members.captioned_members`), or none holds a captioned
-            picture; or if
-            the captions were encoded otherwise.
+            picture; or if the captions were encoded otherwise.
     """
 
     def __init__(
@@ -76,19 +75,16 @@ class TarDataset(CaptionedPictures):
         read = [_index(file) for file in self.files]
         self._indices = [rows for rows, _ in read]
         self._ends = np.cumsum([len(rows) for rows in self._indices])
+        left_out = LeftOut(sum(left.alone for _, left in read), sum(left.dotted for _, left in read))
+        told = left_out.told(f"{len(self.files)} tar files")
         if len(self) == 0:
             raise ValueError(
                 f"there is no captioned picture in {len(self.files)} tar files, the first of them"
                 f" {self.files[0] if self.files else 'missing'}: an item is x{'/'.join(IMAGE_SUFFIXES)} and x.txt or"
-                " x.json"
+                f" x.json{told and f'. {told}'}"
             )
-        alone = sum(number for _, number in read)
-        if alone:
-            warnings.warn(
-                f"{alone} pictures or captions in {len(self.files)} tar files are alone and are left out; {len(self)}"
-                " pictures have a caption",
-                stacklevel=2,
-            )
+        if told:
+            warnings.warn(f"{told}; {len(self)} pictures have a caption", stacklevel=2)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -126,25 +122,25 @@ def _read_from(path: Path, member: Member) -> bytes:
         return read_member(file, member)
 
 
-def _index(path: Path) -> tuple[np.ndarray, int]:
-    """(offset and size of a picture, those of its caption, whether that is JSON) of each item, and the number alone."""
+def _index(path: Path) -> tuple[np.ndarray, LeftOut]:
+    """(offset and size of a picture, those of its caption, whether that is JSON) of each item, and what is in none."""
     state = os.stat(path)
     signature = [INDEX_VERSION, state.st_size, state.st_mtime_ns]
     kept = cache_root() / "tar_index" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.npz"
     try:
         with open(kept, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays["signature"].tolist() == signature:
-                return arrays["rows"], int(arrays["alone"])
+                return arrays["rows"], LeftOut(*arrays["left_out"].tolist())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there, or not whole: it is made anew
     with open(path, "rb") as file:
-        pairs, alone = captioned_members(file, str(path))
+        pairs, left_out = captioned_members(file, str(path))
     rows = np.array(
         [(*pair.picture, *pair.caption, pair.is_json) for pair in pairs],
         dtype=np.int64,
     ).reshape(-1, 5)
     content = io.BytesIO()
-    np.savez(content, rows=rows, alone=alone, signature=np.array(signature, dtype=np.int64))
+    np.savez(content, rows=rows, left_out=left_out, signature=np.array(signature, dtype=np.int64))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace_file(kept, content.getvalue())
@@ -154,4 +150,4 @@ def _index(path: Path) -> tuple[np.ndarray, int]:
             " MINIMAGEN_FAST_CACHE to a folder that can be written",
             stacklevel=2,
         )
-    return rows, alone
+    return rows, left_out

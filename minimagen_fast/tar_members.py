@@ -6,6 +6,7 @@ The members ``x.jpg`` and ``x.txt``, or ``x.json`` with a caption in it, make on
 import json
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple, TypeVar
@@ -13,10 +14,20 @@ from typing import IO, Any, NamedTuple, TypeVar
 from .decode import ImageError
 from .folders import IMAGE_SUFFIXES, is_below
 
-__all__ = ["CAPTION_FIELDS", "Member", "Pair", "caption_of", "captioned_members", "read_member", "tar_examples"]
+__all__ = [
+    "CAPTION_FIELDS",
+    "LeftOut",
+    "Member",
+    "Pair",
+    "caption_of",
+    "captioned_members",
+    "read_member",
+    "tar_examples",
+]
 
 CAPTION_FIELDS = ("caption", "text")
 _CAPTION_SUFFIXES = (".txt", ".json")
+_SUFFIXES = (*IMAGE_SUFFIXES, *_CAPTION_SUFFIXES)
 _PICTURE, _CAPTION = "picture", "caption"
 
 T = TypeVar("T")
@@ -37,7 +48,29 @@ class Pair(NamedTuple):
     is_json: bool
 
 
-def captioned_members(file: IO[bytes], name: str) -> tuple[list[Pair], int]:
+class LeftOut(NamedTuple):
+    """Pictures and captions that are in no item, by the reason.
+
+    Attributes:
+        alone: How many have nothing that they belong to.
+        dotted: How many have another dot before their suffix, and what stands before it is not the name of an item.
+    """
+
+    alone: int
+    dotted: int
+
+    def told(self, where: str) -> str:
+        """In words; empty if there are none."""
+        told = [f"{self.alone} pictures or captions in {where} are alone and are left out"] if self.alone else []
+        if self.dotted:
+            told.append(
+                f"{self.dotted} pictures or captions in {where} are left out since there is another dot in their names,"
+                " which ends at the first: rename them"
+            )
+        return "; ".join(told)
+
+
+def captioned_members(file: IO[bytes], name: str) -> tuple[list[Pair], LeftOut]:
     """What a tar file holds, its members' contents unread.
 
     Args:
@@ -45,21 +78,27 @@ def captioned_members(file: IO[bytes], name: str) -> tuple[list[Pair], int]:
         name: Its name, for errors.
 
     Returns:
-        The items, in the order of their first members, and the number of pictures and captions that are alone.
+        The items, in the order of their first members, and how many pictures and captions are in none.
 
     Raises:
         ValueError: if it is damaged or cut short, or has members that no data set needs and an attacker may: links,
-            devices, and names that are absolute or lead to a parent folder; or if an item has two pictures.
+            devices, and names that are absolute or lead to a parent folder; or if an item has two pictures, or two
+            captions of one kind.
     """
     items: dict[str, dict[str, tuple[str, Member]]] = {}
+    dotted = Counter[str]()
     problems: list[str] = []
     for key, suffix, info in _files(file, name, problems):
+        if suffix not in _SUFFIXES:
+            dotted[key] += 1
+            continue
         member = Member(info.offset_data, info.size)
         _take(items.setdefault(key, {}), info.name, suffix, member, problems)
     _refuse(name, problems)
-    whole = [item for item in items.values() if len(item) == 2]
-    pairs = [Pair(item[_PICTURE][1], item[_CAPTION][1], item[_CAPTION][0] == ".json") for item in whole]
-    return pairs, len(items) - len(pairs)
+    whole = {key: item for key, item in items.items() if len(item) == 2}
+    pairs = [Pair(item[_PICTURE][1], item[_CAPTION][1], item[_CAPTION][0] == ".json") for item in whole.values()]
+    outside = sum(count for key, count in dotted.items() if key not in whole)
+    return pairs, LeftOut(len(items) - len(pairs), outside)
 
 
 def tar_examples(
@@ -81,9 +120,9 @@ def tar_examples(
     import fsspec
 
     for name in files:
-        alone = 0
+        alone = dotted = 0
         with fsspec.open(name, "rb") as file:
-            for item in _items_in_turn(file, name, pictures):
+            for item, others in _items_in_turn(file, name, pictures):
                 if len(item) == 2:
                     suffix, content = item[_CAPTION]
                     try:
@@ -92,26 +131,31 @@ def tar_examples(
                         caption = None
                     yield {"image": item[_PICTURE][1], "caption": caption}
                 else:
-                    alone += 1
-        if alone:
-            warnings.warn(f"{alone} pictures or captions in {name} are alone and are left out", stacklevel=2)
+                    alone += bool(item)
+                    dotted += others
+        if told := LeftOut(alone, dotted).told(name):
+            warnings.warn(told, stacklevel=2)
 
 
-def _items_in_turn(file: IO[bytes], name: str, pictures: bool) -> Iterator[dict[str, tuple[str, bytes]]]:
-    current, item = None, dict[str, tuple[str, bytes]]()
+def _items_in_turn(file: IO[bytes], name: str, pictures: bool) -> Iterator[tuple[dict[str, tuple[str, bytes]], int]]:
+    """The members of each item that are taken, and how many others of its name there are, which may be all."""
+    current, item, others = None, dict[str, tuple[str, bytes]](), 0
     problems: list[str] = []
     for key, suffix, info in _files(file, name, problems):
-        if key != current and item:
-            yield item
-            item = {}
+        if key != current and (item or others):
+            yield item, others
+            item, others = {}, 0
         current = key
+        if suffix not in _SUFFIXES:
+            others += 1
+            continue
         wanted = pictures or suffix in _CAPTION_SUFFIXES
         content = read_member(file, Member(info.offset_data, info.size)) if wanted else b""
         _take(item, info.name, suffix, content, problems)
         _refuse(name, problems)
     _refuse(name, problems)
-    if item:
-        yield item
+    if item or others:
+        yield item, others
 
 
 def read_member(file: IO[bytes], member: Member) -> bytes:
@@ -145,7 +189,10 @@ def caption_of(content: bytes, is_json: bool, fields: Sequence[str] = CAPTION_FI
 
 
 def _files(file: IO[bytes], name: str, problems: list[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """(name of the item, suffix, member) of every picture and caption; what is refused becomes a problem."""
+    """(name of the item, what stands behind its first dot, member) of all that ends as a picture or caption does.
+
+    What is refused becomes a problem.
+    """
     for member in _members(file, name):
         fault = _fault(member)
         if fault is not None:
@@ -153,10 +200,9 @@ def _files(file: IO[bytes], name: str, problems: list[str]) -> Iterator[tuple[st
             continue
         path = PurePosixPath(member.name)
         stem, dot, suffix = path.name.partition(".")
-        suffix = dot + suffix.lower()
         # Hidden files, which systems leave beside pictures, have no stem.
-        if member.isreg() and stem and suffix in (*IMAGE_SUFFIXES, *_CAPTION_SUFFIXES):
-            yield str(path.with_name(stem)), suffix, member
+        if member.isreg() and stem and path.suffix.lower() in _SUFFIXES:
+            yield str(path.with_name(stem)), dot + suffix.lower(), member
 
 
 def _members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:

@@ -371,7 +371,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         raise
     if why == "done" and args.EPOCHS and trainer.steps_made <= 0:
         raise ValueError(
-            f"no step could be made in {args.EPOCHS} epochs, so nothing was learned: check the data, of which"
+            f"no step could be made in {args.EPOCHS} epochs, so nothing was learned: use a smaller BATCH_SIZE if there"
+            " are fewer pictures, or check the data, of which"
             f" {run.directory / 'training_progess.txt'} says what was skipped"
         )
     if ranks.first:

@@ -95,6 +95,24 @@ def test_a_cut_chunked_answer_is_truncated_and_tried_again():
 
 
 @pytest.mark.parametrize(
+    "status, target, reason",
+    [
+        ("404 Not Found", "http://[bad", "http"),
+        ("404 Not Found", "file:///etc/hostname", "http"),
+        ("304 Not Modified", "//[bad", "http"),
+        ("302 Found", "file:///etc/hostname", "scheme"),
+        ("301 Moved", "ftp://127.0.0.1/x", "scheme"),
+        ("302 Found", "", "http"),
+    ],
+)
+def test_wherever_an_answer_leads_it_has_a_reason(status, target, reason):
+    with answering(f"HTTP/1.1 {status}\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()) as (url, _):
+        with pytest.raises(ImageError) as caught:
+            fetch_image(url, retries=0)
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
     "path, sent", [("a b.png", b"/a%20b.png"), ("\xe4?q=\u4e2d", b"/%C3%A4?q=%E4%B8%AD"), ("%20", b"/%20")]
 )
 def test_addresses_are_quoted(path, sent):

@@ -141,6 +141,19 @@ def test_files_are_named_in_many_ways(tmp_path, words):
     assert len(train) + len(valid) == (5 if words.endswith("000.tar") else COUNT)
 
 
+def test_patterns_reach_folders_within_and_name_each_file_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, path in enumerate(("t", "t/within", "t/within/deep")):
+        write_tars(tmp_path / path, 1, 4, first=4 * number)
+    (tmp_path / "t" / "link.tar").symlink_to("000.tar")
+    for words, expected in (
+        ("t/**/*.tar", range(12)),
+        ("t/*.tar,t/within/../000.tar,./t/000.tar", range(4)),
+        ("t/within/*.tar,t/**/*.tar", [*range(4, 8), *range(4), *range(8, 12)]),
+    ):
+        assert list(open_captions(parse(words))) == [f"picture {number}" for number in expected]
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "file"])
 def test_names_of_files_are_no_patterns(tmp_path, suffix):
     path = parquet(tmp_path / "da[t]a", suffix=suffix)
@@ -239,6 +252,75 @@ def test_columns_can_be_named(tmp_path):
             open_data(parse(path, *streaming))
         with pytest.raises(ValueError, match="no column title among"):
             open_data(parse(path, *words[:2], "--CAPTION_COLUMN", "title", *streaming))
+
+
+@pytest.mark.parametrize(
+    "where, words, message",
+    [
+        ("built-in", "--IMAGE_COLUMN x", "built-in has no image column to choose: leave out --IMAGE_COLUMN x"),
+        ("built-in", "--CAPTION_COLUMN x", "built-in has no caption column to choose"),
+        ("conceptual-captions", "--CAPTION_COLUMN x --STREAMING", "conceptual-captions has no caption column"),
+        ("tars", "--IMAGE_COLUMN x", "tar files have no image column to choose: leave out --IMAGE_COLUMN x"),
+        ("tars", "--IMAGE_COLUMN x --STREAMING", "tar files have no image column"),
+        ("pictures", "--IMAGE_COLUMN x", "a folder of pictures has no image column"),
+        ("pictures", "--CAPTION_COLUMN x", "pictures has neither metadata.jsonl nor metadata.csv with a field x"),
+    ],
+)
+def test_columns_are_refused_where_there_are_none(tmp_path, monkeypatch, capsys, where, words, message):
+    monkeypatch.chdir(tmp_path)
+    tars(tmp_path / "tars")
+    folder(tmp_path / "pictures")
+    with pytest.raises(ValueError, match=message):
+        open_data(parse(where, *words.split()))
+    command = ["encode-captions", "--DATA", where, "--OUT", "out", "-t5", "t5_tiny", *words.split()]
+    assert cli.main(command) == cli.MISUSED
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_captions_of_a_folder_can_be_named(tmp_path, name):
+    row = {"file_name": "0.png", "text": "not this", "title": "a title"}
+    (tmp_path / "0.png").write_bytes(shade(0))
+    (tmp_path / name).write_text(
+        json.dumps(row) if name.endswith("l") else f"{','.join(row)}\n{','.join(row.values())}\n"
+    )
+    assert list(open_captions(parse(tmp_path, "--CAPTION_COLUMN", "title"))) == ["a title"]
+    with pytest.raises(ValueError, match=f"{name}, line .: needs file_name and words, both strings"):
+        open_captions(parse(tmp_path, "--CAPTION_COLUMN", "words"))
+
+
+@pytest.mark.parametrize("form", ["torch", "pandas", "arrow"])
+@pytest.mark.parametrize("columns", [None, ["caption"]])
+def test_a_format_of_datasets_loses_nothing(tmp_path, form, columns):
+    made = datasets.Dataset.from_dict({**rows(range(4)), "other": list(range(4))})
+    made.with_format(form, columns=columns).save_to_disk(tmp_path / "data")
+    train, valid = open_data(parse(tmp_path / "data"))
+    assert sorted(numbers(train) + numbers(valid)) == list(range(4))
+    assert list(open_captions(parse(tmp_path / "data"))) == [f"picture {number}" for number in range(4)]
+    stream = StreamedPictures(made.to_iterable_dataset().with_format(form), encoder_name="word_count", side_length=4)
+    assert [number_of(item["image"]) for item in stream] == list(range(4))
+
+
+def test_what_datasets_keeps_beside_saved_data_is_no_data(tmp_path):
+    for part in range(2):
+        made = datasets.Dataset.from_dict(rows(range(4 * part, 4 * part + 4)))
+        made.save_to_disk(tmp_path / "data" / str(part))
+        loaded = datasets.load_from_disk(tmp_path / "data" / str(part))
+        loaded.filter(lambda row: row["caption"].endswith("1"))
+        loaded.map(lambda row: {"caption": "changed"})
+        assert len(list((tmp_path / "data" / str(part)).glob("cache-*.arrow"))) == 2
+    for where in (tmp_path / "data", tmp_path / "data" / "*" / "*.arrow"):
+        assert list(open_captions(parse(where))) == [f"picture {number}" for number in range(8)]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "stream", "file"])
+@pytest.mark.parametrize("words", [[], ["--STREAMING"]])
+def test_files_that_lack_a_column_are_named(tmp_path, suffix, words):
+    path = parquet(tmp_path / "data", suffix=suffix)
+    parquet(tmp_path / "other", lambda numbers: rows(numbers, caption="text"), suffix)
+    next((tmp_path / "other").glob("2.*")).replace(next(path.glob("2.*")))
+    with pytest.raises(ValueError, match="2.* has no column caption, which .*0.* has, but image, text: leave it out"):
+        open_data(parse(path, *words))
 
 
 def test_addresses_in_a_table():

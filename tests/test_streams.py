@@ -53,11 +53,13 @@ def test_ranks_and_workers_have_every_sample_once(tmp_path, ranks, workers, file
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_starting_in_an_epoch_is_exact(tmp_path, workers):
-    data = tars(tmp_path, 3, 7)  # of which the first worker has two files and the second one
+    data = tars(
+        tmp_path, 3, 7
+    )  # of which the first worker has two files and the second one, and each two pictures left
     options = dict(seed=2, num_workers=workers, buffer_size=5, multiprocessing_context="fork" if workers else None)
     data.flip = True
     whole = list(StreamedLoader(data, 3, **options).epoch(1))
-    assert len(whole) == (6 if workers else 7)
+    assert len(whole) == 7
     for start in (1, 3, 5, 6, 8):
         rest = list(StreamedLoader(data, 3, **options).epoch(1, start))
         assert len(rest) == max(0, len(whole) - start)
@@ -103,6 +105,22 @@ def test_incomplete_batches():
     assert [len(batch) for batch in numbers(loader.epoch(0))] == [3, 3]
     loader = StreamedLoader(table(range(7)), 3, seed=0, drop_last=False)
     assert [len(batch) for batch in numbers(loader.epoch(0))] == [3, 3, 1]
+
+
+def test_what_workers_have_left_is_put_together(tmp_path):
+    data = tars(tmp_path, 3, 5)
+    (tmp_path / "tars" / "001.tar").write_bytes(tar_bytes([*pairs(range(5, 9)), ("x.png", b""), ("x.txt", b"x")]))
+    options = dict(seed=0, num_workers=2, multiprocessing_context="fork")
+    loader = StreamedLoader(data, 7, **options)  # of ten samples and five
+    one, two = loader.epoch(0)
+    assert len(one["image"]) + len(two["image"]) + loader.failures["not_an_image"] == 14
+    assert one.keys() == {"image", "encoding", "mask", "id"} and one["mask"].dtype == torch.bool
+    (again,) = loader.epoch(0, 1)
+    assert all(torch.equal(two[name], again[name]) for name in two)
+    parts = list(StreamedLoader(data, 7, **options, drop_last=False).epoch(0))
+    assert sorted(sum(numbers(parts), [])) == [*range(9), *range(10, 15)]
+    with pytest.warns(UserWarning, match="15 samples, which are left out, since a batch has 16: use a smaller BATCH_S"):
+        assert list(StreamedLoader(data, 16, seed=0).epoch(0)) == []
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -112,6 +112,20 @@ def test_what_is_alone_is_left_out_and_said(tmp_path):
         assert len(list(tar_examples(files))) == 1
 
 
+def test_what_has_another_dot_in_its_name_is_left_out_and_said(tmp_path):
+    dotted = [("b_0.5x.png", shade(2)), ("b_0.5x.txt", b"x"), ("IMG_2023.01.05.JPG", GOOD["jpeg"])]
+    files = [tar(tmp_path, [*dotted, *pairs([1]), ("0001.seg.png", shade(3)), ("notes.en.md", b"x")])]
+    with pytest.warns(UserWarning, match="^3 pictures or captions in 1 tar files are left out since .* dot in their n"):
+        assert contents(TarDataset(files, **OPTIONS)) == [(1, "picture 1")]
+    with pytest.warns(UserWarning, match="^3 pictures or captions in 1 tar files"):  # also when it is known from before
+        TarDataset(files, **OPTIONS)
+    with pytest.warns(UserWarning, match="^3 pictures or captions in .*x.tar are left out since"):
+        assert len(list(tar_examples(files))) == 1
+    files = [tar(tmp_path, [*dotted, ("c.png", shade(3))])]
+    with pytest.raises(ValueError, match="no captioned picture in .* 1 pictures or captions .* alone.*; 3 pictures or"):
+        TarDataset(files, **OPTIONS)
+
+
 @pytest.mark.parametrize(
     "member, message",
     [

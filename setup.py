@@ -58,6 +58,7 @@ setup(
         "tqdm",
         "numpy",
         "safetensors",
+        "huggingface_hub",
     ],
     extras_require={
         "xformers": ["xformers>=0.0.35"],

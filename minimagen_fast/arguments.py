@@ -35,6 +35,18 @@ def check_seed(seed: int | None, argument: str) -> None:
         raise ValueError(f"{argument} must be a whole number below 2^64, and not below -2^63; got {seed}")
 
 
+def check_not_meta(device: torch.device, argument: str) -> None:
+    """Refuses ``meta``, whose tensors have shapes alone.
+
+    Raises:
+        ValueError: if it is ``meta``.
+    """
+    if device.type == "meta":
+        raise ValueError(
+            f"{argument} 'meta' cannot be used here: it holds no values. Give cpu, or cuda if there is one"
+        )
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Refuses what is no tensor.
 

@@ -23,6 +23,7 @@ from .caption_format import (
     write_shard,
 )
 from .files import file_fault
+from .progress import progress_bar
 from .t5 import get_encoded_dim, t5_encode_text, token_counts
 
 SHARD_SIZE = 16_384
@@ -113,7 +114,7 @@ def encode_captions(
     damaged = [fault for number in own if (fault := store.discard_damaged(number)) is not None]
     todo = [number for number in own if not store.record_path(number).is_file()]
     encoded, start = 0, time.perf_counter()
-    with tqdm(total=sum(len(shards[number]) for number in todo), unit=" captions", disable=not progress) as bar:
+    with progress_bar(total=sum(len(shards[number]) for number in todo), unit=" captions", shown=progress) as bar:
         for number in todo:
             rows = _encode([texts[key] for key in shards[number]], encoder, identity, batch_size, device, bar)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from bisect import bisect_right
 from pathlib import Path
@@ -51,7 +52,7 @@ class CaptionStore:
             raise FileNotFoundError(
                 f"{self.directory} holds no pre-encoded captions: there is no {MANIFEST}. "
                 + ("They are not all encoded: run the same" if unfinished else "Make them with")
-                + f" `minimagen-fast encode-captions --OUT {self.directory}`"
+                + f" `minimagen-fast encode-captions --OUT {shlex.quote(str(self.directory))}`"
                 + (" again" if unfinished else "")
             )
         manifest = read_json(path)

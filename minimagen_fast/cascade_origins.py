@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .generate import load_params
+from .generate import load_params, text_width
 from .Imagen import Imagen
-from .t5 import get_encoded_dim
 from .training import get_default_args
 from .Unet import Unet
 from .weights_files import TrainedFolder
@@ -32,10 +31,10 @@ def description(folders: Sequence[TrainedFolder]) -> tuple[list[dict[str, Any]],
     first, *others = folders
     unets_params, imagen_params = load_params(first.directory)
     imagen_params = dict(imagen_params)
-    here = _comparable(unets_params, imagen_params)
+    here = _comparable(first, unets_params, imagen_params)
     for other in others:
         other_unets, other_imagen = load_params(other.directory)
-        there = _comparable(other_unets, other_imagen)
+        there = _comparable(other, other_unets, other_imagen)
         if different := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
             details = "; ".join(f"{name} is {here.get(name)} and {there.get(name)}" for name in different)
             raise ValueError(
@@ -47,10 +46,12 @@ def description(folders: Sequence[TrainedFolder]) -> tuple[list[dict[str, Any]],
     return unets_params, imagen_params
 
 
-def _comparable(unets_params: Sequence[dict[str, Any]], imagen_params: dict[str, Any]) -> dict[str, Any]:
+def _comparable(
+    folder: TrainedFolder, unets_params: Sequence[dict[str, Any]], imagen_params: dict[str, Any]
+) -> dict[str, Any]:
     """All that a description says, by name, as if it had named every default."""
     imagen = {**get_default_args(Imagen), **imagen_params}
-    imagen["text_embed_dim"] = imagen["text_embed_dim"] or get_encoded_dim(imagen["text_encoder_name"])
+    imagen["text_embed_dim"] = text_width(imagen, folder.directory / "parameters")
     values: dict[str, Any] = {"the number of U-Nets": len(unets_params)}
     values |= {f"imagen_params: {name}": value for name, value in imagen.items() if name != PER_TRAINING}
     for index, params in enumerate(unets_params):

@@ -1,16 +1,21 @@
 """The command line: ``minimagen-fast`` and ``python -m minimagen_fast``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from . import __version__
 from .files import lines_of
+from .interrupts import uninterrupted
 
 PROGRAM = "minimagen-fast"
-# The status of a program that was stopped by Ctrl-C, and of one that was called wrongly.
-INTERRUPTED, MISUSED = 130, 2
+# The status of a program that was stopped by Ctrl-C, of one whose reader has gone (as SIGPIPE's, which Python ignores),
+# and of one that was called wrongly.
+INTERRUPTED, UNREAD, MISUSED = 130, 141, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,20 +25,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; those of this process if not given.
 
     Returns:
-        The exit status: 0, 2 after a user's error, 130 after Ctrl-C.
+        The exit status: 0, 2 after a user's error, 130 after Ctrl-C, 141 if nobody was left to read what it prints.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        # For train this imports torch, which takes seconds.
-        args = _parser(words[0] if words else None).parse_args(words)
+        return _run(words)
+    finally:
+        # What cannot be written when Python ends would spoil the status. A full disk is to be seen in it, though, where
+        # it has cost what was asked for.
+        _is_lost(sys.stdout, BrokenPipeError)
+        _is_lost(sys.stderr, OSError)
+
+
+def _run(words: list[str]) -> int:
+    try:
+        # For train this imports torch, which takes seconds. Within them an interrupt may be lost in foreign code.
+        with uninterrupted():
+            parser = _parser(words[0] if words else None)
+        args = parser.parse_args(words)
         return args.run(args)
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
+        _tell("\nStopped.")
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _is_lost(sys.stdout, BrokenPipeError):
+            return UNREAD
         # Errors of this package are written for the user; a traceback would only hide them.
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        _tell(f"{PROGRAM}: error: {error}")
         return MISUSED
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def _is_lost(stream: TextIO | None, error: type[OSError]) -> bool:
+    """Whether a stream cannot be written for this error, as when its reader has gone. Then nothing more goes there."""
+    if stream is None or stream.closed:
+        return False
+    try:
+        stream.flush()
+    except error:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _import_torch() -> None:
+    """Imports torch so that Ctrl-C meanwhile counts afterwards, and is not lost in foreign code."""
+    with uninterrupted(), suppress(ImportError):
+        import torch  # noqa: F401
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -68,6 +113,7 @@ def _add_quickstart(commands) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
+    _import_torch()
     from .arguments import check_seed
     from .quickstart import DEFAULT_MINUTES, run_quickstart
 
@@ -156,6 +202,7 @@ def _captions(words: str) -> list[str]:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    _import_torch()
     from datetime import datetime
 
     from PIL import Image
@@ -166,6 +213,8 @@ def _sample(args: argparse.Namespace) -> int:
 
     check_seed(args.seed, "--seed")
     captions = _captions(args.CAPTIONS)
+    if args.grid and args.out and (args.out / "grid.png").exists():
+        raise FileExistsError(f"{args.out / 'grid.png'} is there already: name another --out, or delete it")
     out = args.out or Path(datetime.now().strftime("generated_images_%Y%m%d_%H%M%S"))
     sample_and_save(
         captions,
@@ -266,6 +315,7 @@ def _no_benchmarks(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    _import_torch()
     from .doctor import diagnosis
 
     print(diagnosis())

@@ -3,13 +3,15 @@
 import importlib.metadata
 import os
 import platform
-
-import torch
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from . import __version__
-from .acceleration import ENVIRONMENT_VARIABLE, resolve
-from .kernels import dispatch, implementation
-from .tiny_t5 import embedded_t5_directory
+
+if TYPE_CHECKING:
+    import torch
+
+# Whatever else is needed is imported where it is: the doctor is called when something is missing.
 
 REQUIRED = (
     "torch",
@@ -22,6 +24,7 @@ REQUIRED = (
     "tqdm",
     "numpy",
     "safetensors",
+    "huggingface_hub",
 )
 OPTIONAL = {
     "datasets": "Conceptual Captions; pip install 'minimagen_fast[data]'",
@@ -48,24 +51,51 @@ def diagnosis() -> str:
         lines.append(f"  {package:18} {_version(package) or 'MISSING: pip install ' + package}")
     for package, purpose in OPTIONAL.items():
         lines.append(f"  {package:18} {_version(package) or f'not installed (needed for {purpose})'}")
-    lines += ["", "Devices", f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
-    lines += [f"  {line}" for line in _cuda()]
-    lines += ["", f"Kernels: {implementation()}, from {dispatch.ENVIRONMENT_VARIABLE}: {', '.join(dispatch.CHOICES)}"]
-    asked = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    lines += ["", f"{ENVIRONMENT_VARIABLE}: {repr(asked) if asked else 'not set, every setting is automatic'}"]
-    for device in _devices():
-        lines += ["", f"Acceleration of a float32 model on {device}", *(f"  {line}" for line in _acceleration(device))]
-    lines += ["", "Text encoders", *(f"  {line}" for line in _text_encoders())]
+    for section in (_devices, _kernels, _acceleration, _text_encoders):
+        lines += _or_why_not(section)
     return "\n".join(lines)
 
 
-def _devices() -> list[torch.device]:
-    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    return [torch.device(name) for name in names]
+def _or_why_not(section: Callable[[], list[str]]) -> list[str]:
+    try:
+        return section()
+    except ImportError as error:
+        name = section.__name__.strip("_").replace("_", " ").capitalize()
+        return ["", f"{name}: cannot be looked into: {error}"]
 
 
-def _acceleration(device: torch.device) -> list[str]:
+def _devices() -> list[str]:
+    import torch
+
+    cpu = f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return ["", "Devices", cpu, *(f"  {line}" for line in _cuda())]
+
+
+def _kernels() -> list[str]:
+    from .kernels import dispatch, implementation
+
+    return ["", f"Kernels: {implementation()}, from {dispatch.ENVIRONMENT_VARIABLE}: {', '.join(dispatch.CHOICES)}"]
+
+
+def _acceleration() -> list[str]:
+    import torch
+
+    from .acceleration import ENVIRONMENT_VARIABLE
+
+    asked = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    lines = ["", f"{ENVIRONMENT_VARIABLE}: {repr(asked) if asked else 'not set, every setting is automatic'}"]
+    for name in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        lines += ["", f"Acceleration of a float32 model on {name}"]
+        lines += [f"  {line}" for line in _settings(torch.device(name))]
+    return lines
+
+
+def _settings(device: "torch.device") -> list[str]:
     """Every setting with its reason; or why no model can be run there."""
+    import torch
+
+    from .acceleration import resolve
+
     try:
         return str(resolve({}, device, torch.float32)).splitlines()
     except ValueError as error:
@@ -73,6 +103,8 @@ def _acceleration(device: torch.device) -> list[str]:
 
 
 def _cuda() -> list[str]:
+    import torch
+
     if not torch.backends.cuda.is_built():
         return ["cuda: not available, this torch was built without it"]
     if not torch.cuda.is_available():
@@ -86,22 +118,18 @@ def _cuda() -> list[str]:
 
 
 def _text_encoders() -> list[str]:
-    lines = []
-    try:
-        lines.append(f"t5_tiny: {embedded_t5_directory()}")
-    except (OSError, ImportError) as error:
-        lines.append(f"t5_tiny: cannot be built: {error}")
-    for name, entry in _documented().items():
-        lines.append(
-            f"{name}: {'in the cache' if _is_cached(entry['handle']) else 'not in the cache, will be fetched'}"
-        )
-    return lines
-
-
-def _documented() -> dict:
     from .t5 import T5_VERSIONS
+    from .tiny_t5 import embedded_t5_directory
 
-    return T5_VERSIONS
+    lines = ["", "Text encoders"]
+    try:
+        lines.append(f"  t5_tiny: {embedded_t5_directory()}")
+    except (OSError, ImportError) as error:
+        lines.append(f"  t5_tiny: cannot be built: {error}")
+    for name, entry in T5_VERSIONS.items():
+        where = "in the cache" if _is_cached(entry["handle"]) else "not in the cache, will be fetched"
+        lines.append(f"  {name}: {where}")
+    return lines
 
 
 def _is_cached(handle: str) -> bool:

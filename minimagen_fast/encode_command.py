@@ -12,9 +12,10 @@ import torch
 from .caption_encoding import BATCH_SIZE, SHARD_SIZE, encode_captions
 from .caption_format import DTYPES
 from .data import MinimagenDataset, conceptual_rows
-from .helpers import usable_device
+from .helpers import device_for_values
 from .shapes import all_captions
 from .sources import BUILT_IN, CONCEPTUAL, add_source_arguments, check_columns, open_captions
+from .t5 import absolute_name
 from .training import get_minimagen_parser
 
 
@@ -45,7 +46,8 @@ def run_encode_captions(args: argparse.Namespace) -> int:
         _from_environment(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     name = args.DEVICE or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    device = usable_device(name, "--DEVICE")
+    device = device_for_values(name, "--DEVICE")
+    args.T5_NAME = absolute_name(args.T5_NAME)  # as a training keeps it
     report = encode_captions(
         _captions(args),
         args.OUT,

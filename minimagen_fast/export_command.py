@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +71,7 @@ def run_export(args: argparse.Namespace) -> int:
     exported = export_cascade(args.DIRECTORIES, args.OUT, format=args.FORMAT, weights=args.WEIGHTS, chosen=chosen)
     for unet in exported:
         print(f"U-Net {unet.number}: {unet.parameters:,} parameters, {KIND_WORDS[unet.kind]}, from {unet.source}")
-    print(f'Exported to {args.OUT}. Try: minimagen-fast sample -d {args.OUT} -c "a caption"')
+    print(f'Exported to {args.OUT}. Try: minimagen-fast sample -d {shlex.quote(str(args.OUT))} -c "a caption"')
     return 0
 
 

@@ -15,7 +15,7 @@ import PIL.Image
 import torch
 
 from .arguments import check_tensor
-from .helpers import usable_device
+from .helpers import device_for_values
 from .Imagen import Imagen
 from .pictures import to_pil_images
 from .t5 import get_encoded_dim
@@ -88,10 +88,8 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
     directory = Path(directory)
     if device is None:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    device = usable_device(device)
-    if device.type == "meta":
-        raise ValueError("device 'meta' cannot be used here: it holds no values. Give cpu, or cuda if there is one")
-    imagen = build_imagen(*load_params(directory), draw_as_original=True)
+    device = device_for_values(device)
+    imagen = build_imagen(*load_params(directory), described_in=directory / "parameters", draw_as_original=True)
     folder = TrainedFolder(directory)
     for index, unet in enumerate(imagen.unets):
         weights = folder.weights(index + 1)
@@ -107,23 +105,29 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
 
 
 def build_imagen(
-    unets_params: list[dict[str, Any]], imagen_params: dict[str, Any], *, draw_as_original: bool = False
+    unets_params: list[dict[str, Any]],
+    imagen_params: dict[str, Any],
+    *,
+    described_in: Path | None = None,
+    draw_as_original: bool = False,
 ) -> Imagen:
     """Makes an Imagen, with fresh weights, from the parameters that a training directory keeps.
 
     Args:
         unets_params: The parameters of each U-Net, as :func:`load_params` returns them.
         imagen_params: The parameters of the Imagen.
+        described_in: The folder ``parameters`` that they come from, for an error about their text encoder.
         draw_as_original: Whether to draw all the random numbers that the original package draws, which first makes
             each U-Net without regard to its place: what is drawn afterwards is then the same for a seed.
 
     Raises:
-        TypeError, ValueError: The parameters do not fit together.
+        TypeError, ValueError: The parameters do not fit together, or the text encoder's name is unknown.
+        OSError: The text encoder's configuration is nowhere to be had.
     """
     # The settings that Imagen gives each U-Net for its place, given at once: it need not make them a second time.
     channels = imagen_params.get("channels", 3)
-    text_embed_dim = imagen_params.get("text_embed_dim") or get_encoded_dim(imagen_params["text_encoder_name"])
-    fitted = {"text_embed_dim": text_embed_dim, "channels": channels, "channels_out": channels}
+    width = text_width(imagen_params, described_in)
+    fitted = {"text_embed_dim": width, "channels": channels, "channels_out": channels}
     placed = [{**params, **fitted, "lowres_cond": index > 0} for index, params in enumerate(unets_params)]
     drawn: list[Unet | None] = [None] * len(placed)
     if draw_as_original:
@@ -135,6 +139,32 @@ def build_imagen(
             del unet
     unets = [Unet(**params) if unet is None else unet for unet, params in zip(drawn, placed, strict=True)]
     return Imagen(unets, **imagen_params)
+
+
+def text_width(imagen_params: Mapping[str, Any], described_in: Path | None = None) -> int:
+    """Dimensions of the text encodings that an Imagen with these parameters takes.
+
+    Args:
+        imagen_params: Its parameters.
+        described_in: The folder ``parameters`` that they come from, for the error.
+
+    Raises:
+        ValueError: The text encoder's name is unknown here.
+        OSError: Its configuration is nowhere to be had.
+    """
+    if imagen_params.get("text_embed_dim"):
+        return imagen_params["text_embed_dim"]
+    try:
+        return get_encoded_dim(imagen_params["text_encoder_name"])
+    except (ValueError, OSError) as error:
+        if described_in is None:
+            raise
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(
+            f"the text encoder that {described_in} names cannot be had here: {error} If it is a folder that has moved,"
+            f" or was named from another working directory, write its absolute path as text_encoder_name in"
+            f" {described_in}/imagen_params_*.json"
+        ) from error
 
 
 def sample_and_save(
@@ -166,7 +196,8 @@ def sample_and_save(
     Raises:
         TypeError: `captions` is not a list of strings, or `sample_args` has an argument that there is not.
         ValueError: Another argument is out of range or does not fit the others.
-        FileExistsError: ``generated_images`` in the save directory is there already and not empty.
+        FileExistsError: In the save directory ``generated_images`` is there already and not empty, or one of the text
+            files with other content.
         IsADirectoryError: A file's place there is taken by a directory.
     """
     if not isinstance(captions, list | tuple):
@@ -197,6 +228,10 @@ def sample_and_save(
         raise IsADirectoryError(f"{blocked[0]} is a directory, where a file is to be: choose another save_directory")
     if folder.exists() and os.listdir(folder):
         raise FileExistsError(f"{folder} is there already and not empty: choose another save_directory")
+    # What was no UTF-8 where it comes from, such as the command line, has surrogates, which UTF-8 does not.
+    contents = {root / name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
+    if others := [path for path, content in contents.items() if path.exists() and path.read_bytes() != content]:
+        raise FileExistsError(f"{others[0]} is there already and holds something else: choose another save_directory")
 
     if training_directory is not None:
         minimagen = load_minimagen(training_directory, device=device)
@@ -217,9 +252,8 @@ def sample_and_save(
     # First, since to make them took the time.
     for index, image in enumerate(images):
         image.save(folder / f"image_{index}.{filetype}")
-    for name, text in texts.items():
-        # What was no UTF-8 where it comes from, such as the command line, has surrogates, which UTF-8 does not.
-        (root / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+    for path, content in contents.items():
+        path.write_bytes(content)
 
 
 def _check_text(captions: Sequence[str], text_embeds: Any, text_masks: Any) -> None:

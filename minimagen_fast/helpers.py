@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from .arguments import check_not_meta
 from .resize import PAD_MODES, resize
 
 T = TypeVar("T")
@@ -218,6 +219,17 @@ def usable_device(device: torch.device | str, argument: str = "device") -> torch
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{argument} {str(device)!r} cannot be used here: {reason}") from error
+
+
+def device_for_values(device: torch.device | str, argument: str = "device") -> torch.device:
+    """As :func:`usable_device`, after seeing that what is computed there has values, too.
+
+    Raises:
+        ValueError: if there is no such device, or it cannot be used, or it is ``meta``.
+    """
+    device = usable_device(device, argument)
+    check_not_meta(device, argument)
+    return device
 
 
 def unnormalize_zero_to_one(normed_img: torch.Tensor) -> torch.Tensor:

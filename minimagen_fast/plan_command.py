@@ -90,6 +90,10 @@ def run_plan(args: argparse.Namespace) -> int:
     """
     if args.images < 1:
         raise ValueError(f"--images must be at least 1, got {args.images}")
+    if args.unet is not None and args.unet_number is not None:
+        raise ValueError("--unet-number is of a U-Net in the --config: leave it out, or --unet")
+    if args.profile_network is not None and args.profile is None:
+        raise ValueError("--profile-network is of a network in the --profile: give that, too")
     settings = _settings_of(args)
     network = _network(args, settings)
     card = Card.named(args.card)

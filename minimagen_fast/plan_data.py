@@ -1,5 +1,6 @@
 """What the data of a training takes on disks, and how fast it must be read."""
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["Data"]
@@ -30,8 +31,8 @@ class Data:
     def __post_init__(self) -> None:
         if self.pictures < 1:
             raise ValueError(f"--captions must be at least 1, got {self.pictures}")
-        if not self.bytes_per_picture > 0:
-            raise ValueError(f"--bytes-per-picture must be positive, got {self.bytes_per_picture}")
+        if not 0 < self.bytes_per_picture < math.inf:
+            raise ValueError(f"--bytes-per-picture must be positive and finite, got {self.bytes_per_picture}")
         if not 0 < self.tokens <= self.max_tokens:
             raise ValueError(
                 f"--tokens-per-caption must lie in (0, {self.max_tokens}], the most that are kept; got {self.tokens}"

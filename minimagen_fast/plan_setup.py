@@ -1,6 +1,7 @@
 """What is planned: a network, how it is trained, and on how many cards of which kind."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,8 +46,8 @@ class Card:
             value = getattr(self, field.name)
             if field.name in ("name", "device"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{field.name} of a card must be a positive number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{field.name} of a card must be a positive number, and finite, got {value!r}")
 
     @classmethod
     def named(cls, name: str) -> "Card":

@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -197,7 +198,7 @@ shape {_percent(scores.shape)} of {scores.pictures} pictures.
 Look at   {out / "grid.png"}
           {out / "loss.png"}
           {out / "report.md"}
-Try next  minimagen-fast sample -d {directory} -c "a yellow cross on gray" --cond-scale 4 --grid
+Try next  minimagen-fast sample -d {shlex.quote(str(directory))} -c "a yellow cross on gray" --cond-scale 4 --grid
           minimagen-fast quickstart --minutes 15 --out longer    (trains longer)
           minimagen-fast train --DATA FOLDER                     (your own captioned pictures)
 """

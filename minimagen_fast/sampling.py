@@ -28,7 +28,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.modules.module import _has_any_global_hook
-from tqdm import tqdm
 
 from .acceleration import Acceleration, autocast_dtype
 from .conditioning import can_be_conditioned_ahead
@@ -38,6 +37,7 @@ from .kernels import dispatch
 from .module_watch import has_tensors_in_attributes, is_known
 from .plain import is_untouched, methods_of, overridden
 from .predictions import CachedPrediction, PlainPrediction, Prediction, Task
+from .progress import progress_bar
 from .samplers import Update
 from .Unet import Unet, dtype_of
 
@@ -107,7 +107,7 @@ def sample_images(
     """
     hand = _Hand.in_(task.unet)
     with _running(task, x, acceleration, hand), _steps(task, x, acceleration, hand) as steps:
-        for number in tqdm(range(len(task.update.times)), desc=description, disable=not progress):
+        for number in progress_bar(range(len(task.update.times)), desc=description, shown=progress):
             if task.update.draws:
                 steps.noise.normal_(generator=generator)
             steps.advance(first=number == 0)

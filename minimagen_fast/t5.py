@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from minimagen_fast.arguments import check_not_meta, whole_number
 from minimagen_fast.tiny_t5 import TINY_T5_DIM, TINY_T5_NAME, embedded_t5_directory
 
 MAX_LENGTH = 256
@@ -100,20 +101,17 @@ def t5_encode_text(
         tokens. n is the token count of the longest caption. Neither carries gradients.
 
     Raises:
-        TypeError: If `text`, one of its entries, `name` or `max_length` has the wrong type.
-        ValueError: If `text` is an empty list, `max_length` or `batch_size` is less than 1, `name` is unknown, or a
-            registered encoder's answer is not what it should be.
+        TypeError: If `text`, one of its entries, `name`, `max_length` or `batch_size` has the wrong type.
+        ValueError: If `text` is an empty list, `max_length` or `batch_size` is less than 1, `name` is unknown,
+            `device` is ``meta``, or a registered encoder's answer is not what it should be.
         OSError: If the encoder's files are nowhere to be had, or are not a T5's.
     """
     captions = _as_captions(text)
-    batch_size = BATCH_SIZE if batch_size is None else batch_size
-    for argument, value in (("max_length", max_length), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{argument} must be an int, not {value!r}")
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, not {value}")
+    max_length = whole_number("max_length", max_length, least=1)
+    batch_size = BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size, least=1, else_=" or None")
     _check_name(name)
     device = _default_device() if device is None else torch.device(device)
+    check_not_meta(device, "device")  # from where the one model that there is could not come back
 
     if name in _REGISTERED:
         return _encode_registered(name, captions, max_length, device)
@@ -187,6 +185,14 @@ def get_encoded_dim(name: str) -> int:
     return entry["dim"] if "dim" in entry else _from_files(entry, _read_config).d_model
 
 
+def absolute_name(name: str) -> str:
+    """The name of an encoder as it can be kept in files: where it is a folder's, the folder's absolute path."""
+    if name in _REGISTERED or name in T5_VERSIONS or name == TINY_T5_NAME:
+        return name
+    folder = os.path.expanduser(name)
+    return os.path.abspath(folder) if os.path.isdir(folder) else name
+
+
 def register_text_encoder(name: str, encode: TextEncoder, dim: int) -> None:
     """Makes an encoder of your own available under a name, in this process.
 
@@ -209,11 +215,7 @@ def register_text_encoder(name: str, encode: TextEncoder, dim: int) -> None:
         raise ValueError(f"name {name!r} is built in and cannot be registered: choose another one")
     if not callable(encode):
         raise TypeError(f"encode must be callable as encode(captions, max_length, device), not {encode!r}")
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim must be an int, not {dim!r}")
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, not {dim}")
-    _REGISTERED[name] = (encode, dim)
+    _REGISTERED[name] = (encode, whole_number("dim", dim, least=1))
 
 
 # Arguments
@@ -433,6 +435,13 @@ def _read_model(source: str, local_files_only: bool) -> tuple[Any, Any]:
     # Where files are missing, transformers makes do with an empty vocabulary or random weights.
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:
         raise ValueError("its tokenizer has no vocabulary: spiece.model or tokenizer.json is missing")
+    # Sentinels are in no caption, and some tokenizers have more of them than their model.
+    ids = (number for token, number in tokenizer.get_vocab().items() if not token.startswith("<extra_id_"))
+    known = model.get_input_embeddings().num_embeddings
+    if (largest := max(ids)) >= known:
+        raise ValueError(
+            f"its tokenizer gives ids up to {largest}, its model knows those below {known}: they do not belong together"
+        )
     if info["missing_keys"]:
         raise ValueError(f"its weights are incomplete: there is no {', '.join(sorted(info['missing_keys'])[:3])}")
     tokenizer.padding_side = "right"

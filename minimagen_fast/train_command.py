@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,11 +22,12 @@ from torch.utils.data import IterableDataset
 from .arguments import check_seed
 from .files import replace_file
 from .generate import build_imagen, checked_params
-from .helpers import usable_device
+from .helpers import device_for_values
 from .Imagen import Imagen
 from .loading import ShardedLoader
 from .optimizers import SCHEDULES, build_optimizer, learning_rate_schedule
 from .parallel import CHOICES, shard
+from .progress import say
 from .ranks import DEFAULT_TIMEOUT, Ranks, as_lost, open_ranks
 from .sampled_prompts import sampled_prompts
 from .settings import TrainingSettings
@@ -33,6 +35,7 @@ from .snapshots import Snapshots
 from .sources import add_data_arguments, open_data
 from .stopping import STOPPED, StopRequest, stop_on_signals
 from .streams import StreamedLoader
+from .t5 import absolute_name, get_encoded_dim
 from .trainer import Trainer, TrainingDiverged
 from .training import (
     create_directory,
@@ -125,9 +128,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.RESTART_DIRECTORY is not None and args.PARAMETERS is not None:
         raise ValueError("give either --RESTART_DIRECTORY or --PARAMETERS, not both")
     name = args.DEVICE or ("cuda:" + os.environ.get("LOCAL_RANK", "0") if torch.cuda.is_available() else "cpu")
-    device = usable_device(name, "--DEVICE")
-    if device.type == "meta":
-        raise ValueError("--DEVICE 'meta' cannot be used here: it holds no values. Give cpu, or cuda if there is one")
+    device = device_for_values(name, "--DEVICE")
     check_seed(args.SEED, "--SEED")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -177,6 +178,11 @@ class _Run:
     def in_place(self) -> bool:
         return self.restart == self.directory
 
+    def has_checkpoint(self, ranks: Ranks) -> bool:
+        """Whether what it continues has a checkpoint; all ranks must ask."""
+        there = self.restart is not None and Snapshots(self.restart / "checkpoints", ranks).steps()
+        return ranks.from_first(bool(there))
+
 
 def _find_run(args: argparse.Namespace, ranks: Ranks) -> _Run:
     now = ranks.from_first(datetime.now().strftime("%Y%m%d_%H%M%S"))
@@ -188,19 +194,40 @@ def _find_run(args: argparse.Namespace, ranks: Ranks) -> _Run:
     if ranks.from_first(bool(exported)):
         raise ValueError(
             f"--OUT {directory} holds exported weights, which would be taken for those of the training: name another"
-            f" folder. To train what it describes, add -p {directory / 'parameters'}"
+            f" folder. To train what it describes, add -p {_word(directory / 'parameters')}"
         )
     # Where no step was made, nothing is lost that the same command would not do again.
     if not ranks.from_first(any(Snapshots(directory / "checkpoints", ranks).steps())):
+        if ranks.from_first(_has_weights_alone(directory)):
+            raise ValueError(
+                f"--OUT {directory} holds weights of a training but no checkpoint to go on from, and they would be"
+                f" written over: name another folder. To start from them, add -rd {_word(directory)}"
+            )
         return _Run(directory, now, restart)
     if restart not in (None, directory):
         _tell(ranks, f"--RESTART_DIRECTORY {restart} is ignored: {directory} holds a training, which goes on")
     return _Run(directory, _read_config(directory).get("timestamp", now), directory)
 
 
+def _has_weights_alone(directory: Path) -> bool:
+    """Whether weights are all that is left of a training, or all that minimagen has kept of it.
+
+    A training that was killed before its first checkpoint was whole has weights, too, and the folder of checkpoints.
+    """
+    if not any((directory / "tmp").glob("unet_*")) and not any((directory / "state_dicts").glob("unet_*")):
+        return False
+    folder = directory / "checkpoints"
+    return not folder.is_dir() or ((directory / ENDED).is_file() and not any(folder.glob("step_*")))
+
+
 def _tell(ranks: Ranks, text: str) -> None:
     if ranks.first:
-        print(f"minimagen-fast train: {text}", file=sys.stderr)
+        say(f"minimagen-fast train: {text}", on_stderr=True)
+
+
+def _word(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -229,6 +256,11 @@ def _take_over(args: argparse.Namespace, folder: str, ranks: Ranks, *, justparam
     """Takes over what is fixed by the folder, and says what of the command line does not count then."""
     asked = _asked(args)
     load_restart_training_parameters(args, justparams)
+    began = args.T5_NAME
+    args.T5_NAME = absolute_name(began)
+    if not justparams and _can_replace(asked.get("T5_NAME", began), began, Path(folder) / "parameters"):
+        args.T5_NAME = asked["T5_NAME"]
+        _tell(ranks, f"--T5_NAME {args.T5_NAME} is used in the place of {began}, with which {folder} began")
     if justparams and "TIMESTEPS" in asked:
         args.TIMESTEPS = asked["TIMESTEPS"]
     _tell_ignored(args, asked, f"in {folder}", ranks)
@@ -236,6 +268,15 @@ def _take_over(args: argparse.Namespace, folder: str, ranks: Ranks, *, justparam
         begun = TrainedFolder(Path(folder)).arguments.get("PARAMETERS")
         if begun != args.PARAMETERS:
             _tell(ranks, f"--PARAMETERS {args.PARAMETERS} is ignored: {folder} goes on with the parameters it has")
+
+
+def _can_replace(encoder: str, began: str, parameters: Path) -> bool:
+    """Whether a text encoder is a folder, as one that has moved is, that gives what the U-Nets take."""
+    if encoder == absolute_name(began) or not Path(encoder).is_dir():
+        return False
+    unets_params, imagen_params = checked_params(parameters)
+    widths = [params.get("text_embed_dim") for params in (imagen_params, *unets_params)]
+    return get_encoded_dim(encoder) in widths
 
 
 @contextmanager
@@ -273,6 +314,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
             args.T5_NAME = "t5_tiny"  # needs no files
         _tell_ignored(args, given, "with --TESTING", ranks)
     run = _find_run(args, ranks)
+    args.T5_NAME = absolute_name(args.T5_NAME)  # what is kept must be found from anywhere
     if run.restart is not None:
         args.RESTART_DIRECTORY = str(run.restart)
         _take_over(args, args.RESTART_DIRECTORY, ranks)
@@ -283,6 +325,9 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     # The same weights on every rank, whatever was drawn while the data was opened.
     torch.manual_seed(args.SEED)
     imagen, unets_params, imagen_params = _model(args)
+    continues = run.has_checkpoint(ranks)
+    if run.restart is not None and not continues:
+        _load_weights(imagen, run.restart, ranks)
     imagen.to(device)
     numbers = _unet_numbers(args, len(imagen.unets), ranks)
     settings = _settings(args, numbers)
@@ -310,6 +355,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
 
     if ranks.first:
         create_directory(run.directory)
+        # Before the first weights: those of a training that is killed then are not taken for all that is left of one.
+        (run.directory / "checkpoints").mkdir(exist_ok=True)
     ranks.wait()
     held.enter_context(_alone_in(run.directory, ranks))
     if run.restart is None and ranks.from_first(any(Snapshots(run.directory / "checkpoints", ranks).steps())):
@@ -335,7 +382,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         timestamp=run.timestamp,
         ranks=ranks,
         lr_scheduler=scheduler,
-        restart_directory=run.restart,
+        restart_directory=run.restart if continues else None,
         stop=stop,
         watch=watch,
         sample=sample,
@@ -364,8 +411,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     try:
         why = trainer.run()
     except KeyboardInterrupt:
-        print(
-            f"\nSaved in {run.directory}. To go on: minimagen-fast train --RESTART_DIRECTORY {run.directory}"
+        say(
+            f"\nSaved in {run.directory}. To go on: minimagen-fast train --RESTART_DIRECTORY {_word(run.directory)}"
             " and the same other arguments"
         )
         raise
@@ -379,10 +426,24 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         ended = {"why": why, "step": trainer.position.step, "epoch": trainer.position.epoch}
         replace_file(run.directory / ENDED, (json.dumps(ended) + "\n").encode())
         if why == "done":
-            print(f'Done. Try: minimagen-fast sample -d {run.directory} -c "a caption"')
+            say(f'Done. Try: minimagen-fast sample -d {_word(run.directory)} -c "a caption"')
         else:
-            print(f"Saved in {run.directory}. To go on: the same command with --OUT {run.directory}")
+            say(f"Saved in {run.directory}. To go on: the same command with --OUT {_word(run.directory)}")
     return STOPPED if why == "stopped" else 0
+
+
+def _load_weights(imagen: Imagen, directory: Path, ranks: Ranks) -> None:
+    """Starts from the weights in a directory without checkpoints, such as minimagen's, as sampling takes them."""
+    folder = TrainedFolder(directory)
+    found = [folder.weights(number) for number in range(1, len(imagen.unets) + 1)]
+    for unet, weights in zip(imagen.unets, found, strict=True):
+        weights.load_into(unet)
+    files = ", ".join(str(weights.path.relative_to(directory)) for weights in found)
+    _tell(
+        ranks,
+        f"{directory} has no checkpoint: the training starts with its weights ({files}), at epoch 1, with a new"
+        " optimizer",
+    )
 
 
 def _introduce(
@@ -392,7 +453,7 @@ def _introduce(
     pixels = " and ".join(str(imagen.image_sizes[n - 1]) for n in numbers)
     pictures = "a stream of pictures" if isinstance(train_data, IterableDataset) else f"{len(train_data)} pictures"
     where = f"{device}" if ranks.size == 1 else f"{ranks.size} ranks ({device.type})"
-    print(
+    say(
         f"Training U-Nets of {sizes} parameters at {pixels} pixels on {pictures}, on {where}.\n"
         f"Training directory: {run.directory}"
     )
@@ -402,6 +463,10 @@ def _settings(args: argparse.Namespace, numbers: list[int]) -> TrainingSettings:
     for name in ("LOG_INTERVAL", "SAMPLE_STEPS"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if args.TOTAL_STEPS is not None and args.TOTAL_STEPS < 1:
+        raise ValueError(f"TOTAL_STEPS must be at least 1, got {args.TOTAL_STEPS}")
+    if args.PEAK_TFLOPS is not None and not 0 < args.PEAK_TFLOPS < math.inf:
+        raise ValueError(f"PEAK_TFLOPS must be positive and finite, got {args.PEAK_TFLOPS}")
     if not math.isfinite(args.SAMPLE_COND_SCALE):
         raise ValueError(f"SAMPLE_COND_SCALE must be a finite number, got {args.SAMPLE_COND_SCALE}")
     if args.TENSORBOARD and importlib.util.find_spec("tensorboard") is None:
@@ -495,16 +560,20 @@ def _shard(imagen: Imagen, numbers: list[int], ranks: Ranks, args: argparse.Name
 
 def _model(args: argparse.Namespace) -> tuple[Imagen, list[dict[str, Any]], dict[str, Any]]:
     """The cascade, and the full parameters of its U-Nets and itself as a training directory keeps them."""
+    described_in = None
     if args.RESTART_DIRECTORY is not None:
-        unets_params, imagen_params = checked_params(Path(args.RESTART_DIRECTORY) / "parameters")
+        described_in = Path(args.RESTART_DIRECTORY) / "parameters"
     elif args.PARAMETERS is not None:
-        unets_params, imagen_params = checked_params(Path(args.PARAMETERS))
+        described_in = Path(args.PARAMETERS)
+    if described_in is not None:
+        unets_params, imagen_params = checked_params(described_in)
     else:
         classes = (BaseTest, SuperTest) if args.TESTING else (Base, Super)
         unets_params = [get_default_args(unet_class) for unet_class in classes]
         imagen_params = dict(image_sizes=(args.IMG_SIDE_LEN // 2, args.IMG_SIDE_LEN), cond_drop_prob=COND_DROP_PROB)
-    if args.RESTART_DIRECTORY is None:
+    if args.RESTART_DIRECTORY is None or Path(args.T5_NAME).is_dir():
         imagen_params = {**imagen_params, "text_encoder_name": args.T5_NAME}
+    if args.RESTART_DIRECTORY is None:
         # What is described may have other timesteps for each U-Net; the command line has the last word.
         if args.PARAMETERS is None or "timesteps" not in imagen_params or "TIMESTEPS" in args.given:
             imagen_params["timesteps"] = args.TIMESTEPS
@@ -512,7 +581,7 @@ def _model(args: argparse.Namespace) -> tuple[Imagen, list[dict[str, Any]], dict
         {**get_default_args(Unet), **params, "lowres_cond": place > 0} for place, params in enumerate(unets_params)
     ]
     imagen_params = {**get_default_args(Imagen), **imagen_params}
-    imagen = build_imagen(unets_params, imagen_params)
+    imagen = build_imagen(unets_params, imagen_params, described_in=described_in)
     # As they were fitted to their places: whoever loads them makes them once.
     for params, unet in zip(unets_params, imagen.unets, strict=True):
         params |= {name: getattr(unet, name) for name in ("text_embed_dim", "channels", "channels_out")}

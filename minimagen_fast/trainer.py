@@ -1,6 +1,7 @@
 """The training loop: behind :func:`.training.MinimagenTrain` and ``minimagen-fast train``, on one process or many."""
 
 import math
+import shlex
 import time
 import warnings
 from collections import Counter, deque
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import checkpoint
 from .arguments import whole_number
@@ -25,6 +25,7 @@ from .interrupts import TimeLimitExceeded, has_time_limit, time_limit, uninterru
 from .loading import Loader
 from .optimizers import fuse
 from .parallel import TrainedUnet, full
+from .progress import progress_bar, say
 from .ranks import Ranks
 from .settings import TrainingSettings
 from .snapshots import Saved, Snapshots
@@ -239,7 +240,8 @@ class Trainer:
                 what = "Time is up" if why == "time" else f"Stopped ({self.stop.why or 'on another rank'})"
                 self._say(
                     f"{what}: training ends in epoch {self.position.epoch + 1} of {epochs} after "
-                    f"{self.position.batch} of its batches. To go on, pass --RESTART_DIRECTORY {self.directory}"
+                    f"{self.position.batch} of its batches. To go on, pass --RESTART_DIRECTORY"
+                    f" {shlex.quote(str(self.directory))}"
                 )
                 if why == "stopped" and self.ranks.first:
                     self.stop.leave_word()
@@ -263,12 +265,12 @@ class Trainer:
         self._drop_gradients()
         batches = self._open_epoch()
         why = None
-        with tqdm(
+        with progress_bar(
             desc=f"Epoch {epoch + 1}/{self.settings.epochs}",
             total=self.batches_in_epoch,
             initial=done,
             unit="batch",
-            disable=not self.progress,
+            shown=self.progress,
         ) as bar:
             shown = float("-inf")
             for batch, images in self._agreed(batches):
@@ -483,8 +485,8 @@ class Trainer:
         total = 0
         generators = getattr(self.valid_loader, "generators", [])
         with self._evaluating(), checkpoint.isolated_rng(VALIDATION_SEED, device, generators):
-            batches = tqdm(
-                self.valid_loader.epoch(0), desc="Validation", unit="batch", leave=False, disable=not self.progress
+            batches = progress_bar(
+                self.valid_loader.epoch(0), desc="Validation", unit="batch", leave=False, shown=self.progress
             )
             for batch, images in self._agreed(iter(batches)):
                 if not images:
@@ -635,7 +637,7 @@ class Trainer:
         else:
             self._tell(
                 f"Training was interrupted ({type(error).__name__}). Weights and state are in {self.directory}; to go"
-                f" on, pass --RESTART_DIRECTORY {self.directory}"
+                f" on, pass --RESTART_DIRECTORY {shlex.quote(str(self.directory))}"
             )
 
     def _restart_from(self, directory: Path) -> None:
@@ -722,7 +724,7 @@ class Trainer:
 
     def _tell(self, text: str) -> None:
         if self.progress:
-            tqdm.write(text)
+            say(text)
 
     def _say(self, text: str) -> None:
         self._log(text)

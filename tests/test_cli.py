@@ -1,9 +1,12 @@
 """The command line: train, go on, sample, doctor, and how errors end."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -151,6 +154,55 @@ def test_ctrl_c_while_the_command_is_loaded(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nStopped.\n"
 
 
+def test_ctrl_c_that_foreign_code_swallows_counts_all_the_same(monkeypatch):
+    make = cli._parser
+
+    def swallowing(command):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return make(command)
+
+    monkeypatch.setattr(cli, "_parser", swallowing)
+    assert cli.main(["doctor"]) == cli.INTERRUPTED
+
+
+@pytest.fixture
+def gone():
+    """A pipe whose reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    with suppress(BrokenPipeError), open(write, "w", buffering=1) as pipe:
+        yield pipe
+
+
+def test_a_reader_that_has_gone_is_no_error(monkeypatch, capsys, gone):
+    words = [sys.executable, "-m", "minimagen_fast", "--help"]
+    done = subprocess.run(words, stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+    def printing(args):
+        print("something", file=sys.stdout)
+
+    monkeypatch.setattr(cli, "_doctor", printing)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", gone)
+        assert cli.main(["doctor"]) == cli.UNREAD
+    assert capsys.readouterr().err == ""
+
+    def failing(args):
+        raise BrokenPipeError("a worker has gone")
+
+    monkeypatch.setattr(cli, "_doctor", failing)
+    assert cli.main(["doctor"]) == cli.MISUSED
+    assert capsys.readouterr().err == "minimagen-fast: error: a worker has gone\n"
+
+
+def test_a_grid_of_others_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "grid.png").write_text("mine")
+    assert cli.main(["sample", "-d", "nowhere", "-c", "a", "--out", str(tmp_path), "--grid"]) == cli.MISUSED
+    assert "grid.png is there already: name another --out" in capsys.readouterr().err
+
+
 def test_the_command_as_a_program():
     assert run("--version").stdout.startswith("minimagen_fast ")
     for words in (["--help"], ["train", "--help"], ["sample", "--help"], ["quickstart", "--help"]):
@@ -172,6 +224,16 @@ def test_doctor(capsys):
     report = capsys.readouterr().out
     for words in ("torch", "t5_tiny", "cpu:", "cuda", "Kernels: ", "Acceleration of a float32 model on cpu"):
         assert words in report
+
+
+@pytest.mark.parametrize("missing", ["safetensors.torch", "huggingface_hub"])
+def test_the_doctor_says_what_can_be_said_where_something_is_missing(monkeypatch, capsys, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "safetensors.torch":
+        monkeypatch.delitem(sys.modules, "minimagen_fast.tiny_t5")  # which imports it at the start
+    assert cli.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert "Kernels: " in report and f"Text encoders: cannot be looked into: import of {missing} halted" in report
 
 
 def acceleration_on_cpu(capsys):

@@ -339,6 +339,8 @@ def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, capsys):
     assert cli.main([*COMMAND, "--OUT", "out"]) == cli.MISUSED
     assert "variable RANK must be a whole number" in capsys.readouterr().err
     monkeypatch.delenv("RANK")
+    assert cli.main([*COMMAND, "--OUT", "out", "--DEVICE", "meta"]) == cli.MISUSED
+    assert "--DEVICE 'meta' cannot be used here" in capsys.readouterr().err
     words = [*COMMAND, "--OUT", "out"]
     words[2] = "nowhere"
     assert cli.main(words) == cli.MISUSED and "there is no folder" in capsys.readouterr().err

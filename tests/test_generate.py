@@ -290,6 +290,19 @@ def test_images_that_are_there_already_are_not_mixed_with_others(tmp_path):
     assert (tmp_path / "captions.txt").read_text() == "a\n"
 
 
+def test_files_of_others_are_not_written_over(tmp_path, monkeypatch):
+    options = {"minimagen": make_imagen(1), "sample_args": sample_args("a"), "save_directory": tmp_path}
+    (tmp_path / "captions.txt").write_text("mine\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("minimagen_fast.Imagen.sample_images", lambda *args, **kwargs: pytest.fail("sampled"))
+        with pytest.raises(FileExistsError, match="captions.txt is there already and holds something else: choose"):
+            sample_and_save(["a"], **options)
+    assert (tmp_path / "captions.txt").read_text() == "mine\n" and not (tmp_path / "generated_images").exists()
+    (tmp_path / "captions.txt").write_text("a\n")
+    sample_and_save(["a"], **options)
+    assert (tmp_path / "generated_images" / "image_0.png").is_file()
+
+
 def test_a_directory_in_the_place_of_a_file_is_found_before_sampling(tmp_path, monkeypatch):
     monkeypatch.setattr("minimagen_fast.Imagen.sample_images", lambda *args, **kwargs: pytest.fail("sampled"))
     (tmp_path / "captions.txt").mkdir()
@@ -308,7 +321,7 @@ def test_images_are_saved_first(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     arguments = sample_args("a", steps=1, sampler="ddim")
     with pytest.raises(OSError, match="no space"):
         sample_and_save(["a"], minimagen=make_imagen(1), sample_args=arguments, save_directory=tmp_path)

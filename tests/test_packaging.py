@@ -117,9 +117,9 @@ def test_the_metadata(wheel):
     assert (metadata["Name"], metadata["Version"]) == ("minimagen_fast", minimagen_fast.__version__)
     assert metadata["Requires-Python"] == ">=3.10"
     required = metadata.get_all("Requires-Dist")
-    always = {re.split(r"[^a-z]", line)[0] for line in required if "extra ==" not in line}
+    always = {re.split(r"[^a-z_]", line)[0] for line in required if "extra ==" not in line}
     assert always == set(
-        "torch triton transformers sentencepiece protobuf einops pillow tqdm numpy safetensors".split()
+        "torch triton transformers sentencepiece protobuf einops pillow tqdm numpy safetensors huggingface_hub".split()
     )
     assert any(line.startswith("triton") and "platform_system" in line for line in required)
     extras = {"xformers", "data", "tensorboard", "report", "test", "bench", "dev"}

@@ -329,6 +329,7 @@ def test_a_unet_in_a_file(capsys, tmp_path):
         ([*TINY, "--card", "none.json"], "there is no file none.json"),
         ([*TINY, "--mfu", "1.5"], "--mfu must lie in (0, 1], got 1.5"),
         ([*TINY, "--link-gbps", "-1"], "link_gbps of a card must be a positive number"),
+        ([*TINY, "--link-gbps", "inf"], "link_gbps of a card must be a positive number, and finite, got inf"),
         ([*TINY, "--usable-memory", "0"], "usable-memory must lie in (0, 1]"),
         ([*TINY, "--checkpoint-levels", "a"], "--checkpoint-levels must be numbers"),
         ([*TINY, "--checkpoint-levels", "3"], "levels 0 to 2"),
@@ -337,6 +338,9 @@ def test_a_unet_in_a_file(capsys, tmp_path):
         ([*TINY, "--max-tokens", "300"], "--max-tokens must lie in 1 to 256"),
         ([*TINY, "--tokens-per-caption", "65"], "--tokens-per-caption must lie in (0, 64]"),
         ([*TINY, "--captions", "0"], "--captions must be at least 1"),
+        ([*TINY, "--bytes-per-picture", "inf"], "--bytes-per-picture must be positive and finite, got inf"),
+        ([*TINY, "--unet-number", "3"], "--unet-number is of a U-Net in the --config"),
+        ([*TINY, "--profile-network", "Base@64"], "--profile-network is of a network in the --profile"),
         (["--unet", "BaseTest", "--batch", "1", "--images", "0"], "--images must be at least 1"),
     ],
 )

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -56,10 +57,10 @@ def save_full_t5(directory, dim=512, **config):
     """Saves a T5 with its decoder, as the public checkpoints are, but with one thin layer. Returns the model."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": dim, "num_layers": 1, "num_heads": 1, "d_kv": 8, "d_ff": 8, "vocab_size": 400}
+    sizes = {"d_model": dim, "num_layers": 1, "num_heads": 1, "d_kv": 8, "d_ff": 8, "vocab_size": 400, **config}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, **config)).eval()
+        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
     model.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_t5_directory() / name, directory)
@@ -186,6 +187,20 @@ def test_empty_unicode_and_overlong_captions():
 def test_anything_but_captions_is_an_error(text, error):
     with pytest.raises(error, match="text"):
         t5_encode_text(text, "t5_tiny")
+
+
+def test_whole_numbers_of_numpy_are_taken():
+    encodings, mask = t5_encode_text(["a", "two"], "t5_tiny", np.int64(2), batch_size=np.int64(1))
+    assert torch.equal(encodings, t5_encode_text(["a", "two"], "t5_tiny", 2, batch_size=1)[0])
+    register_text_encoder("mine", lengths_encoder, np.int32(3))
+    assert get_encoded_dim("mine") == 3
+
+
+def test_the_meta_device_is_refused_and_the_encoder_stays():
+    before = t5_encode_text(["a"], "t5_tiny")[0]
+    with pytest.raises(ValueError, match="device 'meta' cannot be used here"):
+        t5_encode_text(["a"], "t5_tiny", device="meta")
+    assert torch.equal(t5_encode_text(["a"], "t5_tiny")[0], before)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +354,12 @@ def test_a_folder_without_a_whole_t5_is_an_error_not_a_random_model(tmp_path, sp
     with pytest.raises(OSError, match=reason) as caught:
         t5_encode_text("a", str(tmp_path / "mine"))
     assert str(tmp_path / "mine") in str(caught.value)
+
+
+def test_a_tokenizer_that_gives_what_the_model_does_not_know_is_an_error(tmp_path):
+    save_full_t5(tmp_path / "mine", dim=16, vocab_size=300)
+    with pytest.raises(OSError, match=r"its tokenizer gives ids up to 3\d\d, its model knows those below 300"):
+        t5_encode_text("a", str(tmp_path / "mine"))
 
 
 def test_one_load_per_process(counted_loads):

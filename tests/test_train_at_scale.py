@@ -19,8 +19,9 @@ from rank_processes import start_ranks
 from training_runs import state_of
 
 from minimagen_fast import cli, shapes
-from minimagen_fast.generate import load_minimagen
+from minimagen_fast.generate import load_minimagen, load_params
 from minimagen_fast.ranks import RankLost
+from minimagen_fast.tiny_t5 import embedded_t5_directory
 from minimagen_fast.train_command import DIVERGED, RANK_LOST
 from minimagen_fast.training import create_directory, get_minimagen_parser, save_training_info
 
@@ -271,6 +272,8 @@ def test_a_super_resolution_u_net_alone_enlarges_validation_pictures(data, tmp_p
         (["--RANK_TIMEOUT", "inf"], "RANK_TIMEOUT must be finite, got inf"),
         (["--RANK_TIMEOUT", "0"], "RANK_TIMEOUT must be more than 0 seconds, at most 1e+09, got 0.0"),
         (["--DEVICE", "meta"], "--DEVICE 'meta' cannot be used here"),
+        (["--TOTAL_STEPS", "0"], "TOTAL_STEPS must be at least 1, got 0"),
+        *((["--PEAK_TFLOPS", value], "PEAK_TFLOPS must be positive and finite") for value in ("0", "nan", "inf")),
     ],
 )
 def test_wrong_arguments_are_one_line(data, tmp_path, capsys, further, message):
@@ -375,6 +378,84 @@ def test_a_folder_with_exported_weights_is_not_trained_in(started, data, tmp_pat
     assert cli.main(command(data, tmp_path / "out", "-e", "1")) == cli.MISUSED
     assert "out holds exported weights" in capsys.readouterr().err
     assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def without(words, flag):
+    place = words.index(flag)
+    return [*words[:place], *words[place + 2 :]]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_where_there_is_no_checkpoint_the_weights_are_taken(started, data, tmp_path, capsys):
+    first = tmp_path / "run"
+    shutil.rmtree(first / "checkpoints")
+    words = [*without(command(data, tmp_path / "second", "-e", "0"), "-p"), "-rd", str(first)]
+    assert cli.main(words) == 0
+    [best] = (first / "state_dicts").glob("unet_0_*.pth")
+    assert f"{first} has no checkpoint: the training starts with its weights (state_dicts/{best.name}," in (
+        capsys.readouterr().err
+    )
+    for number, file in enumerate((best, first / "tmp" / "unet_1_tmp.pth")):
+        here, there = (
+            torch.load(path, weights_only=True) for path in (tmp_path / "second" / f"tmp/unet_{number}_tmp.pth", file)
+        )
+        assert all(torch.equal(value, there[name]) for name, value in here.items())
+
+    for folder in ("tmp", "state_dicts"):
+        shutil.rmtree(first / folder)
+    assert cli.main([*without(words, "--OUT"), "--OUT", str(tmp_path / "third")]) == cli.MISUSED
+    assert f"{first} has no weights of U-Net 0" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_weights_without_checkpoints_are_not_written_over(started, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints")
+    before = contents(run)
+    assert cli.main(started) == cli.MISUSED
+    assert f"they would be written over: name another folder. To start from them, add -rd {run}" in (
+        capsys.readouterr().err
+    )
+    assert cli.main([*without(started, "-p"), "-rd", str(run)]) == cli.MISUSED
+    (run / "checkpoints").mkdir()
+    assert cli.main(started) == cli.MISUSED, "it has ended, so it had one"
+    assert contents(run) == before
+    # As one that was killed within its first save.
+    (run / "ended.json").unlink()
+    assert cli.main(started) == 0
+
+
+def test_a_text_encoder_in_a_folder_is_found_from_anywhere(data, tmp_path, monkeypatch, capsys):
+    encoder, run = tmp_path / "my t5", tmp_path / "my run"
+    shutil.copytree(embedded_t5_directory(), encoder)
+    shutil.copytree(data / "model", tmp_path / "model")
+    [file] = (tmp_path / "model" / "parameters").glob("training_*.txt")
+    file.write_text(file.read_text().replace("T5_NAME=t5_tiny", "T5_NAME=my t5"))
+    monkeypatch.chdir(tmp_path)
+    words = without(without(command(tmp_path, run, "-e", "0"), "--CAPTIONS"), "-t5")
+    words[words.index("--DATA") + 1] = str(data / "pictures")
+    assert cli.main(words) == 0
+    assert f"minimagen-fast sample -d '{run}' -c" in capsys.readouterr().out
+    assert load_params(run)[1]["text_encoder_name"] == str(encoder)
+    assert f"--T5_NAME={encoder}\n" in next((run / "parameters").glob("training_*.txt")).read_text()
+
+    # One that was named in another way, from elsewhere.
+    for file in (run / "parameters").iterdir():
+        file.write_text(file.read_text().replace(str(encoder), "my_t5"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = [*changed(without(words, "-p"), **{"-OUT": str(tmp_path / "second")}), "-rd", str(run)]
+    for refused in (["sample", "-d", str(run), "-c", "a"], ["export", str(run), "--OUT", "out"], again):
+        assert cli.main(refused) == cli.MISUSED
+        said = capsys.readouterr().err
+        assert "'my_t5' is no text encoder and no folder" in said
+        assert f"write its absolute path as text_encoder_name in {run}/parameters/imagen_params_*.json" in said
+    assert cli.main([*again, "-t5", "../my t5"]) == 0
+    assert f"--T5_NAME {encoder} is used in the place of my_t5" in capsys.readouterr().err
+    assert load_params(tmp_path / "second")[1]["text_encoder_name"] == str(encoder)
 
 
 def test_timesteps_of_each_u_net_are_kept_unless_the_command_line_has_others(data, tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import minimagen_fast
 
@@ -182,7 +183,7 @@ def test_the_constraints_fit_the_requirements(wheel, python):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     here = {"python_version": python, "platform_system": "Linux"}
     pins = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate(here)]
-    versions = {pin.name: str(pin.specifier).removeprefix("==") for pin in pins}
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
     assert len(versions) == len(pins), "no package twice"
     for requirement in map(Requirement, required):
-        assert requirement.specifier.contains(versions[requirement.name]), requirement
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement

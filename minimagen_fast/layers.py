@@ -513,7 +513,8 @@ class ResnetBlock(nn.Module):
         # Not `len`, which torch.export would make a constant.
         if exists(scale_shift) and scale_shift.shape[0] > h.shape[0]:
             copies = scale_shift.shape[0] // h.shape[0]
-            h, x = (images.repeat(copies, 1, 1, 1) for images in (h, x))
+            # Not `repeat`, whose result is never in channels_last memory.
+            h, x = (torch.cat([images] * copies) for images in (h, x))
         if exists(self.cross_attn):
             if not exists(cond) and not exists(keys_values):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")

@@ -112,9 +112,10 @@ def _seconds(case: Case, name: str) -> float | None:
     device = torch.device("cuda")
     settle(device)
     try:
-        inputs = case.inputs(device, attention_table.DTYPE)
-        with torch.no_grad():
-            timer = _timer(lambda _: case.run(inputs, name), device)
+        # The default stream cannot be captured.
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(device)):
+            inputs = case.inputs(device, attention_table.DTYPE)
+            timer = _timer(lambda _: case.run(inputs, name), device, f"{case.name}, {name}")
             return median(timer.sample() for _ in range(SAMPLES))
     # What an implementation cannot do it says with a ValueError.
     except (ValueError, torch.OutOfMemoryError) as error:
@@ -122,10 +123,11 @@ def _seconds(case: Case, name: str) -> float | None:
         return None
 
 
-def _timer(call: Subject, device: torch.device) -> Timer:
+def _timer(call: Subject, device: torch.device, what: str) -> Timer:
     try:
         return Timer(call, device, graph=True)
-    except NotCapturable:
+    except NotCapturable as error:
+        print(f"{what}: timed with the host's work, it cannot be captured as a CUDA graph: {error}", file=sys.stderr)
         return Timer(call, device)
 
 

@@ -57,7 +57,8 @@ class Timer:
         subject: What to time; it has been called before, so that what is compiled or cached is there.
         device: Where it works.
         copies: How many sets of inputs there are.
-        graph: Whether to replay a CUDA graph, captured now, on the current stream; on CUDA only.
+        graph: Whether to replay a CUDA graph, captured now, on the current stream; on CUDA only, and not on the default
+            stream.
         call_seconds: About how long a call takes, if that is known; otherwise it is tried.
 
     Attributes:
@@ -65,6 +66,7 @@ class Timer:
 
     Raises:
         NotCapturable: if a graph is wanted and the subject cannot be captured.
+        RuntimeError: if a graph is wanted on the default stream, where nothing can be.
     """
 
     def __init__(
@@ -133,6 +135,10 @@ class Timer:
         return max(seconds / self._calls_each, 1e-9)
 
     def _capture(self) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        if stream == torch.cuda.default_stream(self._device):
+            # The caller's mistake: below it would pass for a subject that cannot be captured.
+            raise RuntimeError("the current stream is the default one, which cannot be captured: set another")
         # Every copy once: lazily made buffers and compiled kernels must be there before the capture.
         for _ in range(max(3, self._copies)):
             self._call()
@@ -141,7 +147,7 @@ class Timer:
         self._next = 0
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self._device)):
+            with torch.cuda.graph(graph, stream=stream):
                 for _ in range(self._calls_each):
                     self._call()
         except RuntimeError as error:

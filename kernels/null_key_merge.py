@@ -18,7 +18,7 @@ import torch
 from . import launch
 from .launch import ceil_div, tl, triton
 
-__all__ = ["null_key_merge", "reasons"]
+__all__ = ["dtype_reasons", "null_key_merge", "reasons"]
 
 WIDTHS = (32, 64, 128)
 ROWS = 64
@@ -218,17 +218,23 @@ def null_key_merge_backward(grad, q, k, v, null_key, null_value, out, lse, heads
     return dq, dk, dv, d_null_key.to(null_key.dtype), d_null_value.to(null_value.dtype)
 
 
-def reasons(q: torch.Tensor, heads: int, mask: torch.Tensor | None) -> list[str]:
-    """Why this cannot be used."""
+def dtype_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why this cannot be used on a device, or for queries of this dtype there."""
     found = []
-    if q.device.type == "cpu":
+    if device.type == "cpu":
         dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     else:
         dtypes = (torch.float16, torch.bfloat16)
-        if q.device.type == "cuda" and launch.capability(q.device) < (8, 0):
+        if device.type == "cuda" and launch.capability(device) < (8, 0):
             found.append("the library's flash attention needs compute capability (8, 0)")
-    if q.dtype not in dtypes:
-        found.append(f"it takes {', '.join(map(str, dtypes))}, not {q.dtype}")
+    if dtype not in dtypes:
+        found.append(f"it takes {', '.join(map(str, dtypes))}, not {dtype}")
+    return found
+
+
+def reasons(q: torch.Tensor, heads: int, mask: torch.Tensor | None) -> list[str]:
+    """Why this cannot be used."""
+    found = dtype_reasons(q.device, q.dtype)
     if q.shape[2] // heads not in WIDTHS:
         found.append(f"it takes head widths {', '.join(map(str, WIDTHS))}, not {q.shape[2] // heads}")
     if mask is not None:

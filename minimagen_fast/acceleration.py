@@ -18,7 +18,7 @@ import torch
 
 from . import host_memory
 from .blocks import use_blocks
-from .kernels import dispatch, launch
+from .kernels import dispatch, launch, null_key_merge
 from .kernels.arguments import has_autocast
 from .kernels.attention import xformers_reasons
 
@@ -34,6 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "condition_cache": ("off", "on"),
     "freed_memory": ("returned", "kept"),
 }
+# Of CUDA devices for which torch.compile writes code.
+_OLDEST_COMPILED = (7, 0)
 # The reasons of a setting that someone has chosen, in a call or for all models.
 ASKED_FOR = "asked for"
 ASKED_FOR_IN_ENVIRONMENT = f"asked for in {ENVIRONMENT_VARIABLE}"
@@ -213,15 +215,16 @@ def resolve(
 
     values, reasons = {}, {}
     for name in CHOICES:
-        values[name], reasons[name] = _AUTOMATIC[name](device, weights)
-        if name in asked:
-            if obstacle := _obstacle(name, asked[name], device, weights):
-                raise ValueError(
-                    f"{source(name)}{name}={asked[name]!r} cannot be had: {obstacle}; choose 'auto', or another value"
-                )
-            values[name] = asked[name]
+        automatic, reasons[name] = _AUTOMATIC[name](device, weights)
+        values[name] = asked.get(name, automatic)
     if values["precision"] == "weights":
         values["precision"] = _name(weights)
+    dtype = getattr(torch, values["precision"])
+    for name in CHOICES:
+        if name in asked and (obstacle := _obstacle(name, asked[name], device, weights, dtype)):
+            raise ValueError(
+                f"{source(name)}{name}={asked[name]!r} cannot be had: {obstacle}; choose 'auto', or another value"
+            )
     if values["cuda_graphs"] == "on" and values["condition_cache"] == "off":
         if "cuda_graphs" in asked:
             raise ValueError(
@@ -297,14 +300,16 @@ _AUTOMATIC = {
 }
 
 
-def _obstacle(name: str, value: str, device: torch.device, weights: torch.dtype) -> str | None:
-    """Why a setting cannot have a value."""
+def _obstacle(name: str, value: str, device: torch.device, weights: torch.dtype, dtype: torch.dtype) -> str | None:
+    """Why a setting cannot have a value, where the precision comes to ``dtype``."""
     if name == "precision" and value not in ("weights", _name(weights)) and weights != torch.float32:
         return f"the weights are {weights}; convert the model with .float() for other precisions"
     if name in ("kernels", "attention") and value == "triton":
-        return "; ".join(dispatch.triton_reasons(torch.empty(0, device=device)))
+        return "; ".join(dispatch.triton_reasons(torch.empty(0, device=device, dtype=dtype)))
+    if name == "attention" and value == "sdpa_merge":
+        return "; ".join(null_key_merge.dtype_reasons(device, dtype))
     if name == "attention" and value == "xformers":
-        return "; ".join(xformers_reasons(torch.empty(0, device=device, dtype=weights)))
+        return "; ".join(xformers_reasons(torch.empty(0, device=device, dtype=dtype)))
     if name == "cuda_graphs" and value == "on" and device.type != "cuda":
         return f"the model is on {device}, not on a CUDA device"
     if name == "compile" and value == "blocks":
@@ -318,8 +323,11 @@ def _obstacle(name: str, value: str, device: torch.device, weights: torch.dtype)
 def _no_compiler(device: torch.device) -> str | None:
     """Why torch.compile cannot be used on a device."""
     if device.type == "cuda":
-        missing = launch.missing()
-        return None if missing is None else f"torch.compile needs triton there, and {missing}"
+        if missing := launch.missing():
+            return f"torch.compile needs triton there, and {missing}"
+        if (capability := launch.capability(device)) < _OLDEST_COMPILED:
+            return f"torch.compile needs compute capability {_OLDEST_COMPILED} there, and {device} has {capability}"
+        return None
     if device.type == "cpu":
         compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
         return None if compiler else "torch.compile needs a C++ compiler there, and none was found"

@@ -177,8 +177,8 @@ class Block(nn.Module):
                 :meth:`hands_on_bias`.
         """
         scale, shift = scale_shift if exists(scale_shift) else (None, None)
-        if is_plain(self.groupnorm, nn.GroupNorm) and is_plain(self.activation, nn.SiLU):
-            norm = self.groupnorm
+        if self.fuses_norm():
+            norm: Any = self.groupnorm
             if exists(scale_shift) and scale.ndim > 2:
                 scale, shift = scale.flatten(1), shift.flatten(1)
             x = group_norm_silu(
@@ -202,6 +202,10 @@ class Block(nn.Module):
             x = x * (scale + 1) + shift
         return self.project(self.activation(x))
 
+    def fuses_norm(self) -> bool:
+        """Whether one kernel normalises and activates, reading the parameters: not if a part of it was replaced."""
+        return is_plain(self.groupnorm, nn.GroupNorm) and is_plain(self.activation, nn.SiLU)
+
     def hands_on_bias(self, following: "Block") -> bool:
         """Whether the block after this one is to add the bias of this one's convolution, as it reads the images anyway.
 
@@ -215,10 +219,8 @@ class Block(nn.Module):
             and exists(project.bias)
             and _adds_bias_apart(project.weight.device)
             and is_plain(following, Block)
-            and all(
-                is_plain(block.groupnorm, nn.GroupNorm) and is_plain(block.activation, nn.SiLU)
-                for block in (self, following)
-            )
+            and self.fuses_norm()
+            and following.fuses_norm()
         )
 
 
@@ -511,7 +513,8 @@ class ResnetBlock(nn.Module):
         # Not `len`, which torch.export would make a constant.
         if exists(scale_shift) and scale_shift.shape[0] > h.shape[0]:
             copies = scale_shift.shape[0] // h.shape[0]
-            h, x = (images.repeat(copies, 1, 1, 1) for images in (h, x))
+            # Not `repeat`, whose result is never in channels_last memory.
+            h, x = (torch.cat([images] * copies) for images in (h, x))
         if exists(self.cross_attn):
             if not exists(cond) and not exists(keys_values):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")

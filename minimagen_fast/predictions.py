@@ -77,6 +77,9 @@ class Prediction:
     ):
         self._task, self._layout, self._make_room = task, layout, make_room
         self._batch = len(task.text_embeds)
+        # Its own: `load` writes to it. Beside images that lie otherwise, the U-Net would go on in contiguous memory.
+        lowres = task.lowres_cond_img
+        self._lowres = None if lowres is None else lowres.clone(memory_format=layout)
 
     def _divide(self, size: int, guides_at_once: bool) -> None:
         """Go on with no more than ``size`` images at a time, with and without text at once or one after the other."""
@@ -160,8 +163,6 @@ class CachedPrediction(Prediction):
     ):
         super().__init__(task, layout, make_room)
         self._unet, self._dtype = unet, dtype
-        # Its own: `load` writes to it.
-        self._lowres = None if task.lowres_cond_img is None else task.lowres_cond_img.clone()
         self._shared: SharedConditions | None = None
         self._divide(self._batch if task.batch_size is None else task.batch_size, guides_at_once=True)
         self._as_memory_allows(self._prepare)
@@ -240,7 +241,7 @@ class PlainPrediction(Prediction):
     def _predict_piece(self, index: int, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         task, (images, (has_text,)) = self._task, self._pieces[index]
         by_image = {
-            "lowres_cond_img": task.lowres_cond_img,
+            "lowres_cond_img": self._lowres,
             "lowres_noise_times": task.lowres_noise_times,
             "text_embeds": task.text_embeds,
             "text_mask": task.text_mask,

@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from .kernels.upsample_conv import summed_kernel
-from .layers import ChanLayerNorm, LayerNorm, UpsampleConv
+from .layers import Block, ChanLayerNorm, LayerNorm, UpsampleConv
+from .plain import is_plain
 
 if TYPE_CHECKING:
     from .Unet import Unet
-
-# Their parameters are small, and the kernels compute with them in float32.
-_EXACT = (nn.GroupNorm, LayerNorm, ChanLayerNorm)
 
 
 class WorkingCopy:
@@ -32,7 +30,7 @@ class WorkingCopy:
     def __init__(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format):
         self._signature = Signature(unet)
         self._wanted = dtype, memory_format
-        exact = {id(value) for module in unet.modules() if isinstance(module, _EXACT) for value in _tensors(module)}
+        exact = {id(value) for module in unet.modules() for value in _exact(module)}
         # Handed to deepcopy as already copied, so that no second set of the weights is ever made in between.
         memo: dict[int, object] = {}
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -74,6 +72,16 @@ class WorkingCopy:
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+def _exact(module: nn.Module) -> list[torch.Tensor]:
+    """What a module hands to kernels that compute with it in float32: it is small, and stays as it is.
+
+    A GroupNorm that is called by itself hands it to torch, which on CUDA takes parameters of the images' dtype alone.
+    """
+    if isinstance(module, Block):
+        return _tensors(module.groupnorm) if is_plain(module, Block) and module.fuses_norm() else []
+    return _tensors(module) if isinstance(module, LayerNorm | ChanLayerNorm) else []
 
 
 class Signature:

@@ -214,6 +214,32 @@ def test_compilation_that_cannot_be_had(card, monkeypatch):
         resolve({"compile": "blocks"}, CPU, FLOAT)
 
 
+def test_a_card_too_old_for_compilation(card):
+    resolved = resolve({}, card((6, 1)), FLOAT)
+    assert resolved.compile == "off" and "needs compute capability (7, 0)" in resolved.reasons["compile"]
+    with pytest.raises(ValueError, match=r"compile='blocks' cannot be had: .*\(7, 0\) .*cuda:0 has \(6, 1\)"):
+        resolve({"compile": "blocks"}, CUDA, FLOAT)
+
+
+def test_attention_that_the_precision_or_the_card_does_not_allow(card, monkeypatch):
+    request = {"attention": "sdpa_merge"}
+    assert resolve(request, card(), FLOAT).attention == "sdpa_merge", "auto comes to bfloat16"
+    for precision in ("float32", "weights"):
+        with pytest.raises(ValueError, match="attention='sdpa_merge' cannot be had: it takes .*, not torch.float32"):
+            resolve({**request, "precision": precision}, CUDA, FLOAT)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "attention=sdpa_merge")
+    with pytest.raises(ValueError, match=rf"{ENVIRONMENT_VARIABLE}: attention=.* needs compute capability \(8, 0\)"):
+        resolve({}, card((7, 5)), torch.float16)
+    assert resolve(request, CPU, FLOAT).attention == "sdpa_merge"
+
+
+@pytest.mark.parametrize("name", ["kernels", "attention"])
+def test_triton_does_not_compute_in_float64(monkeypatch, name):
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    with pytest.raises(ValueError, match=f"{name}='triton' cannot be had: it computes in .* not from torch.float64"):
+        resolve({name: "triton"}, CPU, torch.float64)
+
+
 def test_what_is_asked_for_is_had(card):
     request = {"precision": "float32", "memory_format": "contiguous", "compile": "off", "cuda_graphs": "off"}
     assert {name: getattr(resolve(request, card(), FLOAT), name) for name in request} == request

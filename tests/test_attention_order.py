@@ -1,5 +1,8 @@
 """The table of attention implementations is made from timings; here of a clock that the test winds."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -81,6 +84,44 @@ def test_the_report_has_every_implementation():
 def test_without_a_card_it_says_so(capsys):
     assert attention_order.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_graphs_are_captured_on_a_stream_of_their_own_or_it_is_said(monkeypatch, capsys, capturable):
+    streams, graphs = [], []
+
+    @contextlib.contextmanager
+    def stream(new):
+        streams.append(new)
+        yield
+        streams.pop()
+
+    class Timer:
+        def __init__(self, call, device, graph=False):
+            assert streams == ["a stream"] and call(0) == ("inputs", "sdpa")
+            graphs.append(graph)
+            if graph and not capturable:
+                raise attention_order.NotCapturable("it waits")
+
+        def sample(self):
+            return 2.0
+
+    def inputs(device, dtype):
+        assert streams, "made on another stream"
+        return "inputs"
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "a stream")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(attention_order, "settle", lambda device: None)
+    monkeypatch.setattr(attention_order, "Timer", Timer)
+    case = SimpleNamespace(name="attention/b2", inputs=inputs, run=lambda *arguments: arguments)
+    assert attention_order._seconds(case, "sdpa") == 2.0
+    said = capsys.readouterr().err
+    if capturable:
+        assert graphs == [True] and not said
+    else:
+        assert graphs == [True, False]
+        assert "attention/b2, sdpa: timed with the host's work" in said and "it waits" in said
 
 
 @pytest.mark.gpu

@@ -542,6 +542,14 @@ def test_copies_of_inputs_are_more_than_the_cache_holds():
     assert copies_needed(1000, 0) == 1
 
 
+def test_a_graph_on_the_default_stream_is_the_callers_mistake(monkeypatch):
+    # And not NotCapturable, after which a subject is timed otherwise.
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: "the default stream")
+    with pytest.raises(RuntimeError, match="the current stream is the default one, which cannot be captured"):
+        Timer(lambda index: None, torch.device("cuda"), graph=True)
+
+
 def test_peak_memory_of_a_call():
     x = torch.ones(1 << 16)  # 256 KiB
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from fast_path import FakeGraph, T, denoise_by, distance, fake_cuda_graphs, make_imagen, make_words, sample
 
-from minimagen_fast import sampling
+from minimagen_fast import layers, sampling
 from minimagen_fast.acceleration import ASKED_FOR
 from minimagen_fast.conditioning import Conditions
 from minimagen_fast.kept import Kept, kept_with
 from minimagen_fast.kernels import use_implementation
+from minimagen_fast.kernels.images import is_channels_last
 from minimagen_fast.predictions import CachedPrediction
 from minimagen_fast.Unet import BaseTest, Unet
 
@@ -126,6 +127,25 @@ def test_one_evaluation_a_step_of_all_that_guidance_needs(imagen, predictions):
         predictions.clear()
         run(imagen, arguments={**FEW, "cond_scale": cond_scale, "stop_at_unet_number": 1})
         assert [number for number, _ in predictions] == [rows] * 4
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_images_stay_in_channels_last_memory(imagen, monkeypatch, cache):
+    seen = {}
+
+    def watched(name):
+        operation = getattr(layers, name)
+
+        def watch(x, *args, **kwargs):
+            seen.setdefault(name, set()).add(is_channels_last(x))
+            return operation(x, *args, **kwargs)
+
+        return watch
+
+    for name in ("wide_conv2d", "group_norm_silu"):
+        monkeypatch.setattr(layers, name, watched(name))
+    run(imagen, memory_format="channels_last", condition_cache=cache)
+    assert seen == {"wide_conv2d": {True}, "group_norm_silu": {True}}
 
 
 # Parts of a batch

@@ -302,6 +302,16 @@ def test_what_is_converted_and_what_stays_exact(make):
         assert value.dtype == torch.float32, name
 
 
+def test_group_norms_that_are_called_by_themselves_are_converted():
+    # Unlike those that a kernel reads: on CUDA torch's own takes parameters of the images' dtype alone.
+    unet = make_unet()
+    unet.final_conv = nn.Sequential(nn.GroupNorm(8, unet.final_conv.in_channels), nn.SiLU(), unet.final_conv)
+    unet.mid_block1.block1.activation = nn.GELU()
+    duplicate = working_copy(unet).unet
+    assert duplicate.final_conv[0].weight.dtype == duplicate.mid_block1.block1.groupnorm.bias.dtype == HALF
+    assert duplicate.mid_block1.block2.groupnorm.weight.dtype == torch.float32
+
+
 def test_what_needs_no_conversion_is_shared():
     unet = make_unet()
     duplicate = working_copy(unet, torch.float32)

@@ -1,7 +1,8 @@
 """Trace U-Nets with the Triton choice forced, on meta tensors; run as a program without Triton's interpreter.
 
 Prints one line of JSON. Of whole U-Nets: how often they were compiled, and the operators in the graphs. Of the blocks
-of one that is sampled: how many graphs there were after each step, the operators in them and their inputs.
+of one that is sampled: how many graphs there were after each step, the operators in them and their inputs, and whether
+one was given more conditions than images.
 """
 
 import json
@@ -21,11 +22,15 @@ UNETS = {
 
 
 def sampled() -> dict:
-    graphs, inputs, after_step = [], set(), []
+    graphs, inputs, after_step, repeats = [], set(), [], []
 
     def keep(graph, example_inputs):
         graphs.append({str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method")})
-        inputs.update(node.name for node in graph.graph.nodes if node.op == "placeholder")
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        inputs.update(names)
+        given = {name: x for name, x in zip(names, example_inputs, strict=True) if "parameters" not in name}
+        conditions = [x for name, x in given.items() if "scale_shift" in name]
+        repeats.append(any(len(rows) > len(x) for rows in conditions for x in given.values() if x.ndim == 4))
         return graph.forward
 
     function = torch.compile(blocks._forward, dynamic=False, fullgraph=True, backend=keep)
@@ -40,7 +45,8 @@ def sampled() -> dict:
             progress=False,
             callback=lambda *step: after_step.append(len(graphs)),
         )
-    return {"graphs": after_step, "operators": sorted(set().union(*graphs)), "inputs": sorted(inputs)}
+    operators = sorted(set().union(*graphs))
+    return {"graphs": after_step, "operators": operators, "inputs": sorted(inputs), "repeats": any(repeats)}
 
 
 def whole(name: str) -> dict:

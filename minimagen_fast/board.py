@@ -1,5 +1,6 @@
 """What TensorBoard shows of a training."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _TAGS = {
 
 
 class Board:
-    """Writes the records of a run for TensorBoard.
+    """Writes the records of a run for TensorBoard. If that fails, it costs a warning and the rest, not the training.
 
     Args:
         folder: Where its files go.
@@ -43,12 +44,26 @@ class Board:
             ) from error
         self._folder, self._kind = folder, SummaryWriter
         self._writer: Any = None
+        self._failed = False
 
-    def _open(self, step: int) -> Any:
-        if self._writer is None:
-            # A continued run repeats steps: TensorBoard then forgets what a run before wrote for this one and later.
-            self._writer = self._kind(str(self._folder), purge_step=step)
-        return self._writer
+    def _add(self, what: str, *values: Any, since: int, **options: Any) -> None:
+        """Has the writer add something. When it is the first, TensorBoard forgets older values from step `since` on."""
+        if self._failed:
+            return
+        try:
+            if self._writer is None:
+                # A continued run repeats steps: what a run before wrote for these does not count any more.
+                self._writer = self._kind(str(self._folder), purge_step=since)
+            getattr(self._writer, f"add_{what}")(*values, **options)
+        except Exception as error:  # which one depends on the library that it writes with
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        # Its thread does not write any more after an error: it would end every later call.
+        self._failed = True
+        warnings.warn(
+            f"TensorBoard's files in {self._folder} end here: {error}. The training goes on without them", stacklevel=4
+        )
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Shows a record of kind ``step``."""
@@ -73,18 +88,22 @@ class Board:
         """Shows a picture."""
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self._open(step).add_image("samples", pixels, step, dataformats="HWC")
+        self._add("image", "samples", pixels, step, dataformats="HWC", since=step)
 
     def event(self, step: int, text: str) -> None:
         """Shows a text."""
         # The losses of this very step are older than what is said of it.
-        self._open(step + 1).add_text("events", text, step)
+        self._add("text", "events", text, step, since=step + 1)
 
     def _scalar(self, tag: str, value: float | None, step: int) -> None:
         if value is not None:
-            self._open(step).add_scalar(tag, value, step)
+            self._add("scalar", tag, value, step, since=step)
 
     def close(self) -> None:
         """Has everything written."""
-        if self._writer is not None:
+        if self._writer is None or self._failed:
+            return
+        try:
             self._writer.close()
+        except Exception as error:
+            self._fail(error)

@@ -1,5 +1,6 @@
 """The training loop: behind :func:`.training.MinimagenTrain` and ``minimagen-fast train``, on one process or many."""
 
+import inspect
 import math
 import shlex
 import time
@@ -7,7 +8,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class TrainingDiverged(RuntimeError):
     """Too many gradients in a row were not finite. The state before them is saved."""
 
 
+class _ValidationCut(Exception):
+    """A stop was asked for while validating, on all ranks alike."""
+
+
 @dataclass(frozen=True)
 class TrainingStep:
     """What the `callback` of :func:`.training.MinimagenTrain` is told after a batch, once for each U-Net trained on it.
@@ -76,7 +81,7 @@ class Trainer:
         directory: The training directory; the same on all ranks, which share the file system.
         timestamp: Name of the run in the names of its files.
         ranks: The processes that train together.
-        lr_scheduler: Learning rate scheduler, stepped once after each optimizer step.
+        lr_scheduler: Learning rate scheduler, stepped once after each optimizer step, without arguments.
         restart_directory: Training directory whose training is continued; may be `directory` itself.
         stop: What may ask the training to stop.
         watch: What is told of every step; one on each rank.
@@ -114,6 +119,7 @@ class Trainer:
         self.ranks = Ranks() if ranks is None else ranks
         self.numbers = self._checked_numbers()
         self.parameters = self._checked_parameters(optimizer)
+        _check_scheduler(lr_scheduler)
         # Kept, for in every step it would take longer to find them than to drop their gradients.
         self.all_parameters = list(imagen.parameters())
         self.train_loader, self.valid_loader = train_loader, valid_loader
@@ -184,10 +190,16 @@ class Trainer:
         parameters: list[nn.Parameter] = []
         for number in self.numbers:
             own = list(self.imagen.unets[number - 1].parameters())
-            if not any(id(parameter) in optimized for parameter in own):
+            held = [parameter for parameter in own if id(parameter) in optimized]
+            if not held:
                 raise ValueError(
                     f"optimizer holds no parameter of imagen.unets[{number - 1}], so U-Net {number} would not learn: "
                     "build it from imagen.parameters() (Imagen replaces U-Nets that were made with other settings)"
+                )
+            if not any(parameter.requires_grad for parameter in held):
+                raise ValueError(
+                    f"all parameters of imagen.unets[{number - 1}] that optimizer holds have requires_grad=False, so "
+                    f"U-Net {number} would not learn: leave it out of unet_numbers, or set requires_grad=True"
                 )
             parameters += own
         return parameters
@@ -217,13 +229,22 @@ class Trainer:
                 self.watch.start(self.position.step, asdict(self.settings))
             ended = self._run()
             self.snapshots.finish()
+            if self.watch is not None:
+                self.watch.end()
             self._note(f"ended: {ended}")
             return ended
         except BaseException as error:
-            self._note(f"{type(error).__name__}: {error}")
             # Saving needs all ranks; only of a divergence do all know.
-            if self.ranks.size == 1 or isinstance(error, TrainingDiverged):
+            all_know = self.ranks.size == 1 or isinstance(error, TrainingDiverged)
+            if all_know:
                 self._save_on_error(error)
+            try:
+                self._note(f"{type(error).__name__}: {error}")
+                if all_know and self.watch is not None:
+                    self.watch.end()
+            except Exception as failure:
+                # Only said: the error that ended the training is the one to raise.
+                warnings.warn(f"the end of the training by {error!r} could not be noted: {failure!r}", stacklevel=2)
             raise
         finally:
             if self.watch is not None:
@@ -231,22 +252,27 @@ class Trainer:
 
     def _run(self) -> str:
         epochs = self.settings.epochs
+        why = None
         if self.position.epoch >= epochs:
             self._say(f"Nothing to train: {self.position.epoch} epochs are done, EPOCHS is {epochs}.")
-            self._checkpoint()
-        while self.position.epoch < epochs:
+        if self.position.epoch >= epochs or self.position.validation_due:
+            why = self._checkpoint()
+        while why is None and self.position.epoch < epochs:
             why = self._train_epoch()
-            if why is not None and self.position.epoch < epochs:
-                what = "Time is up" if why == "time" else f"Stopped ({self.stop.why or 'on another rank'})"
-                self._say(
-                    f"{what}: training ends in epoch {self.position.epoch + 1} of {epochs} after "
-                    f"{self.position.batch} of its batches. To go on, pass --RESTART_DIRECTORY"
-                    f" {shlex.quote(str(self.directory))}"
-                )
-                if why == "stopped" and self.ranks.first:
-                    self.stop.leave_word()
-                return why
-        return "done"
+        if why is None or (self.position.epoch >= epochs and not self.position.validation_due):
+            return "done"
+        what = "Time is up" if why == "time" else f"Stopped ({self.stop.why or 'on another rank'})"
+        where = (
+            f"in epoch {self.position.epoch + 1} of {epochs} after {self.position.batch} of its batches"
+            if self.position.epoch < epochs
+            else "before its last validation"
+        )
+        self._say(
+            f"{what}: training ends {where}. To go on, pass --RESTART_DIRECTORY {shlex.quote(str(self.directory))}"
+        )
+        if why == "stopped" and self.ranks.first:
+            self.stop.leave_word()
+        return why
 
     def _reason_to_end(self) -> str | None:
         """Why the training is to end now, the same on all ranks."""
@@ -264,7 +290,6 @@ class Trainer:
         self.imagen.train()
         self._drop_gradients()
         batches = self._open_epoch()
-        why = None
         with progress_bar(
             desc=f"Epoch {epoch + 1}/{self.settings.epochs}",
             total=self.batches_in_epoch,
@@ -283,24 +308,23 @@ class Trainer:
                     shown = time.monotonic()
                 if done == self.batches_in_epoch:  # the end of the epoch is dealt with below
                     continue
-                if why := self._reason_to_end():
+                why = self._reason_to_end()
+                if why or done % self.settings.checkpoint_interval == 0:
+                    why = self._checkpoint(epoch, done, why)
+                if why:
                     # Gradients of an unfinished group are left to a restart, which computes them again.
                     self._drop_gradients()
-                    break
-                if done % self.settings.checkpoint_interval == 0:
-                    self._checkpoint(epoch, done)
-            else:
-                with uninterrupted():
-                    step = self.position.step
-                    if self.group:
-                        step += 1
-                        self._step(step, epoch, done)
-                    self.position = self._start_of(epoch + 1, step)
-                if not self.loss_count:
-                    self._say(f"No batch of epoch {epoch + 1} could be used: check the data set.")
-                why = self._reason_to_end()
-        self._checkpoint(epoch, done, in_haste=why == "stopped")
-        return why
+                    return why
+            with uninterrupted():
+                stepped = self.group > 0
+                if stepped:
+                    self._step(epoch, done)
+                self.position = replace(self._start_of(epoch + 1, self.position.step), validation_due=True)
+            if stepped:
+                self._sample_if_due(self.position.step)
+            if not self.loss_count:
+                self._say(f"No batch of epoch {epoch + 1} could be used: check the data set.")
+            return self._checkpoint(epoch, done, self._reason_to_end())
 
     def _agreed(self, batches: Iterator) -> Iterator[tuple[dict[str, Tensor] | None, int]]:
         """This rank's batches with the number of images of all ranks, until the first rank has no more."""
@@ -355,12 +379,7 @@ class Trainer:
             self.group += 1
             self.exchanged = last
             if self.group == self.settings.accumulate:
-                step = self.position.step + 1
-                self._step(step, epoch, index + 1)
-                rng = checkpoint.capture_rng(self.imagen.device, self.generators)
-                self.position = Position(
-                    epoch, index + 1, step, self.position.epoch_rng, rng, self.loss_sums, self.loss_count
-                )
+                self._step(epoch, index + 1)
             stepped = self.group == 0
         if stepped:
             self._sample_if_due(self.position.step)
@@ -422,8 +441,8 @@ class Trainer:
             losses.append(loss.detach().float() / self.ranks.size)
         return torch.stack(losses)
 
-    def _step(self, step: int, epoch: int, batch: int) -> None:
-        """The optimizer step with this number, after so many batches of the epoch."""
+    def _step(self, epoch: int, batch: int) -> None:
+        """The optimizer step after so many batches of the epoch."""
         if not self.exchanged:
             # A group that ended sooner than was known: an image that weighs nothing carries the gradients along.
             self._backward(None, 0, 0, exchange=True)
@@ -436,15 +455,20 @@ class Trainer:
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
         norm = full(norm)
+        rates = [group["lr"] for group in self.owners.optimizer.param_groups]
         self._optimize(~torch.isfinite(norm))
         self._drop_gradients()
-        if self.watch is not None:
-            rates = [group["lr"] for group in self.owners.optimizer.param_groups]
-            self.watch.step(step, epoch, batch, norm, rates, self.bad_steps)
-        if self.owners.lr_scheduler is not None:
-            self.owners.lr_scheduler.step()
         for average in self.owners.averages.values():
             average.update()
+        # Before anything that may raise: what is saved then must not have these batches still to do.
+        start, step = self.position, self.position.step + 1
+        rng = checkpoint.capture_rng(self.imagen.device, self.generators)
+        due = batch % self.settings.checkpoint_interval == 0
+        self.position = Position(epoch, batch, step, start.epoch_rng, rng, self.loss_sums, self.loss_count, due)
+        if self.owners.lr_scheduler is not None:
+            self.owners.lr_scheduler.step()
+        if self.watch is not None:
+            self.watch.step(step, epoch, batch, norm, rates, self.bad_steps)
 
     def _optimize(self, bad: Tensor) -> None:
         """Steps the optimizer unless the gradients are not finite."""
@@ -477,6 +501,9 @@ class Trainer:
         """Mean loss over the validation images for each trained U-Net; None if there is no image.
 
         Every time with the same order, times and noise, and the text never dropped, so that losses can be compared.
+
+        Raises:
+            _ValidationCut: A stop was asked for.
         """
         if self.valid_loader is None:
             return None
@@ -489,6 +516,8 @@ class Trainer:
                 self.valid_loader.epoch(0), desc="Validation", unit="batch", leave=False, shown=self.progress
             )
             for batch, images in self._agreed(iter(batches)):
+                if self.ranks.sum([self.stop.requested])[0]:
+                    raise _ValidationCut
                 if not images:
                     self.skipped["validation batches without images"] += 1
                     continue
@@ -513,15 +542,23 @@ class Trainer:
 
     # Files
 
-    def _checkpoint(self, epoch: int | None = None, done: int = 0, *, in_haste: bool = False) -> None:
+    def _checkpoint(self, epoch: int | None = None, done: int = 0, why: str | None = None) -> str | None:
         """Saves, validates and reports; `epoch` and `done` say where, as an index and a number of batches.
 
-        In haste, which is when something waits to end the process, only the state is saved.
+        On a stop, also on one that comes meanwhile, something waits to end the process: then the state alone is saved,
+        and a validation that is due is left to a restart.
+
+        Args:
+            why: Why the training is to end, if it is.
+
+        Returns:
+            Why the training is to end, if it is now.
         """
         with nullcontext() if self.watch is None else self.watch.paused():
-            losses = self._save_and_validate(epoch, done, in_haste)
+            losses = self._save_and_validate(epoch, done, why == "stopped")
         if losses is not None and self.watch is not None:
             self.watch.validation(self.position.step, dict(zip(self.numbers, losses, strict=True)))
+        return why or self._reason_to_end()
 
     def _save_and_validate(self, epoch: int | None, done: int, in_haste: bool) -> list[float] | None:
         if epoch is not None:
@@ -533,8 +570,13 @@ class Trainer:
                 self._log_losses("Training loss of the last batch", self.ranks.sum_(self.losses.clone()).tolist())
         losses = None
         if not in_haste:
+            self.position = replace(self.position, validation_due=True)
             self._save_weights()
-            losses = self._validate_and_keep_best()
+            try:
+                losses = self._validate_and_keep_best()
+                self.position = replace(self.position, validation_due=False)
+            except _ValidationCut:
+                in_haste = True
         self._save_state()
         if in_haste:
             self.snapshots.finish()
@@ -612,6 +654,7 @@ class Trainer:
                 "step": position.step,
                 "loss_sums": self.ranks.sum_(position.loss_sums.clone()),
                 "loss_count": position.loss_count,
+                "validation_due": position.validation_due,
             },
             "bad_steps": self.bad_steps.item(),
             "skipped": dict(self.skipped),
@@ -688,7 +731,8 @@ class Trainer:
         own = {"rng": start.rng, "epoch_rng": start.epoch_rng} if saved.own is None else saved.own
         sums = place["loss_sums"].to(self.imagen.device) if self.ranks.first else start.loss_sums
         self.position = Position(
-            place["epoch"], place["batch"], place["step"], own["epoch_rng"], own["rng"], sums, place["loss_count"]
+            *(place["epoch"], place["batch"], place["step"], own["epoch_rng"], own["rng"], sums, place["loss_count"]),
+            validation_due=place.get("validation_due", False),  # which earlier versions did not save
         )
         self.skipped.update(values["skipped"])
         self.bad_steps.fill_(values["bad_steps"])
@@ -742,3 +786,19 @@ class Trainer:
         if bad := self.bad_steps.item():
             counts.append(f"{bad} optimizer steps whose gradients were not finite")
         return "; ".join(counts + failures_of(self.ranks, self.train_loader, self.valid_loader)) or "nothing"
+
+
+def _check_scheduler(lr_scheduler: Any) -> None:
+    if lr_scheduler is None:
+        return
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(lr_scheduler.step).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise ValueError(
+            f"lr_scheduler is a {type(lr_scheduler).__name__}, whose step needs {', '.join(needed)}: it is stepped "
+            "without arguments after each optimizer step, so use one whose step needs none, such as LambdaLR"
+        )

@@ -143,7 +143,8 @@ def MinimagenTrain(
             for the next step; None or 0 for no limit. Works in the main thread, and not on Windows.
         unet_numbers: Numbers, from 1, of the U-Nets to train. By default Imagen's `only_train_unet_number`, or those of
             `unets` whose parameters `optimizer` holds.
-        lr_scheduler: Learning rate scheduler, stepped once after each optimizer step.
+        lr_scheduler: Learning rate scheduler, stepped once after each optimizer step, without arguments: not
+            ``ReduceLROnPlateau``.
         ema_decay: If given, an exponential moving average of the weights is kept (see :class:`.ema.EMA`), validated
             and saved to ``state_dicts/``, while ``tmp/`` has the weights themselves.
         autocast_dtype: If given, ``torch.bfloat16``: the forward pass runs under ``torch.autocast``.

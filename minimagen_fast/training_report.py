@@ -142,9 +142,7 @@ def _totals(records: RunRecords) -> list[tuple[str, str]]:
     last = steps[-1]
     seconds, images = (sum(record[key] for record in steps) for key in ("seconds", "images"))
     waited = sum(record["data_wait_share"] * record["seconds"] for record in steps) / seconds
-    flops = sum(record["flops_per_second"] * record["seconds"] for record in steps) / seconds
-    used = [(record["mfu"], record["seconds"]) for record in steps if record["mfu"] is not None]
-    mfu = sum(share * time for share, time in used) / sum(time for _, time in used) if used else None
+    flops, mfu = (_mean_over_time(steps, key) for key in ("flops_per_second", "mfu"))
     memory = max((record["memory_bytes"] for record in steps if record["memory_bytes"] is not None), default=None)
     to_end = last["seconds_to_end"]
     return [
@@ -153,12 +151,17 @@ def _totals(records: RunRecords) -> list[tuple[str, str]]:
         ("time in training", f"{tqdm.format_interval(seconds)} without validation, checkpoints and samples"),
         ("images per second", f"{images / seconds:.4g} on {last['ranks']} rank{'s' if last['ranks'] > 1 else ''}"),
         ("share of it spent waiting for data", f"{waited:.1%}"),
-        ("model FLOPs per second", tqdm.format_sizeof(flops, "FLOP/s", 1000)),
+        ("model FLOPs per second", NOTHING if flops is None else tqdm.format_sizeof(flops, "FLOP/s", 1000)),
         ("model FLOPs utilisation", NOTHING if mfu is None else f"{mfu:.1%}"),
         ("peak memory of a rank", NOTHING if memory is None else tqdm.format_sizeof(memory, "B", 1024)),
         ("steps left out, gradient not finite", str(last["bad_steps"])),
         ("time to the end", NOTHING if to_end is None else tqdm.format_interval(to_end)),
     ]
+
+
+def _mean_over_time(steps: list[dict[str, Any]], key: str) -> float | None:
+    known = [(record[key], record["seconds"]) for record in steps if record[key] is not None]
+    return sum(value * time for value, time in known) / sum(time for _, time in known) if known else None
 
 
 def _unets(records: RunRecords) -> str:
@@ -179,7 +182,7 @@ def _unets(records: RunRecords) -> str:
                 number,
                 f"{fact['image_size']}×{fact['image_size']}" if "image_size" in fact else NOTHING,
                 f"{fact['parameters']:,}" if "parameters" in fact else NOTHING,
-                tqdm.format_sizeof(fact["flops_per_image"], "FLOP") if "flops_per_image" in fact else NOTHING,
+                NOTHING if (flops := fact.get("flops_per_image")) is None else tqdm.format_sizeof(flops, "FLOP"),
                 _number(last),
                 NOTHING if best is None else f"{_number(best[0])} at step {best[1]:,}",
             )

@@ -28,6 +28,7 @@ class Position:
         rng: Random states at this point.
         loss_sums: Sum of the losses of each trained U-Net in this epoch, shape (number of trained U-Nets,).
         loss_count: Number of batches in these sums.
+        validation_due: Whether the weights at this point are still to be validated.
     """
 
     epoch: int
@@ -37,6 +38,7 @@ class Position:
     rng: dict[str, Any]
     loss_sums: Tensor
     loss_count: int
+    validation_due: bool = False
 
 
 @dataclass(frozen=True)

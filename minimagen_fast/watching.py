@@ -1,6 +1,7 @@
 """Watching a training: losses, gradients, speed and memory, in ``log.jsonl``, TensorBoard and the progress bar."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,12 +68,12 @@ class Watch:
         self._board: Board | None = None
         self._log: RunLog | None = None
         error: Exception | None = None
-        counted: dict[int, int] = {}
+        counted: dict[int, int | None] = {}
         if ranks.first:
             try:
                 self._board = Board(directory / BOARD) if tensorboard else None
                 self._log = RunLog(directory / LOG)
-                counted = {number: training_flops(imagen, number) for number in self._numbers}
+                counted = {number: _flops_if_known(imagen, number) for number in self._numbers}
             except (OSError, ValueError) as failure:
                 error = failure
         # The others must not wait for a rank that has given up.
@@ -164,15 +165,26 @@ class Watch:
         self._clock.begin()
         self._steps_in_line += 1
         self._sums.add_norm(norm)
-        if step % self._log_interval:
-            return None
+        self._latest = step, epoch, batch, learning_rates, bad_steps
+        return None if step % self._log_interval else self._line()
+
+    def end(self) -> None:
+        """The training ends: of the steps since the last line there is a line too."""
+        if self._steps_in_line:
+            self._line()
+
+    def _line(self) -> dict[str, Any]:
+        """Writes a line for all steps since the last one."""
+        step, epoch, batch, learning_rates, bad_steps = self._latest
         means = self._sums.means(bad_steps)
         # Only now has the device done what the seconds are for.
         seconds, paused = self._clock.lap()
         self._steps_here += self._steps_in_line
         self._paused_here += paused
         per_step = seconds / self._steps_in_line
-        flops = sum(self._flops[number] * images for number, images in self._images.items()) / seconds
+        per_image = [(self._flops[number], images) for number, images in self._images.items()]
+        known = [flops * images for flops, images in per_image if flops is not None]
+        flops = sum(known) / seconds if len(known) == len(per_image) else None
         images = self._images[self._numbers[0]]  # the same batches, where several U-Nets are trained
         record = {
             "epoch": epoch,
@@ -187,7 +199,7 @@ class Watch:
             "data_wait_share": min(1.0, means.waited / seconds),
             "memory_bytes": means.memory,
             "flops_per_second": flops,
-            "mfu": None if self._peak_flops is None else flops / (self._peak_flops * self._ranks.size),
+            "mfu": None if flops is None or self._peak_flops is None else flops / (self._peak_flops * self._ranks.size),
             "bad_steps": means.bad_steps,
             "seconds_to_end": self._to_end(step, per_step),
             "ranks": self._ranks.size,
@@ -261,6 +273,19 @@ class Watch:
             self._log.close()
         if self._board is not None:
             self._board.close()
+
+
+def _flops_if_known(imagen: Imagen, number: int) -> int | None:
+    try:
+        return training_flops(imagen, number)
+    except Exception as error:
+        # A subclass may take arguments of its own, and another module in the place of a U-Net may be anything.
+        kind = type(imagen._get_unet(number)).__name__
+        warnings.warn(
+            f"the FLOPs of U-Net {number}, a {kind}, cannot be counted, so they and mfu are not told: {error}",
+            stacklevel=3,
+        )
+        return None
 
 
 def _short(value: float | None) -> str:

@@ -19,10 +19,12 @@ from training_runs import Pictures, identical, make_imagen, state_of
 from minimagen_fast.files import file_digest
 from minimagen_fast.loading import ShardedLoader
 from minimagen_fast.ranks import Ranks
+from minimagen_fast.run_log import read_run
 from minimagen_fast.settings import TrainingSettings
 from minimagen_fast.snapshots import SnapshotError, Snapshots
 from minimagen_fast.stopping import StopRequest, stop_on_signals
 from minimagen_fast.trainer import Trainer
+from minimagen_fast.watching import Watch
 
 KILLS = 20
 
@@ -32,7 +34,7 @@ def make_trainer(folder, **options):
     optimizer = torch.optim.AdamW(imagen.parameters(), lr=1e-3, fused=True)
     settings = {"epochs": 6, "checkpoint_interval": 1, "seed": 5, "ema_decay": 0.9, "keep_last": 2, "accumulate": 2}
     continued = (folder / "checkpoints" / "latest").is_file()
-    given = {name: options.pop(name) for name in ("stop", "callback") if name in options}
+    given = {name: options.pop(name) for name in ("stop", "callback", "watch", "sample") if name in options}
     return Trainer(
         TrainingSettings(**{**settings, **options}),
         imagen,
@@ -295,3 +297,87 @@ def test_a_training_that_torchrun_starts_again_after_a_stop_stops_again(tmp_path
     trainer = make_trainer(tmp_path, epochs=1000)
     assert trainer.run() == "stopped"
     assert trainer.position.step == 0 and trainer.position.batch == 0, "a group of two batches was not finished"
+
+
+SHORT = {"epochs": 2, "checkpoint_interval": 4}  # 8 batches an epoch
+GROUPS = {**SHORT, "accumulate": 3}
+
+
+def make_watch(folder, log_interval):
+    folder.mkdir()
+    return Watch(folder, make_imagen(), [1], Ranks(), log_interval=log_interval, steps=None)
+
+
+def validations(folder):
+    lines = (folder / "training_progess.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith(("Validation loss", "Best validation loss"))]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short")
+    assert make_trainer(folder, **SHORT).run() == "done"
+    return folder
+
+
+@pytest.mark.parametrize("at", [(0, 3), (0, 7), (1, 7), "validating"])
+def test_a_validation_that_a_stop_leaves_no_time_for_is_made_up_for(tmp_path, short, at):
+    stop = StopRequest()
+    ask = {"callback": lambda step: (step.epoch, step.batch) == at and stop.ask("by the test")}
+    trainer = make_trainer(tmp_path / "run", stop=stop, **ask, **SHORT)
+    if at == "validating":
+        save = trainer._save_weights
+        trainer._save_weights = lambda: (save(), stop.ask("by the test"))
+    assert trainer.run() == "stopped"
+    expected = (0, 4) if at in ((0, 3), "validating") else (at[0] + 1, 0)
+    assert (trainer.position.epoch, trainer.position.batch) == expected, "no further batch was trained"
+    assert len(validations(tmp_path / "run")) == {(1, 7): 6, (0, 7): 2}.get(at, 0)
+
+    assert make_trainer(tmp_path / "run", **SHORT).run() == "done"
+    assert validations(tmp_path / "run") == validations(short)
+    for name in ("tmp/unet_0_tmp.pth", "state_dicts/unet_0_state_1.pth"):
+        assert identical(*(torch.load(folder / name, weights_only=True) for folder in (tmp_path / "run", short)))
+    assert identical(*(state_of(folder)["position"] for folder in (tmp_path / "run", short)))
+
+
+def test_a_checkpoint_that_does_not_say_whether_a_validation_is_due_is_continued(short, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    state = state_of(short)
+    tensors, own = state.pop("tensors"), state.pop("own")
+    del state["position"]["validation_due"]
+    snapshots = Snapshots(tmp_path / "run" / "checkpoints", Ranks())
+    snapshots.save(7, tensors, state, own)
+    snapshots.finish()
+    assert make_trainer(tmp_path / "run", **{**SHORT, "epochs": 3}).run() == "done"
+
+
+def test_steps_of_groups_that_the_end_of_an_epoch_cuts_short_are_sampled_too(tmp_path):
+    sampled = []
+    make_trainer(tmp_path, sample_interval=3, sample=lambda path: sampled.append(path.name), **GROUPS).run()
+    assert sampled == ["step_000000003.png", "step_000000006.png"]
+
+
+def test_the_last_steps_are_logged(tmp_path):
+    watch = make_watch(tmp_path / "run", 4)
+    make_trainer(tmp_path / "run", watch=watch, **GROUPS).run()
+    log = read_run(tmp_path / "run" / "log.jsonl")
+    assert [(line["step"], line["images"]) for line in log.steps] == [(4, 22), (6, 10)]
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines[-2:]] == ["step", "event"]
+
+
+def test_what_watches_may_fail_and_the_state_is_saved_whole(tmp_path):
+    watch = make_watch(tmp_path / "run", 1)
+
+    def fail(step, *_):
+        if step == 2:
+            raise OSError("planned")
+
+    watch.step = watch.event = fail
+    trainer = make_trainer(tmp_path / "run", watch=watch, **GROUPS)
+    with pytest.raises(OSError, match="planned"), pytest.warns(UserWarning, match="could not be noted"):
+        trainer.run()
+    state = state_of(tmp_path / "run")
+    counts = {value.item() for name, value in state["tensors"].items() if name.startswith("optimizer.step.")}
+    assert counts == {2.0} and state["averages"] == {1: 2} and state["lr_scheduler"]["state"]["last_epoch"] == 2
+    assert (state["position"]["step"], state["position"]["batch"]) == (2, 6)

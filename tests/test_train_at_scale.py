@@ -226,7 +226,7 @@ def test_it_is_logged_and_sampled(data, tmp_path):
     before = torch.get_rng_state()
     assert cli.main([*words, "--SAMPLE_INTERVAL", "4", "--SAMPLE_PROMPTS", str(prompts)]) == 0
     assert [kind for kind in kinds(tmp_path / "run") if kind != "event"] == [
-        *("start", "step", "samples", "validation", "step", "samples", "step", "validation")
+        *("start", "step", "samples", "validation", "step", "samples", "step", "validation", "step")
     ]
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
         "step_000000004.png",

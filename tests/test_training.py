@@ -289,6 +289,10 @@ def test_training_that_cannot_work_is_refused(tmp_path):
     run.optimizer = torch.optim.Adam(BaseTest().parameters())
     with pytest.raises(ValueError, match=r"optimizer holds no parameter of imagen.unets\[0\]"):
         run.train()
+    run = Run(tmp_path)
+    run.imagen.unets.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"all parameters of imagen.unets\[0\] .* have requires_grad=False"):
+        run.train()
     with pytest.raises(ValueError, match="train_dataloader has no batch"):
         Run(tmp_path, data=Pictures(1), loader={"drop_last": True}).train()
 

@@ -248,6 +248,12 @@ def test_a_schedule_that_no_checkpoint_can_hold_is_refused_before_the_training(t
     assert not steps
 
 
+def test_a_schedule_that_wants_to_be_told_a_loss_is_refused(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(ValueError, match="lr_scheduler is a ReduceLROnPlateau, whose step needs metrics"):
+        run.train(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer))
+
+
 def test_a_restart_after_an_error_in_the_middle_of_a_batch(tmp_path):
     settings = {"stages": 2, "ACCUM_ITER": 2}
     whole = Run(tmp_path / "whole", **settings).train()

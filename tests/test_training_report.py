@@ -120,6 +120,11 @@ def test_shares_are_weighed_by_time(tmp_path):
     assert page.value("model FLOPs per second") == "400MFLOP/s"
     assert page.value("model FLOPs utilisation") == "25.0%", "where it is known"
     assert page.value("peak memory of a rank") == "2.00GB"
+    unknown = {"1": {**UNET, "flops_per_image": None}}
+    lines = [record("start", 0, settings={}, unets=unknown), record("step", 1, flops_per_second=None)]
+    write(tmp_path / "log.jsonl", *lines)
+    page = report(tmp_path)
+    assert page.value("model FLOPs per second") == "–" and page.value("1")[2] == "–"
 
 
 @pytest.mark.usefixtures("words_alone")

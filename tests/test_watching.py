@@ -17,6 +17,7 @@ from minimagen_fast.parallel import shard
 from minimagen_fast.ranks import Ranks, open_ranks
 from minimagen_fast.run_log import read_run
 from minimagen_fast.throughput import Clock, peak_memory, training_flops
+from minimagen_fast.Unet import Unet
 from minimagen_fast.watching import Watch
 
 CPU = torch.device("cpu")
@@ -296,7 +297,41 @@ def test_what_ranks_have_seen_is_one(tmp_path):
     assert written[0]["unets"]["1"]["parameters"] == sum(p.numel() for p in make_imagen().unets[0].parameters())
 
 
-# Start, continuing, what is shown
+# Start, end, continuing, what is shown
+
+
+class OfItsOwn(Unet):
+    def __init__(self, width):
+        super().__init__(dim=width, dim_mults=(1,), num_resnet_blocks=1, layer_attns=False, layer_cross_attns=False)
+
+
+def test_the_flops_of_a_unet_that_cannot_be_made_again_are_not_told(tmp_path):
+    imagen = make_imagen()
+    imagen.unets[0] = OfItsOwn(8)
+    with pytest.warns(UserWarning, match="FLOPs of U-Net 1, a OfItsOwn, cannot be counted"):
+        seen = watch(tmp_path, imagen, precision_peak_flops=1e9)
+    seen.start(0, {})
+    seen.losses(1, 1, *batch((1.0, 0)))
+    record = step(seen)
+    assert record["flops_per_second"] is None and record["mfu"] is None and record["images"] == 1
+    assert lines(tmp_path)[0]["unets"]["1"]["flops_per_image"] is None
+    seen.close()
+
+
+def test_at_the_end_the_steps_since_the_last_line_have_one_too(tmp_path):
+    time = Time()
+    seen = watch(tmp_path, log_interval=10, steps=14, now=time)
+    for number in range(1, 14):
+        seen.losses(1, 2, *batch((float(number), 0)))
+        time.now += 2
+        step(seen, number, norm=float(number))
+    seen.end()
+    seen.end()
+    first, last = lines(tmp_path)
+    assert (first["step"], first["images"], last["step"], last["batch"]) == (10, 20, 13, 13)
+    assert last["unets"]["1"]["loss"] == last["grad_norm"] == 12.0
+    assert (last["images"], last["seconds"], last["images_per_second"], last["seconds_to_end"]) == (6, 6.0, 1.0, 2.0)
+    seen.close()
 
 
 def test_a_run_that_goes_on_appends_to_the_log(tmp_path):
@@ -423,6 +458,22 @@ def test_tensorboard_forgets_the_steps_that_are_done_over_and_not_the_one_that_i
     seen.event(10, "continued from step 10")
     assert writer.made[0].purge_step == 11
     seen.close()
+
+
+@pytest.mark.parametrize("failing", ["add_scalar", "close"])
+def test_where_tensorboard_fails_the_training_goes_on(tmp_path, writer, monkeypatch, failing):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(writer, failing, full)
+    time = Time()
+    seen = use_board(tmp_path, time)
+    time.now += 2
+    with pytest.warns(UserWarning, match="TensorBoard's files in .* end here: no space left") as said:
+        step(seen, 5)
+        seen.event(5, "goes on")
+        seen.close()
+    assert len(said) == 1 and [line["kind"] for line in lines(tmp_path)] == ["start", "step", "event"]
 
 
 def test_without_tensorboard_it_is_said_how_to_get_it(tmp_path, monkeypatch):

@@ -459,7 +459,11 @@ def _unet_numbers(args: argparse.Namespace, available: int, run: _Run, ranks: Ra
     if args.UNET is None and run.restart is not None:
         # Those that it trains: the default is another on another number of ranks.
         numbers = _read_config(run.restart).get("unet_numbers")
-        if numbers and all(type(number) is int and 1 <= number <= available for number in numbers):
+        if (
+            isinstance(numbers, list)
+            and numbers
+            and all(type(number) is int and 1 <= number <= available for number in numbers)
+        ):
             return numbers
     chosen = args.UNET or ("all" if ranks.size == 1 else "1")
     if chosen == "all":

@@ -36,6 +36,20 @@ class GivenLoader:
         except TypeError:  # a loader of an iterable data set has __len__ and yet no length
             return None
 
+    @property
+    def samples(self) -> int | None:
+        """Number of samples of the data set; None if nobody knows."""
+        try:
+            return len(self.dataset)
+        except TypeError:
+            return None
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What says which samples are in which batch, besides their order, as far as that is known."""
+        size = getattr(self.loader, "batch_size", None)
+        return {"batch size": size} if isinstance(size, int) else {}
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor] | None]:
         return checkpoint.iterate_from(self.loader, start)
 

@@ -69,6 +69,10 @@ class ShardedLoader:
         device: Where the batches go.
         multiprocessing_context: How workers are started: 'fork', 'spawn' or 'forkserver', or the system's way.
 
+    Attributes:
+        samples: Number of samples of the data set.
+        layout: What, besides seed and epoch, says which samples are in which batch, by name.
+
     Raises:
         TypeError: if the data set cannot be read by index, or a number is no int.
         ValueError: if an argument is out of range, or an index of a ``Subset``, or there is not one batch.
@@ -97,8 +101,10 @@ class ShardedLoader:
         batch_size, seed, rank, ranks, num_workers = numbers
         self.batch_size, self.seed, self.rank, self.ranks = batch_size, seed, rank, ranks
         self.shuffle = shuffle
+        self.layout = {"batch size": batch_size}
         self.device = torch.device(device)
         base, self._indices = _behind_subsets(dataset)
+        self.samples = len(self._indices)
         whole, rest = divmod(len(self._indices), batch_size)
         self.batches_in_epoch: int = whole + (rest > 0 and not drop_last)
         if self.batches_in_epoch == 0:

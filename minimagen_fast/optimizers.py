@@ -1,14 +1,14 @@
 """The optimizer of a training, and its learning rate."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from .Imagen import Imagen
 
-__all__ = ["SCHEDULES", "build_optimizer", "fuse", "learning_rate_schedule"]
+__all__ = ["SCHEDULES", "build_optimizer", "fuse", "learning_rate_factor", "learning_rate_schedule"]
 
 SCHEDULES = ("constant", "cosine")
 # Where torch updates all parameters in one launch.
@@ -75,7 +75,7 @@ def _is_open(group: Mapping[str, Any]) -> bool:
 def learning_rate_schedule(
     optimizer: torch.optim.Optimizer, kind: str, warmup_steps: int, total_steps: int | None
 ) -> torch.optim.lr_scheduler.LambdaLR | None:
-    """Linear warm-up, then constant or a cosine down to 0 (Loshchilov and Hutter, "SGDR", 2017, without restarts).
+    """The schedule of an optimizer's learning rates by :func:`learning_rate_factor`.
 
     Args:
         optimizer: Whose learning rates are scheduled.
@@ -89,6 +89,26 @@ def learning_rate_schedule(
     Raises:
         ValueError: an argument is out of range or missing.
     """
+    factor = learning_rate_factor(kind, warmup_steps, total_steps)
+    if kind == "constant" and not warmup_steps:
+        return None
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def learning_rate_factor(kind: str, warmup_steps: int, total_steps: int | None) -> Callable[[int], float]:
+    """Linear warm-up, then constant or a cosine down to 0 (Loshchilov and Hutter, "SGDR", 2017, without restarts).
+
+    Args:
+        kind: ``constant`` or ``cosine``.
+        warmup_steps: Steps until the learning rate is reached, at least 0.
+        total_steps: Step at which the cosine ends; needed for it alone.
+
+    Returns:
+        The share of the learning rate that counts after a number of steps.
+
+    Raises:
+        ValueError: an argument is out of range or missing.
+    """
     if kind not in SCHEDULES:
         raise ValueError(f"LR_SCHEDULE must be {' or '.join(SCHEDULES)}, got {kind!r}")
     if warmup_steps < 0:
@@ -98,8 +118,6 @@ def learning_rate_schedule(
             f"a cosine schedule needs to know the number of steps, more than the {warmup_steps} of the warm-up; got"
             f" {total_steps}: give TOTAL_STEPS"
         )
-    if kind == "constant" and not warmup_steps:
-        return None
 
     def factor(step: int) -> float:
         warm = min((step + 1) / max(warmup_steps, 1), 1.0)
@@ -109,4 +127,4 @@ def learning_rate_schedule(
         progress = min(max(step - warmup_steps, 0) / (total_steps - warmup_steps), 1.0)
         return warm * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor

@@ -5,10 +5,11 @@ A folder ``checkpoints/`` holds folders ``step_000001200``, each the state after
 - the tensors, as ``torch.distributed.checkpoint`` writes them: every rank its own share, to be read by any number of
   ranks;
 - ``values.pth``: everything that is no tensor of the model, and ``rank_00000.pth``: what each rank has for itself;
-- ``manifest.json``: the size and SHA-256 digest of every file. It is written last.
+- ``manifest.json``: the size and SHA-256 digest of every file, and which training it is of. It is written last.
 
 A checkpoint is written into a folder ``.step_000001200.part``, which is renamed when all of it is on the disk; only
 then does the file ``latest`` name it. Whatever ends the writing leaves the earlier ones as they were.
+Where several trainings have written into one folder, none removes or continues what is another's.
 
 Nothing that is read can run code: the tensors' index, a pickle, is looked through first, see :mod:`.checkpoint_index`.
 """
@@ -16,6 +17,7 @@ Nothing that is read can run code: the tensors' index, a pickle, is looked throu
 import json
 import re
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,6 +99,7 @@ class Snapshots:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self._continued: Path | None = None
+        self._training = uuid.uuid4().hex  # until one is continued
 
     # Writing
 
@@ -173,7 +176,8 @@ class Snapshots:
                 {"name": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
                 for file in sorted(part.iterdir())
             ]
-            manifest = {"format": FORMAT, "version": VERSION, "step": step, "ranks": self._ranks.size, "files": files}
+            manifest = {"format": FORMAT, "version": VERSION, "training": self._training, "step": step}
+            manifest |= {"ranks": self._ranks.size, "files": files}
             replace_file(part / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
             part.rename(path)
             sync_folder(self.folder)
@@ -201,15 +205,22 @@ class Snapshots:
         return name
 
     def _remove_old(self, newest: Path) -> None:
-        others = [path for path in self._all() if path != newest]
+        others = [path for path in self._own() if path != newest]
         # What came after the one that was continued is damaged, or was done over.
         later = [path for path in others if self._continued is not None and _order(path) > _order(self._continued)]
         self._continued = None
         older = [path for path in others if path not in later][max(self._keep_last, 1) - 1 :]
         for path in (*later, *(path for path in older if self._keep_every is None or _step(path) % self._keep_every)):
-            # Not a checkpoint from its first missing file on.
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            _remove(path)
+
+    def remove_all(self) -> None:
+        """Removes the checkpoints of the training whose newest was read, or that this has written; on one process."""
+        for path in self._own():
+            _remove(path)
+
+    def _own(self) -> list[Path]:
+        """The checkpoints but those that are of another training for sure."""
+        return [path for path in self._all() if _training(path) in (None, self._training)]
 
     def _all(self) -> list[Path]:
         """The folders of all checkpoints, the newest first."""
@@ -228,10 +239,11 @@ class Snapshots:
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole, on all ranks; None if there is no checkpoint. Damaged ones are named.
 
-        It is taken for the one that is continued: those of later steps go when the next one is written.
+        It is taken for the one that is continued: those of later steps go when the next one is written. Of several
+        trainings the one that wrote last counts.
 
         Raises:
-            ValueError: there are checkpoints, but none is whole.
+            ValueError: there are checkpoints of that training, but none is whole.
         """
         damaged: list[str] = []
         for path in self._ranks.from_first([str(path) for path in self._candidates()] if self._ranks.first else None):
@@ -240,18 +252,24 @@ class Snapshots:
                 if damaged and self._ranks.first:
                     warnings.warn(f"{'; '.join(damaged)}: {path} is used instead", stacklevel=2)
                 self._continued = Path(path)
+                self._training = _training(Path(path)) or self._training
                 return self._open(Path(path))
             damaged.append(f"the checkpoint {path} is damaged ({fault})")
         if damaged:
-            raise ValueError(f"{'; '.join(damaged)}. No other is left in {self.folder}: start the training anew")
+            raise ValueError(
+                f"{'; '.join(damaged)}. No other of this training is left in {self.folder}: start the training anew"
+            )
         return None
 
     def _candidates(self) -> Iterator[Path]:
         pointer = self.folder / LATEST
         named = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-        if named is not None and named in self._all():
-            yield named
-        yield from (path for path in self._all() if path != named)
+        paths = self._all()
+        if named in paths:
+            paths.remove(named)
+            paths.insert(0, named)
+        last = _training(paths[0]) if paths else None
+        yield from (path for path in paths if last is None or _training(path) in (None, last))
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with a checkpoint. The ranks share the reading, and all get the same answer."""
@@ -293,6 +311,20 @@ def _system_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _remove(path: Path) -> None:
+    # Not a checkpoint from its first missing file on.
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _training(path: Path) -> str | None:
+    """Which training a checkpoint is of; None where that cannot be read, or was not written yet."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["training"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _own_name(rank: int) -> str:

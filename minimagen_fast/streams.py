@@ -129,6 +129,7 @@ class StreamedLoader:
 
     Attributes:
         batches_in_epoch: None.
+        layout: What, besides seed and epoch, says which samples are in which batch, by name.
 
     Raises:
         TypeError: if the data is no stream, or a number is no int.
@@ -164,6 +165,7 @@ class StreamedLoader:
         from datasets.distributed import split_dataset_by_node
 
         self.num_workers, self.device = num_workers, torch.device(device)
+        self.layout = {"batch size": batch_size, "ranks": ranks, "workers": num_workers}
         self._tally = Tally(max_bad_fraction)
         self._size, self._drop_last = batch_size // ranks, drop_last
         stream = dataset.stream.shuffle(seed=seed, buffer_size=buffer_size) if shuffle else dataset.stream

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from .generate import build_imagen, checked_params
 from .helpers import device_for_values
 from .Imagen import Imagen
 from .loading import ShardedLoader
-from .optimizers import SCHEDULES, build_optimizer, learning_rate_schedule
+from .optimizers import SCHEDULES, build_optimizer, learning_rate_factor, learning_rate_schedule
 from .parallel import CHOICES, shard
 from .progress import say
 from .ranks import DEFAULT_TIMEOUT, Ranks, as_lost, open_ranks
@@ -48,7 +49,7 @@ from .training import (
 )
 from .Unet import Base, BaseTest, Super, SuperTest, Unet
 from .watching import Watch
-from .weights_files import EXPORTED, TrainedFolder
+from .weights_files import EXPORTED, TrainedFolder, is_newer
 
 COND_DROP_PROB = 0.15
 # Exit statuses: the numbers of sysexits.h, besides STOPPED.
@@ -329,7 +330,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     if run.restart is not None and not continues:
         _load_weights(imagen, run.restart, ranks)
     imagen.to(device)
-    numbers = _unet_numbers(args, len(imagen.unets), ranks)
+    numbers = _unet_numbers(args, len(imagen.unets), run, ranks)
     settings = _settings(args, numbers)
     sharded = ranks.size > 1 and args.PARALLEL != "ddp"
     # What is not said here is left to the environment variable.
@@ -348,10 +349,10 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     rates = _learning_rates(args, numbers)
     optimizer = build_optimizer(imagen, rates, args.WEIGHT_DECAY)
     batches = train_loader.batches_in_epoch
-    steps = args.TOTAL_STEPS
-    if steps is None and batches is not None:
-        steps = math.ceil(batches / args.ACCUM_ITER) * args.EPOCHS
-    scheduler = learning_rate_schedule(optimizer, args.LR_SCHEDULE, args.WARMUP_STEPS, steps)
+    steps = None if batches is None else math.ceil(batches / args.ACCUM_ITER) * args.EPOCHS
+    scheduler = learning_rate_schedule(
+        optimizer, args.LR_SCHEDULE, args.WARMUP_STEPS, steps if args.TOTAL_STEPS is None else args.TOTAL_STEPS
+    )
 
     if ranks.first:
         create_directory(run.directory)
@@ -361,6 +362,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     held.enter_context(_alone_in(run.directory, ranks))
     if run.restart is None and ranks.from_first(any(Snapshots(run.directory / "checkpoints", ranks).steps())):
         raise ValueError(f"another training has begun in {run.directory} meanwhile: give the command again to go on")
+    if ranks.first and not run.in_place:
+        _remove_attempt(run.directory)
     watch = Watch(
         run.directory,
         imagen,
@@ -387,6 +390,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         watch=watch,
         sample=sample,
     )
+    if args.LR_SCHEDULE == "cosine" and args.TOTAL_STEPS is None:
+        _end_with(trainer, scheduler, args, ranks)
     used = _used_rates(args, list(rates.values()), optimizer, ranks)
     # Not before it is sure that the training can go on with these.
     if ranks.first:
@@ -446,6 +451,33 @@ def _load_weights(imagen: Imagen, directory: Path, ranks: Ranks) -> None:
     )
 
 
+def _remove_attempt(directory: Path) -> None:
+    """Removes what an attempt that made no step has left: with other U-Nets it would be read as if it were of these.
+
+    If there is anything else's among it, all stays.
+    """
+    timestamp = _read_config(directory).get("timestamp")
+    snapshots = Snapshots(directory / "checkpoints", Ranks())
+    try:
+        saved = snapshots.newest()
+    except ValueError:  # damaged
+        return
+    if not isinstance(timestamp, str) or saved is not None and saved.values.get("timestamp") != timestamp:
+        return
+    own = [] if saved is None else [directory / "tmp" / f"unet_{i}_tmp.pth" for i in range(saved.values["unets"])]
+    there = [path for name in ("tmp", "state_dicts") for path in (directory / name).iterdir()]
+    if not set(there) <= set(own):
+        return
+    # From the time before the checkpoint: later ones are of steps that were made, and lost as it was killed.
+    if saved is not None and any(is_newer(path, saved) for path in there):
+        return
+    named = rf"(imagen_params|unet_\d+_params|training_parameters)_{re.escape(timestamp)}\.(json|txt)"
+    for path in [*there, *(directory / "parameters").iterdir()]:
+        if path in own or re.fullmatch(named, path.name):
+            path.unlink()
+    snapshots.remove_all()
+
+
 def _introduce(
     imagen: Imagen, numbers: list[int], train_data: Any, device: torch.device, ranks: Ranks, run: _Run
 ) -> None:
@@ -489,7 +521,16 @@ def _settings(args: argparse.Namespace, numbers: list[int]) -> TrainingSettings:
     )
 
 
-def _unet_numbers(args: argparse.Namespace, available: int, ranks: Ranks) -> list[int]:
+def _unet_numbers(args: argparse.Namespace, available: int, run: _Run, ranks: Ranks) -> list[int]:
+    if args.UNET is None and run.restart is not None:
+        # Those that it trains: the default is another on another number of ranks.
+        numbers = _read_config(run.restart).get("unet_numbers")
+        if (
+            isinstance(numbers, list)
+            and numbers
+            and all(type(number) is int and 1 <= number <= available for number in numbers)
+        ):
+            return numbers
     chosen = args.UNET or ("all" if ranks.size == 1 else "1")
     if chosen == "all":
         return list(range(1, available + 1))
@@ -532,6 +573,14 @@ def _used_rates(
     if decay != args.WEIGHT_DECAY:
         _tell(ranks, f"--WEIGHT_DECAY {args.WEIGHT_DECAY} is ignored: the training goes on with {decay}, as it began")
     return used
+
+
+def _end_with(trainer: Trainer, scheduler: Any, args: argparse.Namespace, ranks: Ranks) -> None:
+    """Has a cosine end with the training: how many steps that takes is known once the continued one is taken over."""
+    total = trainer.total_steps
+    scheduler.lr_lambdas = [learning_rate_factor("cosine", args.WARMUP_STEPS, total)] * len(scheduler.lr_lambdas)
+    if total != trainer.total_steps_before:
+        _tell(ranks, f"the cosine schedule ends at step {total} now, before it was to at {trainer.total_steps_before}")
 
 
 def _loaders(

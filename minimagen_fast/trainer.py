@@ -6,7 +6,7 @@ import shlex
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -158,8 +158,10 @@ class Trainer:
         )
 
         self.best_losses = dict.fromkeys(self.numbers, float("inf"))
+        self.measure = self._measure_here()  # of these losses
         self.skipped: Counter[str] = Counter()
         self.position = self._start_of(epoch=0, step=0)
+        self.total_steps = self.total_steps_before = self._steps_in_all()
         self.loss_sums, self.loss_count = self.position.loss_sums, 0
         self.losses: Tensor | None = None  # of the last batch
         self.group = 0  # batches whose gradients wait for the next optimizer step
@@ -171,6 +173,11 @@ class Trainer:
             self._say("No timeout: batches can be given up only in the main thread, on one process, not on Windows.")
         if restart_directory is not None:
             self._restart_from(Path(restart_directory))
+        elif others := [step for step in self.snapshots.steps() if step]:
+            self._say(
+                f"{self.snapshots.folder} holds checkpoints of another training, up to step {others[0]}. They stay; but"
+                f" from the first one of this training on, RESTART_DIRECTORY {self.directory} continues this training."
+            )
         # Last, for a state that is taken over brings its own settings along.
         self.skips_by_itself = fuse(optimizer)
         gather(self.owners)  # what no checkpoint can hold is refused now, not after the first hours
@@ -208,6 +215,29 @@ class Trainer:
         # One rank alone must not give up what the others wait for.
         return self.ranks.size == 1 and has_time_limit()
 
+    def _steps_in_all(self) -> int | None:
+        """Optimizer steps at the end of the training: those that are done, and those that its settings leave to do."""
+        if self.batches_in_epoch is None:
+            return None
+        place, accumulate = self.position, self.settings.accumulate
+        steps = place.step
+        if place.epoch < self.settings.epochs:
+            steps += math.ceil((self.batches_in_epoch - place.batch) / accumulate)
+            steps += math.ceil(self.batches_in_epoch / accumulate) * (self.settings.epochs - place.epoch - 1)
+        return steps
+
+    def _length(self) -> dict[str, Any]:
+        """What the number of steps follows from."""
+        settings = self.settings
+        return {"batches": self.batches_in_epoch, "accumulate": settings.accumulate, "epochs": settings.epochs}
+
+    def _measure_here(self) -> dict[str, Any]:
+        """What validation losses depend on besides the weights: those of another measure cannot be compared."""
+        images = None if self.valid_loader is None else getattr(self.valid_loader, "samples", None)
+        if not images:  # none, or nobody knows
+            return {}
+        return {"min_snr_gamma": self.settings.min_snr_gamma, "validation images": images}
+
     @property
     def steps_made(self) -> int:
         """Number of optimizer steps that changed weights, those of the training that is continued included."""
@@ -226,7 +256,7 @@ class Trainer:
         """
         try:
             if self.watch is not None:
-                self.watch.start(self.position.step, asdict(self.settings))
+                self.watch.start(self.position.step, asdict(self.settings), steps=self.total_steps)
             ended = self._run()
             self.snapshots.finish()
             if self.watch is not None:
@@ -647,7 +677,11 @@ class Trainer:
             "unet_numbers": self.numbers,
             "seed": self.settings.seed,
             "best_losses": self.best_losses,
+            "measure": self.measure,
             "batches_in_epoch": self.batches_in_epoch,
+            "layout": getattr(self.train_loader, "layout", {}),
+            "length": self._length(),
+            "total_steps": self.total_steps,
             "position": {
                 "epoch": position.epoch,
                 "batch": position.batch,
@@ -719,6 +753,7 @@ class Trainer:
         batches = values["batches_in_epoch"], self.batches_in_epoch
         if place["batch"]:
             must_agree("batches in an epoch", *batches)
+            self._check_layout(values.get("layout", {}))
         elif None not in batches and batches[0] != batches[1]:
             self._say(
                 f"From here on an epoch has {batches[1]} batches, before it had {batches[0]}: with another split some"
@@ -734,11 +769,36 @@ class Trainer:
             *(place["epoch"], place["batch"], place["step"], own["epoch_rng"], own["rng"], sums, place["loss_count"]),
             validation_due=place.get("validation_due", False),  # which earlier versions did not save
         )
+        # Not reckoned anew where nothing has changed: batches that made no step would change it.
+        same_length = values.get("length") == self._length()
+        self.total_steps = values["total_steps"] if same_length else self._steps_in_all()
+        self.total_steps_before = values.get("total_steps", self.total_steps_before)
         self.skipped.update(values["skipped"])
         self.bad_steps.fill_(values["bad_steps"])
         checkpoint.restore_rng(self.position.rng, self.imagen.device, self.generators)
+        measure = values.get("measure", {})
+        if changed := [name for name, here in self.measure.items() if measure.get(name, here) != here]:
+            there, here = ({name: one[name] for name in changed} for one in (measure, self.measure))
+            self._say(
+                f"From here on validation is with {here}, before it was with {there}: its losses cannot be compared, so"
+                " the best weights begin anew."
+            )
+            return
+        self.measure = {**measure, **self.measure}
         for number, loss in values["best_losses"].items():
             self._take_over_best(number, loss, self._best_file(directory, number, values["timestamp"]))
+
+    def _check_layout(self, before: Mapping[str, int]) -> None:
+        """Refuses to go on within an epoch that is divided into other batches; says where only the order is another."""
+        layout = getattr(self.train_loader, "layout", {})
+        for name in before.keys() & layout.keys():
+            if name == "batch size":
+                must_agree("BATCH_SIZE within an epoch", before[name], layout[name])
+            elif before[name] != layout[name]:
+                self._say(
+                    f"This epoch of a stream goes on with {layout[name]} {name}, before there were {before[name]}:"
+                    " until it ends pictures may come twice or not at all."
+                )
 
     def _take_over_best(self, number: int, loss: float, file: Path) -> None:
         """Copies the best weights so far: the new directory needs them even if validation never improves on them."""

@@ -124,6 +124,7 @@ def MinimagenTrain(
     optimizer and its learning rate, schedule, averages, best losses, epoch, place in the epoch's order, random numbers.
     Give everything else as in that training; `EPOCHS` counts the epochs of both. On the CPU, and wherever the
     operations are deterministic, the weights become those of a training that was never interrupted, to the bit.
+    Without it the checkpoints of another training in the directory stay, and it is said that they do.
 
     Args:
         timestamp: Name of this run in the names of its files.

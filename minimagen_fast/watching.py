@@ -95,13 +95,16 @@ class Watch:
 
     # What the training tells
 
-    def start(self, step: int, settings: Mapping[str, Any]) -> None:
+    def start(self, step: int, settings: Mapping[str, Any], *, steps: int | None = None) -> None:
         """The training begins, or goes on from a checkpoint after `step` optimizer steps.
 
         Args:
             step: Number of optimizer steps that are done.
             settings: How it trains; anything that JSON has (others are written as text).
+            steps: As for the constructor, where it is known only now.
         """
+        if steps is not None:
+            self._steps = steps
         unets = {
             number: {
                 "parameters": sum(parameter.numel() for parameter in self._imagen.unets[number - 1].parameters()),

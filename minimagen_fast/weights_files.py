@@ -24,7 +24,7 @@ from .checkpoint_index import read_index
 from .ranks import Ranks
 from .snapshots import MANIFEST, Saved, Snapshots
 
-__all__ = ["EXPORTED", "KINDS", "TrainedFolder", "Weights", "fit"]
+__all__ = ["EXPORTED", "KINDS", "TrainedFolder", "Weights", "fit", "is_newer"]
 
 EXPORTED = "export.json"
 KINDS = ("best", "latest", "ema")
@@ -223,7 +223,7 @@ class TrainedFolder:
             warnings.warn(f"{error}, or use {file}, as is done here", stacklevel=3)
             saved = None
         # A checkpoint has those that it did not train as they began; their files may be from elsewhere.
-        if there and (saved is None or number not in saved.values["unet_numbers"] or _is_newer(file, saved)):
+        if there and (saved is None or number not in saved.values["unet_numbers"] or is_newer(file, saved)):
             return Weights(number, "latest", file)
         if saved is None or number > saved.values["unets"]:
             raise ValueError(
@@ -238,7 +238,8 @@ class TrainedFolder:
         return self.best_file(number) is None and bool(_matching(folder, r"unet_.*\.pth?"))
 
 
-def _is_newer(file: Path, saved: Saved) -> bool:
+def is_newer(file: Path, saved: Saved) -> bool:
+    """Whether a file was written after a checkpoint, or with it."""
     return file.stat().st_mtime_ns >= (saved.path / MANIFEST).stat().st_mtime_ns
 
 

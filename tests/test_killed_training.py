@@ -195,6 +195,27 @@ def test_after_a_damaged_one_the_one_that_was_continued_is_kept(tmp_path):
     assert snapshots.steps() == [3, 2]
 
 
+def test_trainings_in_one_folder_neither_remove_nor_continue_each_other(tmp_path):
+    folder = tmp_path / "checkpoints"
+    first, second = (Snapshots(folder, Ranks(), keep_last=2) for _ in range(2))
+    saved_steps(first, 7, 8, 9)
+    saved_steps(second, 1, 2, 3)
+    assert first.steps() == [9, 8, 3, 2]
+    (folder / "step_000000003" / "values.pth").unlink()
+    third = Snapshots(folder, Ranks(), keep_last=2)
+    with pytest.warns(UserWarning, match="step_000000002 is used instead"):
+        assert third.newest().step == 2
+    saved_steps(third, 4)
+    assert third.steps() == [9, 8, 4, 2], "it goes on with the second, so what that was to do over goes"
+    for step in (2, 4):
+        (folder / f"step_{step:09d}" / "values.pth").unlink()
+    with pytest.raises(ValueError, match="is damaged .*No other of this training is left"):
+        Snapshots(folder, Ranks()).newest()
+    (folder / "step_000000008" / "manifest.json").unlink()
+    (folder / "latest").unlink()
+    assert Snapshots(folder, Ranks()).newest().step == 9, "without the pointer the newest counts"
+
+
 def test_a_wait_that_ctrl_c_ends_is_waited_for_again(snapshots, monkeypatch):
     written = threading.Event()
     monkeypatch.setattr("minimagen_fast.snapshots.file_digest", lambda path: written.wait() and file_digest(path))

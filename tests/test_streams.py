@@ -99,6 +99,11 @@ def test_items_are_those_of_data_read_by_index():
     assert sum(item is not None for item in streamed) == 6
 
 
+def test_it_is_said_what_the_batches_follow_from():
+    loader = StreamedLoader(table(range(20)), 4, seed=0, rank=1, ranks=2)
+    assert loader.layout == {"batch size": 4, "ranks": 2, "workers": 0}
+
+
 def test_incomplete_batches():
     loader = StreamedLoader(table(range(7)), 3, seed=0)
     assert loader.batches_in_epoch is None

@@ -22,7 +22,7 @@ from minimagen_fast import cli, shapes
 from minimagen_fast.generate import load_minimagen, load_params
 from minimagen_fast.ranks import RankLost
 from minimagen_fast.tiny_t5 import embedded_t5_directory
-from minimagen_fast.train_command import DIVERGED, RANK_LOST
+from minimagen_fast.train_command import DIVERGED, RANK_LOST, _remove_attempt
 from minimagen_fast.training import create_directory, get_minimagen_parser, save_training_info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -340,6 +340,45 @@ def test_it_goes_on_where_latest_was_deleted_and_says_what_else_is_ignored(start
     assert f"--RESTART_DIRECTORY {tmp_path / 'other'} is ignored" in capsys.readouterr().err
 
 
+def lines(folder, kind):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def test_a_cosine_ends_with_the_training_also_where_batches_become_larger(started, tmp_path, capsys):
+    words = [*changed(started, b="2"), "--LR_SCHEDULE", "cosine", "--LOG_INTERVAL", "1"]
+    words[words.index("--OUT") + 1] = str(tmp_path / "cosine")
+    assert cli.main(words) == 0 and "cosine" not in capsys.readouterr().err
+    assert cli.main(changed(words, b="4", e="2")) == 0
+    assert "the cosine schedule ends at step 15 now, before it was to at 10" in capsys.readouterr().err
+    rates = [record["learning_rates"][0] for record in lines(tmp_path / "cosine", "step")]
+    assert len(rates) == 15 and rates[11:] == sorted(rates[11:], reverse=True) and rates[-1] > 0
+    assert state_of(tmp_path / "cosine")["optimizer"]["groups"][0]["lr"] == 0
+
+
+def test_the_time_to_the_end_is_that_of_the_training_and_not_of_its_schedule(data, tmp_path):
+    words = command(data, tmp_path / "run", "-e", "1", "--UNET", "1", "--LOG_INTERVAL", "1")
+    assert cli.main([*words, "--LR_SCHEDULE", "cosine", "--TOTAL_STEPS", "2"]) == 0
+    assert [record["seconds_to_end"] > 0 for record in lines(tmp_path / "run", "step")] == [True] * 4 + [False]
+
+
+def test_with_another_weight_of_timesteps_the_best_begin_anew(started, tmp_path):
+    assert cli.main([*changed(started, e="2"), "--MIN_SNR_GAMMA", "0.1"]) == 0
+    said = (tmp_path / "run" / "training_progess.txt").read_text()
+    assert "validation is with {'min_snr_gamma': 0.1}, before it was with {'min_snr_gamma': None}" in said
+    assert cli.main(changed(started, e="3")) == 0, "whose losses are larger"
+    [best] = (tmp_path / "run" / "state_dicts").iterdir()
+    best, last = (torch.load(file, weights_only=True) for file in (best, tmp_path / "run" / "tmp" / "unet_0_tmp.pth"))
+    assert all(torch.equal(best[name], last[name]) for name in last)
+
+
+def test_without_a_number_the_u_nets_are_those_that_it_trains(started, tmp_path):
+    words = changed(started, e="2")
+    del words[words.index("--UNET") : words.index("--UNET") + 2]
+    assert cli.main(words) == 0
+    assert state_of(tmp_path / "run")["unet_numbers"] == [1]
+
+
 @pytest.mark.parametrize("content", ["[]", "["])
 def test_a_config_that_holds_no_settings_is_named(started, tmp_path, capsys, content):
     (tmp_path / "run" / "config.json").write_text(content)
@@ -355,6 +394,27 @@ def test_where_no_step_was_made_the_command_line_counts(data, tmp_path, monkeypa
     assert cli.main(command(data, tmp_path / "run", "-e", "1")) == 0
     assert "is ignored" not in capsys.readouterr().err
     assert load_minimagen(tmp_path / "run").noise_schedulers[0].num_timesteps == 25
+
+
+def test_of_an_attempt_without_a_step_nothing_is_left_to_other_parameters(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("minimagen_fast.trainer.Trainer._train_batch", lambda *_: (_ for _ in ()).throw(OSError("no T5")))
+        assert cli.main(command(data, run, "-e", "1")) == cli.MISUSED
+    other = run / "state_dicts" / "unet_0_state_1.pth"
+    other.write_bytes(b"of another training")
+    (run / "parameters" / "notes.json").write_text("{}")
+    before = sorted(run.rglob("*"))
+    _remove_attempt(run)
+    assert sorted(run.rglob("*")) == before, "it may be the other's too"
+
+    other.unlink()
+    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "32", "-t", "25"])
+    save_training_info(args, "1", [SMALL], {"image_sizes": [32]}, 0.0, create_directory(tmp_path / "one"))
+    assert cli.main(changed(command(data, run, "-e", "1"), p=str(tmp_path / "one" / "parameters"))) == 0
+    assert len(list((run / "parameters").iterdir())) == 4 and (run / "parameters" / "notes.json").is_file()
+    assert [file.name for file in (run / "tmp").iterdir()] == ["unet_0_tmp.pth"]
+    assert not (run / "checkpoints" / "step_000000000").exists() and len(load_minimagen(run).unets) == 1
 
 
 def test_no_picture_that_can_be_used_is_an_error_and_makes_no_best_weights(data, tmp_path, capsys):

@@ -12,6 +12,7 @@ import torch
 from training_runs import Interruption, Pictures, Run, identical, interrupt_at, state_of
 
 from minimagen_fast import checkpoint
+from minimagen_fast.given_loader import GivenLoader
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.interrupts import TimeLimitExceeded, time_limit, uninterrupted
 from minimagen_fast.ranks import Ranks
@@ -322,12 +323,70 @@ def test_best_weights_come_along_even_if_they_are_never_improved_on(tmp_path):
     assert "Best validation loss: U-Net 1: -1.0000" in second.log
 
 
+@pytest.mark.parametrize("images, anew", [(3, True), (0, False)])
+def test_best_weights_begin_anew_with_other_validation_images(tmp_path, images, anew):
+    Run(tmp_path / "first").train()
+    snapshots = Snapshots(tmp_path / "first" / "checkpoints", Ranks())
+    state = state_of(tmp_path / "first")
+    tensors, own = state.pop("tensors"), state.pop("own")
+    state["best_losses"][1] = -1.0
+    snapshots.save(5, tensors, state, own)
+    snapshots.finish()
+    second = restart(Run(tmp_path / "second", valid=Pictures(images, seed=2), EPOCHS=2), tmp_path / "first")
+    assert (
+        "validation is with {'validation images': 3}, before it was with {'validation images': 2}" in second.log
+    ) == anew
+    best = second.file("state_dicts/unet_0_state_2.pth")
+    assert identical(best, second.file("tmp/unet_0_tmp.pth")) == anew
+    assert state_of(tmp_path / "second")["measure"]["validation images"] == (3 if anew else 2), "those of the best"
+
+
+@pytest.mark.parametrize("accumulated, steps", [(1, 8), (2, 4 + 1)])
+def test_the_number_of_steps_is_reckoned_anew_only_with_other_settings(tmp_path, accumulated, steps):
+    settings = {"data": Pictures(missing=(0, 1)), "loader": {"shuffle": False}, "EPOCHS": 2}
+    with pytest.raises(Interruption):
+        Run(tmp_path / "first", **settings).train(callback=interrupt_at(1, 1))
+    second = restart(Run(tmp_path / "second", **settings, ACCUM_ITER=accumulated), tmp_path / "first")
+    assert state_of(second.folder)["total_steps"] == steps, "batches without images make no step"
+
+
+def test_a_stream_goes_on_with_batches_of_the_same_size(tmp_path, monkeypatch):
+    layout = {"batch size": 2, "ranks": 1, "workers": 0}
+    monkeypatch.setattr(GivenLoader, "layout", property(lambda self: dict(layout)))
+    monkeypatch.setattr(GivenLoader, "batches_in_epoch", None)
+    with pytest.raises(Interruption):
+        Run(tmp_path / "first").train(callback=interrupt_at(0, 1))
+    layout["workers"] = 2
+    second = restart(Run(tmp_path / "second"), tmp_path / "first")
+    assert "goes on with 2 workers, before there were 0: until it ends pictures may come twice" in second.log
+    layout["batch size"] = 4
+    with pytest.raises(ValueError, match="BATCH_SIZE within an epoch: 2 in that training, 4 in this one"):
+        restart(Run(tmp_path / "third"), tmp_path / "first")
+
+
+def test_another_training_in_the_same_directory_leaves_what_the_first_has_saved(tmp_path):
+    Run(tmp_path, EPOCHS=3).train("1")
+    second = Run(tmp_path, EPOCHS=2).train("2")
+    assert "holds checkpoints of another training, up to step 12. They stay; but" in second.log
+    folder = tmp_path / "checkpoints"
+    assert Snapshots(folder, Ranks()).steps() == [12, 8, 8, 4]
+    (folder / (folder / "latest").read_text().strip() / "values.pth").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="step_000000004 is used instead"):
+        restart(Run(tmp_path / "third", EPOCHS=3), tmp_path, "3")
+    assert state_of(tmp_path / "third")["position"]["step"] == 12
+
+
 @pytest.mark.parametrize(
     "changes, options, message",
     [
         ({"stages": 2}, {}, "number of U-Nets: 1 in that training, 2 in this one"),
         ({"optimizer": "sgd"}, {}, "optimizer: Adam in that training, SGD in this one"),
         ({"data": Pictures(6)}, {}, "batches in an epoch: 4 in that training, 3 in this one"),
+        (
+            {"data": Pictures(12), "loader": {"batch_size": 3}},
+            {},
+            "BATCH_SIZE within an epoch: 2 in that training, 3 in this one",
+        ),
         ({}, {"ema_decay": 0.9}, "ema_decay"),
         ({"imagen": "larger"}, {}, "tensors are in one of the two trainings only, such as unets.0"),
         ({"loader": {"generator": torch.Generator()}}, {}, "0 data loader generators, this run has 1"),

@@ -474,9 +474,12 @@ class Unet(nn.Module):
 
         for place, (init_block, resnet_blocks, attn_block, upsample) in enumerate(self.ups, start=1):
             level = middle - place
-            for number, block in enumerate((init_block, *resnet_blocks)):
-                skip = {"skip": hiddens.pop(), "skip_scale": skip_scale}
-                x = _run_resnet_block(level, block, x, next(given), attends=number == 0, **skip)
+            # No name here holds on to what was taken, which would last until the level's end.
+            x = _run_resnet_block(
+                level, init_block, x, next(given), attends=True, skip=hiddens.pop(), skip_scale=skip_scale
+            )
+            for resnet_block in resnet_blocks:
+                x = _run_resnet_block(level, resnet_block, x, next(given), skip=hiddens.pop(), skip_scale=skip_scale)
             x = upsample(run_block(level, attn_block, x))
 
         if exists(self.final_res_block):

@@ -180,6 +180,13 @@ def join_unless_taken_apart(
     return torch.cat((x, skip * skip_scale), dim=1), {}
 
 
+def _seeing_skip(
+    block: nn.Module, x: torch.Tensor, skip: torch.Tensor | None, skip_scale: float, **kwargs
+) -> torch.Tensor:
+    x, apart = join_unless_taken_apart(block, x, skip, skip_scale)
+    return block(x, **apart, **kwargs)
+
+
 def _rows(values: torch.Tensor, batch: int, channels: int) -> torch.Tensor | None:
     """Scales or shifts of normalised images as rows (b, channels); None if they differ from pixel to pixel."""
     if values.ndim == 4 and values.shape[2:] == (1, 1):
@@ -562,8 +569,7 @@ class ResnetBlock(_TakesSkip):
 
         first = self.block1
         handed = isinstance(first, Block) and not exists(self.cross_attn) and first.hands_on_bias(self.block2)
-        images, apart = join_unless_taken_apart(first, x, skip, skip_scale)
-        h = first(images, **apart, **({"biased": False} if handed else {}))
+        h = _seeing_skip(first, x, skip, skip_scale, **({"biased": False} if handed else {}))
         # Not `len`, which torch.export would make a constant.
         if exists(scale_shift) and scale_shift.shape[0] > h.shape[0]:
             copies = scale_shift.shape[0] // h.shape[0]

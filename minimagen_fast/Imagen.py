@@ -306,6 +306,10 @@ class Imagen(nn.Module):
 
     def _reset_unets_all_one_device(self, device: torch.device | None = None) -> None:
         """Place all U-Nets on one device, that of this instance if none is given."""
+        # Programs for the original put lists in their place, as it does itself: what is in one is in no state dict.
+        unets: Any = self.unets
+        if not isinstance(unets, nn.ModuleList):
+            self.unets = nn.ModuleList(unets)
         device = default(device, self.device)
         for unet in self.unets:
             # To meta weights would be lost, and from there none can be brought.
@@ -587,9 +591,11 @@ class Imagen(nn.Module):
                 cond_drop_prob=self.cond_drop_prob,
                 **keep,
             )
+        wide = torch.promote_types(pred.dtype, torch.float32)
+        pred, noise = pred.to(wide), noise.to(wide)
         if per_image:
-            return self.loss_fn(pred.float(), noise.float(), reduction="none").flatten(1).mean(dim=1)
-        return self.loss_fn(pred.float(), noise.float())
+            return self.loss_fn(pred, noise, reduction="none").flatten(1).mean(dim=1)
+        return self.loss_fn(pred, noise)
 
     def _noised(
         self,
@@ -636,7 +642,9 @@ class Imagen(nn.Module):
     ) -> torch.Tensor | list[PIL.Image.Image]:
         """Make images from text.
 
-        Whatever ends the call, the model's modes, devices and gradients are left as they were.
+        Whatever ends the call, the model's modes, devices and gradients are left as they were. Until then nothing may
+        change its weights, neither ``callback`` nor a training in another thread: part of what depends on them is
+        computed once, before the first step, and part in each.
 
         Args:
             texts: Captions.

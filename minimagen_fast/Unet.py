@@ -27,6 +27,7 @@ from .layers import (
     Upsample,
     _OverPixels,
     has_plain_time_mlp,
+    join_unless_taken_apart,
 )
 from .plain import is_as_made
 from .t5 import MAX_LENGTH, get_encoded_dim
@@ -52,6 +53,24 @@ def _per_level(name: str, value: Any, levels: int) -> tuple:
 # What a ResnetBlock is told about time and text: arguments of its forward, by name. A plain dict, which
 # torch.compile takes.
 BlockCondition = dict[str, torch.Tensor]
+
+
+def _run_resnet_block(
+    level: int,
+    block: nn.Module,
+    x: torch.Tensor,
+    condition: BlockCondition,
+    *,
+    attends: bool = False,
+    skip: torch.Tensor | None = None,
+    skip_scale: float = 1.0,
+) -> torch.Tensor:
+    """The result of a block; another module in its place is called as the original calls it."""
+    x, apart = join_unless_taken_apart(block, x, skip, skip_scale)
+    if isinstance(block, ResnetBlock):
+        return run_block(level, block, x, **condition, **apart)
+    time_emb, cond = condition["time_emb"], condition["cond"]
+    return run_block(level, block, x, time_emb, cond) if attends else run_block(level, block, x, time_emb)
 
 
 class _TimeHiddens(nn.Sequential):
@@ -439,28 +458,33 @@ class Unet(nn.Module):
         for level, (pre_downsample, init_block, resnet_blocks, attn_block, post_downsample) in enumerate(self.downs):
             if exists(pre_downsample):
                 x = pre_downsample(x)
-            x = run_block(level, init_block, x, **next(given))
+            x = _run_resnet_block(level, init_block, x, next(given), attends=True)
             for resnet_block in resnet_blocks:
-                x = run_block(level, resnet_block, x, **next(given))
+                x = _run_resnet_block(level, resnet_block, x, next(given))
                 hiddens.append(x)
             x = run_block(level, attn_block, x)
             hiddens.append(x)
             if exists(post_downsample):
                 x = post_downsample(x)
 
-        x = run_block(middle, self.mid_block1, x, **next(given))
+        x = _run_resnet_block(middle, self.mid_block1, x, next(given), attends=True)
         if exists(self.mid_attn):
             x = run_block(middle, self.mid_attn, x)
-        x = run_block(middle, self.mid_block2, x, **next(given))
+        x = _run_resnet_block(middle, self.mid_block2, x, next(given), attends=True)
 
         for place, (init_block, resnet_blocks, attn_block, upsample) in enumerate(self.ups, start=1):
             level = middle - place
-            x = run_block(level, init_block, x, **next(given), skip=hiddens.pop(), skip_scale=skip_scale)
+            # No name here holds on to what was taken, which would last until the level's end.
+            x = _run_resnet_block(
+                level, init_block, x, next(given), attends=True, skip=hiddens.pop(), skip_scale=skip_scale
+            )
             for resnet_block in resnet_blocks:
-                x = run_block(level, resnet_block, x, **next(given), skip=hiddens.pop(), skip_scale=skip_scale)
+                x = _run_resnet_block(level, resnet_block, x, next(given), skip=hiddens.pop(), skip_scale=skip_scale)
             x = upsample(run_block(level, attn_block, x))
 
-        return self.final_conv(run_block(0, self.final_res_block, x, **next(given)))
+        if exists(self.final_res_block):
+            x = _run_resnet_block(0, self.final_res_block, x, next(given))
+        return self.final_conv(x)
 
     def _block_conditions(self, t: torch.Tensor, c: torch.Tensor) -> Iterable[BlockCondition]:
         """What each block is told of conditioning (b, time_cond_dim) and tokens (b, k, cond_dim)."""
@@ -478,7 +502,8 @@ class Unet(nn.Module):
         """All of them, in the order in which :meth:`denoise` runs them."""
         down = [block for _, first, further, _, _ in self.downs for block in (first, *further)]
         up = [block for first, further, _, _ in self.ups for block in (first, *further)]
-        return [*down, self.mid_block1, self.mid_block2, *up, self.final_res_block]
+        last = [self.final_res_block] if exists(self.final_res_block) else []
+        return [*down, self.mid_block1, self.mid_block2, *up, *last]
 
     def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> torch.Tensor:
         """Predict the noise in images with classifier-free guidance.

@@ -35,7 +35,7 @@ from .kept import KEPT, TRAINING, InOrder, KeptGraphs
 from .kernels import dispatch
 from .kernels.launch import nothing_looks
 from .module_watch import ModuleWatch, only_computes
-from .plain import torch_is_as_made
+from .plain import classes_are_as_made
 
 if TYPE_CHECKING:
     from .Unet import Unet
@@ -86,7 +86,7 @@ def _may_be_replayed(inputs: Inputs) -> bool:
         # What `torch.set_default_device` puts there does not look either.
         and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and torch_is_as_made()
+        and classes_are_as_made()
         and not torch.is_anomaly_enabled()
         and not torch.cuda.is_current_stream_capturing()
         and all(value.numel() and not value.requires_grad for value in tensors)

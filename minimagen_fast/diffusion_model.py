@@ -41,11 +41,29 @@ def _schedule(timesteps: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _for_each_image(t: torch.Tensor, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Images of one shape, and a timestep for each: one stands for all. What does not fit together stays as it is."""
+    if t.dtype in (torch.int32, torch.int16):
+        t = t.long()
+    if t.shape == images[0].shape[:1] and all(x.shape == images[0].shape for x in images):
+        return t, *images
+    try:
+        shape = torch.broadcast_shapes((*t.shape, *(1,) * (images[0].ndim - 1)), *(x.shape for x in images))
+    except RuntimeError:
+        return t, *images
+    # No image gets more axes.
+    if t.ndim != 1 or any(x.ndim != len(shape) for x in images):
+        return t, *images
+    return t.expand(shape[0]), *(x.expand(shape) for x in images)
+
+
 class GaussianDiffusion(nn.Module):
     """A discrete-time Gaussian diffusion process with a linear noise schedule.
 
     beta runs from 1e-4 * s to 0.02 * s with s = 1000 / timesteps, at most 0.999. The schedule's buffers are float32
     whatever dtype the module is cast to, follow it to any device, and are no part of the state dict.
+
+    In its methods one timestep, one image or one noise stands for all of a batch.
 
     Args:
         timesteps: Number of diffusion steps T, at least 20.
@@ -120,6 +138,7 @@ class GaussianDiffusion(nn.Module):
             The posterior mean (b, c, h, w), its variance (b, 1, 1, 1), and the logarithm of the variance, clipped from
             below at log 1e-20 (b, 1, 1, 1).
         """
+        t, x_start, x_t = _for_each_image(t, x_start, x_t)
         mean = kernels.q_posterior_mean(x_start, x_t, t, self.posterior_mean_coef1, self.posterior_mean_coef2)
         variance = extract(self.posterior_variance, t, x_t.shape)
         return mean, variance, extract(self.posterior_log_variance_clipped, t, x_t.shape)
@@ -146,6 +165,7 @@ class GaussianDiffusion(nn.Module):
             Noised images x_t, shape (b, c, h, w).
         """
         noise = default(noise, lambda: torch.randn_like(x_start))
+        t, x_start, noise = _for_each_image(t, x_start, noise)
         return kernels.q_sample(
             x_start,
             t,
@@ -167,6 +187,7 @@ class GaussianDiffusion(nn.Module):
         Returns:
             Un-noised images x_0, shape (b, c, h, w).
         """
+        t, x_t, noise = _for_each_image(t, x_t, noise)
         return kernels.predict_start_from_noise(
             x_t, t, noise, self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod
         )

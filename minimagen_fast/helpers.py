@@ -49,8 +49,8 @@ def eval_decorator(fn: Callable) -> Callable:
     return inner
 
 
-# By module, who is evaluating it: how many, and the modes that the first of them met.
-_evaluated: "WeakKeyDictionary[torch.nn.Module, tuple[int, dict[torch.nn.Module, bool]]]" = WeakKeyDictionary()
+# By module and part of one, how many are evaluating it, and the mode that the first of them met.
+_evaluated: "WeakKeyDictionary[torch.nn.Module, tuple[int, bool]]" = WeakKeyDictionary()
 # The `train` of a part may be someone's, and do anything.
 _changing_modes = threading.RLock()
 
@@ -59,33 +59,39 @@ _changing_modes = threading.RLock()
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Have a module in eval mode; every submodule gets its own mode back.
 
-    Several threads may evaluate one module at a time: the modes are those before the first of such blocks, and come
-    back with the end of the last.
+    Several threads may evaluate one module at a time, or modules that share parts: the mode of each part is that before
+    the first of such blocks, and comes back with the end of the last.
     """
+    parts = list(model.modules())
     with _changing_modes:
-        number, modes = _evaluated.get(model) or (0, {module: module.training for module in model.modules()})
-        _evaluated[model] = number + 1, modes
+        for part in parts:
+            number, training = _evaluated.get(part) or (0, part.training)
+            _evaluated[part] = number + 1, training
     try:
         with _changing_modes:
             model.eval()
         yield
     finally:
         with _changing_modes:
-            number, modes = _evaluated.pop(model)
-            if number > 1:
-                _evaluated[model] = number - 1, modes
-            else:
-                _restore(modes)
+            _restore(parts)
 
 
-def _restore(modes: dict[torch.nn.Module, bool]) -> None:
-    for module, training in modes.items():
+def _restore(parts: list[torch.nn.Module]) -> None:
+    """Give each part its own mode back, unless someone else is evaluating it."""
+    own: dict[torch.nn.Module, bool] = {}
+    for part in parts:
+        number, training = _evaluated.pop(part)
+        if number > 1:
+            _evaluated[part] = number - 1, training
+        else:
+            own[part] = training
+    for part, training in own.items():
         # Layers of adapters merge their weights with the mode, and take them apart again.
-        if type(module).train is not torch.nn.Module.train:
-            module.train(training)
+        if type(part).train is not torch.nn.Module.train:
+            part.train(training)
     # Which has set the modes of all their parts.
-    for module, training in modes.items():
-        module.training = training
+    for part in parts:
+        part.training = own.get(part, False)
 
 
 def exists(val: Any) -> bool:
@@ -169,7 +175,7 @@ def resize_image_to(
     """Resize images to a square, each axis on its own, with an antialiased cubic kernel (:mod:`.resize`).
 
     Args:
-        image: Images, floating point, shape (b, c, h, w).
+        image: Images, floating point, shape (b, c, h, w), or one, (c, h, w).
         target_image_size: Side length s of the result, in pixels.
         clamp_range: (low, high) to clamp the result to; a cubic kernel overshoots at edges. Images that already have
             the target size are returned as they are, unclamped.
@@ -177,7 +183,7 @@ def resize_image_to(
             with ('symmetric') the edge pixel repeated.
 
     Returns:
-        Images of the same dtype, shape (b, c, s, s).
+        Images of the same dtype, shape (b, c, s, s), or (c, s, s).
 
     Raises:
         TypeError: if the image is not a floating point tensor.
@@ -185,8 +191,8 @@ def resize_image_to(
     """
     if not image.is_floating_point():
         raise TypeError(f"image must be floating point, got {image.dtype}; convert it first, e.g. image / 255")
-    if image.ndim != 4 or 0 in image.shape[-2:]:
-        raise ValueError(f"image must have shape (b, c, h, w) with pixels in it, got {tuple(image.shape)}")
+    if image.ndim not in (3, 4) or 0 in image.shape[-2:]:
+        raise ValueError(f"image must have shape (b, c, h, w) or (c, h, w) with pixels in it, got {tuple(image.shape)}")
     if pad_mode not in PAD_MODES:
         raise ValueError(f"pad_mode must be one of {', '.join(PAD_MODES)}; got {pad_mode!r}")
     size = int(target_image_size)

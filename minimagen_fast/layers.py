@@ -1,5 +1,6 @@
 """The building blocks of the U-Net."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from .kernels import (
     upsample_conv3x3,
     wide_conv2d,
 )
-from .plain import is_plain, is_plain_sequence
+from .plain import is_plain, is_plain_sequence, keep_forwards
 
 
 def _plus_residual(
@@ -98,7 +99,7 @@ class Attention(nn.Module):
             ValueError: if a context is given to a module that was made without ``context_dim``.
         """
         x = self.norm(x)
-        q, (k, v) = _project(self.to_q, x), _project(self.to_kv, x).chunk(2, dim=-1)
+        q, (k, v) = _queries(self, x), _project(self.to_kv, x).chunk(2, dim=-1)
         if exists(context):
             if not exists(self.to_context):
                 raise ValueError("context was given, but this Attention was made without context_dim")
@@ -123,6 +124,24 @@ def _project(product: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return product(tokens)
 
 
+def _is_scaled_by_kernels(attention: "Attention | CrossAttention") -> bool:
+    """Whether an attention's ``scale`` is still the one with which it was made, and kernels multiply queries."""
+    scale = attention.scale
+    # The value of a tensor is not asked for: that would wait for the device.
+    return not isinstance(scale, torch.Tensor) and scale == attention.null_kv.shape[-1] ** -0.5
+
+
+def _queries(attention: "Attention | CrossAttention", tokens: torch.Tensor) -> torch.Tensor:
+    """Queries (b, n, heads * d) that kernels, which multiply them by d**-0.5, multiply by the attention's ``scale``."""
+    q = _project(attention.to_q, tokens)
+    if _is_scaled_by_kernels(attention):
+        return q
+    # In the shape in which the original multiplies: a scale may be one for each head, (heads, 1, 1).
+    by_head = q.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    scaled = by_head * (attention.scale * attention.null_kv.shape[-1] ** 0.5)
+    return scaled.transpose(1, 2).flatten(2).to(q.dtype)
+
+
 def _is_plain_conv(module: Any, side: int | None = None) -> bool:
     """Whether a module is a plain convolution, of this or any side length, that leaves the size of images as it is."""
     if not is_plain(module, nn.Conv2d):
@@ -138,7 +157,46 @@ def _adds_bias_apart(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class Block(nn.Module):
+class _TakesSkip(nn.Module):
+    """A block whose ``forward`` takes more channels apart, as ``skip``; but not if a subclass has another one."""
+
+    _forward_with_skip: Callable | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Found out here, once: not in a step, nor where a graph is made of it.
+        cls._forward_with_skip = cls.forward if "skip" in inspect.signature(cls.forward).parameters else None
+
+
+def join_unless_taken_apart(
+    block: nn.Module, x: torch.Tensor, skip: torch.Tensor | None, skip_scale: float
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """With what to call a block that is to see more channels: in one tensor, unless it takes them as ``skip``."""
+    if not exists(skip):
+        return x, {}
+    kind: Any = type(block)
+    if isinstance(block, _TakesSkip) and "forward" not in vars(block) and kind.forward is kind._forward_with_skip:
+        return x, {"skip": skip, "skip_scale": skip_scale}
+    return torch.cat((x, skip * skip_scale), dim=1), {}
+
+
+def _seeing_skip(
+    block: nn.Module, x: torch.Tensor, skip: torch.Tensor | None, skip_scale: float, **kwargs
+) -> torch.Tensor:
+    x, apart = join_unless_taken_apart(block, x, skip, skip_scale)
+    return block(x, **apart, **kwargs)
+
+
+def _rows(values: torch.Tensor, batch: int, channels: int) -> torch.Tensor | None:
+    """Scales or shifts of normalised images as rows (b, channels); None if they differ from pixel to pixel."""
+    if values.ndim == 4 and values.shape[2:] == (1, 1):
+        values = values.flatten(1)
+    if values.ndim != 2:
+        return None
+    return values.expand(batch, channels) if 1 in values.shape else values
+
+
+class Block(_TakesSkip):
     """GroupNorm, optional scale and shift, SiLU, 3x3 convolution.
 
     Args:
@@ -168,19 +226,22 @@ class Block(nn.Module):
 
         Args:
             x: Images.
-            scale_shift: Scale and shift of the normalised images, x * (scale + 1) + shift: both of shape (b, dim, 1, 1)
-                or both (b, dim).
+            scale_shift: Scale and shift of the normalised images, x * (scale + 1) + shift: of shape (b, dim), or one
+                that broadcasts to the images', such as (b, dim, 1, 1).
             skip: More channels of the images, which come after those of ``x``; together they are ``dim``.
             skip_scale: Factor of ``skip``.
             x_bias: Added to the images, shape (dim,); only if :meth:`hands_on_bias`.
             biased: Whether the convolution adds its bias, which else someone else has to; only if
                 :meth:`hands_on_bias`.
         """
-        scale, shift = scale_shift if exists(scale_shift) else (None, None)
-        if self.fuses_norm():
+        scale = shift = None
+        by_rows = True
+        if exists(scale_shift):
+            channels = x.shape[1] + (skip.shape[1] if exists(skip) else 0)
+            scale, shift = (_rows(values, x.shape[0], channels) for values in scale_shift)
+            by_rows = exists(scale) and exists(shift)
+        if by_rows and self.fuses_norm():
             norm: Any = self.groupnorm
-            if exists(scale_shift) and scale.ndim > 2:
-                scale, shift = scale.flatten(1), shift.flatten(1)
             x = group_norm_silu(
                 x,
                 norm.weight,
@@ -197,8 +258,8 @@ class Block(nn.Module):
         if exists(skip):
             x = torch.cat((x, skip * skip_scale), dim=1)
         x = self.groupnorm(x)
-        if exists(scale):
-            scale, shift = (rows if rows.ndim > 2 else rows[:, :, None, None] for rows in (scale, shift))
+        if exists(scale_shift):
+            scale, shift = (rows[:, :, None, None] if rows.ndim == 2 else rows for rows in scale_shift)
             x = x * (scale + 1) + shift
         return self.project(self.activation(x))
 
@@ -325,7 +386,8 @@ class CrossAttention(nn.Module):
         """
         x = self.norm(x)
         null_key, null_value = self.null_kv
-        if not exists(keys_values) and is_plain_sequence(self.to_out, nn.Linear, LayerNorm):
+        joins = not exists(keys_values) and _is_scaled_by_kernels(self)
+        if joins and is_plain_sequence(self.to_out, nn.Linear, LayerNorm):
             project, norm = self.to_out
             products = self.to_q, self.to_kv, project
             if all(is_plain(product, nn.Linear) and product.bias is None for product in products):
@@ -335,7 +397,7 @@ class CrossAttention(nn.Module):
                 return norm(out, residual=residual)
         keys_values = default(keys_values, lambda: self.project_context(context))
         k, v = keys_values.chunk(2, dim=-1)
-        out = null_key_attention(_project(self.to_q, x), k, v, null_key, null_value, heads=self.heads, mask=mask)
+        out = null_key_attention(_queries(self, x), k, v, null_key, null_value, heads=self.heads, mask=mask)
         return _projected(self.to_out, out, residual)
 
     def project_context(self, context: torch.Tensor) -> torch.Tensor:
@@ -448,7 +510,7 @@ class Residual(nn.Module):
         return _plus_residual(self.fn, x, residual=x, **kwargs)
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(_TakesSkip):
     """Two :class:`Block`s with a residual connection, conditioned on time and optionally on tokens.
 
     Args:
@@ -509,7 +571,7 @@ class ResnetBlock(nn.Module):
 
         first = self.block1
         handed = isinstance(first, Block) and not exists(self.cross_attn) and first.hands_on_bias(self.block2)
-        h = first(x, skip=skip, skip_scale=skip_scale, **({"biased": False} if handed else {}))
+        h = _seeing_skip(first, x, skip, skip_scale, **({"biased": False} if handed else {}))
         # Not `len`, which torch.export would make a constant.
         if exists(scale_shift) and scale_shift.shape[0] > h.shape[0]:
             copies = scale_shift.shape[0] // h.shape[0]
@@ -633,3 +695,22 @@ def Upsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
     return UpsampleConv(
         nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, default(dim_out, dim), 3, padding=1)
     )
+
+
+keep_forwards(
+    Attention,
+    Block,
+    ChanLayerNorm,
+    CrossAttention,
+    CrossEmbedLayer,
+    Identity,
+    LayerNorm,
+    Parallel,
+    Residual,
+    ResnetBlock,
+    SinusoidalPosEmb,
+    TransformerBlock,
+    UpsampleConv,
+    _FeedForward,
+    _OverPixels,
+)

@@ -3,7 +3,7 @@
 What is faster than one module after another (kernels that do the work of several, products for all blocks in one) does
 not call those modules. That is right only while they are what they were made as: not for one that was replaced (by an
 adapter such as LoRA, by a quantised layer), parametrised, compiled, or that has hooks, be they for all modules; nor
-where another method was put into one, or into a class of torch's. Such a module is called.
+where another method was put into one, or into its class, torch's or ours. Such a module is called.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a call of a module is one of its class's ``forward``, for torch's classes that of torch, and no more."""
+    """Whether a call of a module is one of its class's ``forward``, which known classes were made with, and no more."""
     kind = type(module)
     # Some hundred times in a step: hence in few operations.
     return (
@@ -57,8 +57,8 @@ def is_as_made(module: nn.Module) -> bool:
     )
 
 
-def torch_is_as_made() -> bool:
-    """Whether torch has no hooks for all modules, and its classes call what they did when this was imported."""
+def classes_are_as_made() -> bool:
+    """Whether torch has no hooks for all modules, and its classes and ours call what they were made with."""
     return not _has_any_global_hook() and all(kind.forward is made for kind, made in _FORWARDS.items())
 
 
@@ -95,7 +95,12 @@ def is_plain_sequence(module: object, *kinds: type[nn.Module]) -> bool:
     return all(is_plain(part, kind) for part, kind in zip(module, kinds, strict=True))
 
 
-# Of torch's classes that a U-Net is made of.
+def keep_forwards(*kinds: type[nn.Module]) -> None:
+    """Note down the ``forward`` of classes that a U-Net is made of, to find what is put in its place."""
+    _FORWARDS.update((kind, kind.forward) for kind in kinds)
+
+
+# Of the classes that a U-Net is made of: those of torch, and ours where these are made.
 _FORWARDS: dict[Any, Any] = {
     kind: kind.forward
     for kind in (nn.Conv2d, nn.GELU, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Sequential, nn.SiLU, nn.Upsample)

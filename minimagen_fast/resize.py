@@ -87,7 +87,7 @@ def _forget_oldest() -> None:
 
 
 def resize(image: torch.Tensor, height: int, width: int, pad_mode: str) -> torch.Tensor:
-    """Resize (b, c, h, w) to (b, c, height, width); computed in float32, returned in the image's dtype."""
+    """Resize (..., h, w) to (..., height, width); computed in float32, returned in the image's dtype."""
     # Under autocast, which not every device has, a matrix product would round the picture to bfloat16.
     device_type = image.device.type
     with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():

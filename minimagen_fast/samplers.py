@@ -22,6 +22,7 @@ from .plain import methods_of, overridden
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 # What a diffusion process computes in a step of ancestral sampling.
 _METHODS = methods_of(GaussianDiffusion, "predict_start_from_noise", "q_posterior")
+_TIMESTEPS = methods_of(GaussianDiffusion, "_get_sampling_timesteps")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,24 @@ class Sampler:
         # Half up, in whole numbers: floats would round some of the halves down.
         return [(2 * i * (total - 1) + number - 1) // (2 * (number - 1)) for i in range(number - 1, -1, -1)]
 
+    def visited(self, scheduler: GaussianDiffusion) -> list[int]:
+        """The timesteps that are visited with a diffusion process: those that it says, if it has a way of its own.
+
+        Raises:
+            ValueError: if it says none, or such as there are not.
+        """
+        if not overridden(scheduler, _TIMESTEPS):
+            return self.timesteps(scheduler.num_timesteps)
+        device = cast(torch.Tensor, scheduler.betas).device
+        visited = [int(step) for step in scheduler._get_sampling_timesteps(1, device=device)]
+        total = scheduler.num_timesteps
+        if not visited or not all(0 <= step < total for step in visited):
+            raise ValueError(
+                f"_get_sampling_timesteps of this {type(scheduler).__name__} must give timesteps of 0 to {total - 1},"
+                f" at least one; got {visited}"
+            )
+        return visited
+
     def is_ancestral(self, scheduler: GaussianDiffusion) -> bool:
         """Whether a step is the one that the diffusion process itself describes."""
         return self.name == "ddpm" and self.steps in (None, scheduler.num_timesteps)
@@ -76,17 +95,18 @@ class Sampler:
         """Whether it can sample with a diffusion process.
 
         Raises:
-            ValueError: if there are to be more steps than timesteps, or methods of the process are overridden that only
-                ancestral sampling calls.
+            ValueError: if there are to be more steps than timesteps, methods of the process are overridden that only
+                ancestral sampling calls, or its timesteps are such as there are not.
         """
         number = len(self.timesteps(scheduler.num_timesteps))
-        others = overridden(scheduler, _METHODS)
+        others = overridden(scheduler, {**_METHODS, **_TIMESTEPS})
         if others and not self.is_ancestral(scheduler):
             raise ValueError(
                 f"sampler={self.name!r} with {number} of {scheduler.num_timesteps} steps takes nothing but the noise"
                 f" schedule from a diffusion process, and {' and '.join(others)} of this {type(scheduler).__name__}"
                 " was overridden: choose sampler='ddpm' with all steps"
             )
+        self.visited(scheduler)
 
 
 def _limited(
@@ -123,7 +143,7 @@ class Update:
     """
 
     def __init__(self, sampler: Sampler, scheduler: GaussianDiffusion, *, percentile: float, cond_scale: float):
-        visited = sampler.timesteps(scheduler.num_timesteps)
+        visited = sampler.visited(scheduler)
         self._scheduler: Any = scheduler
         device = cast(torch.Tensor, scheduler.betas).device
         self.times = torch.tensor(visited, device=device)

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minimagen_fast import captured_training
+from minimagen_fast.kernels import wide_conv
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -50,4 +51,6 @@ def record_cuda_graphs(monkeypatch, *, reason="always, in this test"):
     """Every training on a CPU captures and replays; gives the list of the graphs that are made."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(captured_training, "_memory", lambda device: 2**30)
+    # Where operators are recorded a CPU's own way to a gradient is not taken, so that it is to be the same elsewhere.
+    monkeypatch.setattr(wide_conv, "_is_convolution_fast", lambda: False)
     return stand_in_for_cuda_graphs(monkeypatch, RecordedGraph, lambda graph: graph, reason=reason)

@@ -12,7 +12,7 @@ from torch import nn
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.helpers import evaluating
-from minimagen_fast.layers import Block, CrossAttention
+from minimagen_fast.layers import Attention, Block, ChanLayerNorm, CrossAttention, LayerNorm, ResnetBlock
 from minimagen_fast.Unet import BaseTest, Unet
 
 RUN = {"steps": 3, "sampler": "ddim", "cond_scale": 2.0}
@@ -193,6 +193,110 @@ def test_a_convolution_in_groups_beside_a_skip_connection():
     assert_followed(imagen)
 
 
+def test_the_scale_of_attentions_is_followed():
+    imagen = make_imagen()
+    before = sample(imagen, **RUN)
+    attentions = [part for part in imagen.unets[0].modules() if isinstance(part, Attention | CrossAttention)]
+    for attention in attentions:
+        attention.scale *= 3
+    after = assert_followed(imagen)
+    assert distance(after, before) > 1e-3 and len(attentions) > 3
+    assert distance(sample(imagen.accelerate(condition_cache="off"), **RUN), after) < ROUNDING
+    for attention in attentions:
+        attention.scale /= 3
+        with torch.no_grad():
+            attention.to_q.weight *= 3
+    assert distance(sample(imagen, **RUN), after) < ROUNDING
+
+
+def test_no_last_block():
+    imagen = make_imagen()
+    before = sample(imagen, **RUN)
+    imagen.unets[0].final_res_block = None
+    assert distance(assert_followed(imagen), before) > 1e-3
+    imagen(torch.rand(2, 3, 8, 8), **make_words()).backward()
+
+
+class OriginalBlock(nn.Module):
+    """Stands in for one of ours, and knows no more than the original does."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.inner = block
+
+    def forward(self, x, scale_shift=None):
+        return self.inner(x, scale_shift)
+
+
+class OriginalResnetBlock(OriginalBlock):
+    def forward(self, x, t, c=None):
+        return self.inner(x, t, c)
+
+
+class OwnResnetBlock(ResnetBlock):
+    def forward(self, x, time_emb=None, cond=None):
+        return super().forward(x, time_emb, cond)
+
+
+def own_class(block):
+    block.__class__ = OwnResnetBlock
+    return block
+
+
+@pytest.mark.parametrize("stand_in", [OriginalResnetBlock, own_class])
+def test_blocks_that_know_what_those_of_the_original_know(stand_in):
+    imagen = make_imagen()
+    expected = reference(imagen)
+    unet = imagen.unets[0]
+    for level in (*unet.downs, *unet.ups):
+        place = 1 if level in unet.downs else 0
+        level[place] = stand_in(level[place])
+        level[place + 1] = nn.ModuleList(map(stand_in, level[place + 1]))
+    for name in ("mid_block1", "mid_block2", "final_res_block"):
+        setattr(unet, name, stand_in(getattr(unet, name)))
+    assert distance(assert_followed(imagen), expected) < ROUNDING
+
+
+def test_blocks_within_blocks_that_know_what_those_of_the_original_know():
+    imagen = make_imagen()
+    expected = reference(imagen)
+    for block in imagen.unets[0].resnet_blocks:
+        block.block1, block.block2 = OriginalBlock(block.block1), OriginalBlock(block.block2)
+    assert distance(assert_followed(imagen), expected) < ROUNDING
+
+
+def test_a_subclass_that_takes_skip_connections_apart_is_handed_them():
+    class Own(ResnetBlock):
+        def forward(self, x, time_emb=None, cond=None, *, skip=None, **more):
+            given.append(skip)
+            return super().forward(x, time_emb, cond, skip=skip, **more)
+
+    given, imagen = [], make_imagen()
+    block = imagen.unets[0].ups[0][0]
+    block.__class__ = Own
+    assert_followed(imagen)
+    assert given and all(skip is not None for skip in given)
+
+
+FORWARDS = {
+    Attention: lambda self, x, context=None, mask=None, attn_bias=None: x * 0.5,
+    CrossAttention: lambda self, x, context, mask=None: x * 0.5,
+    LayerNorm: lambda self, x: x * 0.5,
+    ChanLayerNorm: lambda self, x: x * 0.5,
+    Block: lambda self, x, scale_shift=None: self.project(x) * 0.5,
+    ResnetBlock: lambda self, x, time_emb=None, cond=None: self.res_conv(x) * 0.5,
+}
+
+
+@pytest.mark.parametrize("kind", FORWARDS, ids=lambda kind: kind.__name__)
+def test_a_forward_for_the_original_in_a_class_of_ours_is_called(monkeypatch, kind):
+    imagen = make_imagen()
+    before = sample(imagen, **RUN)
+    monkeypatch.setattr(kind, "forward", FORWARDS[kind])
+    assert distance(assert_followed(imagen), before) > 1e-3
+    imagen(torch.rand(2, 3, 8, 8), **make_words()).backward()
+
+
 # Methods
 
 
@@ -254,6 +358,21 @@ def test_methods_of_a_diffusion_process_are_called(cond_scale):
     other.noise_schedulers[0].predict_start_from_noise = lambda x, t, noise: torch.zeros_like(x)
     images = sample(other, **run)
     assert distance(images, torch.full_like(images, 0.5)) < 1e-6
+
+
+def test_timesteps_of_a_diffusion_process_of_its_own():
+    imagen, calls = make_imagen(), []
+    process = imagen.noise_schedulers[0]
+    every, before = process._get_sampling_timesteps, sample(imagen)
+    process._get_sampling_timesteps = lambda batch, device: every(batch, device=device)[::5]
+    after = assert_followed(imagen, sampler="ddpm", steps=None, callback=lambda *args: calls.append(args[1]))
+    assert calls == [*range(T // 5)] * 2 and distance(after, before) > 1e-3
+    for wrong in ([], [torch.tensor([T])]):
+        process._get_sampling_timesteps = lambda batch, device, wrong=wrong: wrong
+        with pytest.raises(ValueError, match=f"must give timesteps of 0 to {T - 1}, at least one"):
+            sample(imagen)
+    with pytest.raises(ValueError, match="_get_sampling_timesteps of this GaussianDiffusion was overridden: choose"):
+        sample(imagen, sampler="ddim")
 
 
 @pytest.mark.parametrize("arguments", [{"sampler": "ddim"}, {"sampler": "dpmpp_2m", "steps": 5}, {"steps": 5}], ids=str)
@@ -371,6 +490,18 @@ def test_modes_come_back_with_the_last_of_several_evaluations():
     assert not any(part.training for part in model.modules())
     second.__exit__(None, None, None)
     assert [part.training for part in model.modules()] == [True, True, False]
+
+
+def test_modes_of_a_part_of_two_models_come_back_with_the_last_evaluation():
+    part = nn.Dropout()
+    first, second = nn.Sequential(part), nn.Sequential(part, Merging(2))
+    one, other = evaluating(first), evaluating(second)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert first.training and not part.training and not second.training
+    other.__exit__(None, None, None)
+    assert all(each.training for each in (first, second, *second))
 
 
 def test_threads_that_sample_in_several_precisions_do_not_disturb_one_another():

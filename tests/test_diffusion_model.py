@@ -81,3 +81,28 @@ def test_sampling_timesteps_count_down():
 def test_timesteps_may_be_a_numpy_integer():
     steps = GaussianDiffusion(timesteps=np.int64(25)).num_timesteps
     assert steps == 25 and type(steps) is int
+
+
+ONE, ALL = torch.rand(1, 3, 4, 4), torch.rand(2, 3, 4, 4)
+TIMES = torch.tensor([3, 70])
+
+
+@pytest.mark.parametrize(
+    "first, second, t",
+    [(ALL, ALL, TIMES[1:]), (ALL, ONE, TIMES), (ONE, ALL, TIMES), (ONE, ONE, TIMES), (ALL, ALL, TIMES.int())],
+    ids=["one time", "one noise", "one image", "one of both", "int32"],
+)
+def test_one_stands_for_all(first, second, t):
+    diffusion = GaussianDiffusion(timesteps=100)
+    whole = first.expand(2, 3, 4, 4), second.expand(2, 3, 4, 4), t.long().expand(2)
+    for method in (diffusion.q_sample, diffusion.predict_start_from_noise):
+        assert torch.equal(method(first, t, second), method(whole[0], whole[2], whole[1]))
+    for result, expected in zip(diffusion.q_posterior(first, second, t), diffusion.q_posterior(*whole), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_what_does_not_fit_together_is_refused_by_name():
+    with pytest.raises(ValueError, match="t must hold one timestep for each image"):
+        GaussianDiffusion(timesteps=100).q_sample(torch.rand(3, 3, 4, 4), TIMES)
+    with pytest.raises(ValueError, match="noise must have the shape of x_start"):
+        GaussianDiffusion(timesteps=100).q_sample(ALL, TIMES, torch.rand(2, 3, 5, 4))

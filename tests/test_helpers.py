@@ -125,7 +125,7 @@ def test_the_resize_matrices_used_last_are_kept_and_no_more():
     "arguments, error, message",
     [
         ((torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4), TypeError, "must be floating point"),
-        ((torch.zeros(3, 8, 8), 4), ValueError, r"must have shape \(b, c, h, w\)"),
+        ((torch.zeros(8, 8), 4), ValueError, r"must have shape \(b, c, h, w\) or \(c, h, w\)"),
         ((torch.zeros(1, 3, 8, 0), 4), ValueError, "with pixels in it"),
         ((torch.zeros(1, 3, 8, 8), 0), ValueError, "target_image_size"),
         ((torch.zeros(1, 3, 8, 8), 4, None, "mirror"), ValueError, "pad_mode must be one of"),
@@ -134,6 +134,11 @@ def test_the_resize_matrices_used_last_are_kept_and_no_more():
 def test_resize_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         helpers.resize_image_to(*arguments)
+
+
+def test_a_single_image_is_resized_like_one_of_a_batch():
+    image = torch.rand(3, 6, 10)
+    assert torch.equal(helpers.resize_image_to(image, 8), helpers.resize_image_to(image[None], 8)[0])
 
 
 def test_noise_for_follows_a_generator():

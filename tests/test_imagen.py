@@ -49,6 +49,26 @@ def snapshot(imagen):
 # Making one
 
 
+def test_u_nets_in_a_list_are_registered_again(words):
+    # The original's own code puts them there.
+    imagen = make_imagen()
+    expected, unets = imagen.state_dict(), list(imagen.unets)
+    del imagen.unets
+    imagen.unets = unets
+    imagen(torch.rand(2, 3, 16, 16), **words, unet_number=2)
+    assert imagen.state_dict().keys() == expected.keys() and list(imagen.unets) == unets
+    imagen.load_state_dict(expected)
+
+
+def test_the_loss_of_a_float64_model_is_float64(words):
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        losses.append(make_imagen(stages=1).to(dtype)(torch.rand(2, 3, 8, 8), **words))
+    assert losses[1].dtype == torch.float64
+    torch.testing.assert_close(losses[1].float(), losses[0], rtol=1e-3, atol=1e-4)
+
+
 def test_parameters_are_there_after_a_training_step(words):
     # The original unregisters its U-Nets in the first training step: clipping and optimizers then see nothing.
     imagen = make_imagen()

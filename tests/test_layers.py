@@ -1,5 +1,7 @@
 """Building blocks on their own."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -230,3 +232,44 @@ def test_a_convolution_without_bias(apart):
     block = resnet_block()
     block.block1.project = nn.Conv2d(16, 24, 3, padding=1, bias=False)
     assert_biases(block, [False, True], torch.randn(2, 16, 5, 6), torch.randn(2, 8))
+
+
+def scaled_by_hand(attention, factor):
+    """What the original does: it multiplies the queries."""
+    with torch.no_grad():
+        attention.to_q.weight *= factor
+    return attention
+
+
+@pytest.mark.parametrize("kind", [layers.Attention, layers.CrossAttention])
+def test_the_scale_of_an_attention_counts(kind):
+    # Of the second the products of weights are made first: there are few words of little width.
+    x, more = torch.randn(2, 16, 8), () if kind is layers.Attention else (torch.randn(2, 2, 8),)
+    attention = kind(8, dim_head=16, heads=2)
+    before, plain = attention(x, *more), attention.scale
+    expected = scaled_by_hand(copy.deepcopy(attention), 3.0)(x, *more)
+    attention.scale = 3 * plain
+    torch.testing.assert_close(attention(x, *more), expected)
+    assert not torch.allclose(expected, before)
+    del attention.scale
+    attention.scale = nn.Parameter(torch.tensor(3 * plain))
+    torch.testing.assert_close(attention(x, *more), expected)
+    attention(x, *more).sum().backward()
+    assert attention.scale.grad is not None
+    attention.scale = nn.Parameter(torch.full((2, 1, 1), 3 * plain))
+    torch.testing.assert_close(attention(x, *more), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 8, 1, 1), (2, 1, 1, 1), (1, 1), (2, 8, 4, 5), (1, 8, 4, 1)], ids=str)
+@pytest.mark.parametrize("norm", [True, False])
+def test_scale_and_shift_broadcast(shape, norm):
+    block, x = layers.Block(8, 8, norm=norm), torch.randn(2, 8, 4, 5)
+    scale, shift = torch.randn(shape), torch.randn(2, 8)
+    images = scale if scale.ndim == 4 else scale[..., None, None]
+    modulated = block.groupnorm(x) * (images + 1) + shift[..., None, None]
+    torch.testing.assert_close(block(x, (scale, shift)), block.project(block.activation(modulated)))
+
+
+def test_one_time_stands_for_all_images():
+    block, x, time = layers.ResnetBlock(8, 8, time_cond_dim=4), torch.randn(2, 8, 4, 4), torch.randn(1, 4)
+    torch.testing.assert_close(block(x, time), block(x, time.expand(2, -1)))

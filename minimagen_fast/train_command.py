@@ -362,8 +362,14 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     held.enter_context(_alone_in(run.directory, ranks))
     if run.restart is None and ranks.from_first(any(Snapshots(run.directory / "checkpoints", ranks).steps())):
         raise ValueError(f"another training has begun in {run.directory} meanwhile: give the command again to go on")
-    if ranks.first and not run.in_place:
-        _remove_attempt(run.directory)
+    if not run.in_place:
+        if ranks.first:
+            _remove_attempt(run.directory)
+        if ranks.from_first(_describes_more(run.directory, len(imagen.unets))):
+            raise ValueError(
+                f"{run.directory / 'parameters'} is of more U-Nets than these {len(imagen.unets)}, and there is no"
+                " checkpoint to go on from: name another folder, or delete this one"
+            )
     watch = Watch(
         run.directory,
         imagen,
@@ -476,6 +482,12 @@ def _remove_attempt(directory: Path) -> None:
         if path in own or re.fullmatch(named, path.name):
             path.unlink()
     snapshots.remove_all()
+
+
+def _describes_more(directory: Path, unets: int) -> bool:
+    """Whether a directory has parameters of U-Nets beyond the first so many, which would be read with these."""
+    names = (path.name for path in (directory / "parameters").iterdir())
+    return any(int(match[1]) >= unets for match in (re.match(r"unet_(\d+)_params", name) for name in names) if match)
 
 
 def _introduce(

@@ -588,7 +588,8 @@ class Trainer:
             losses = self._save_and_validate(epoch, done, why == "stopped")
         if losses is not None and self.watch is not None:
             self.watch.validation(self.position.step, dict(zip(self.numbers, losses, strict=True)))
-        return why or self._reason_to_end()
+        # Once more, though a reason is given: after a stop that comes while time is up a validation may be due.
+        return self._reason_to_end()
 
     def _save_and_validate(self, epoch: int | None, done: int, in_haste: bool) -> list[float] | None:
         if epoch is not None:

@@ -361,6 +361,13 @@ def test_a_validation_that_a_stop_leaves_no_time_for_is_made_up_for(tmp_path, sh
     assert identical(*(state_of(folder)["position"] for folder in (tmp_path / "run", short)))
 
 
+def test_a_stop_while_a_training_out_of_time_validates_is_a_stop(tmp_path):
+    stop = StopRequest()
+    trainer = make_trainer(tmp_path, stop=stop, max_seconds=1e-6, **SHORT)
+    trainer._save_weights = lambda: stop.ask("by the test")
+    assert trainer.run() == "stopped" and trainer.position.validation_due
+
+
 def test_a_checkpoint_that_does_not_say_whether_a_validation_is_due_is_continued(short, tmp_path):
     shutil.copytree(short, tmp_path / "run")
     state = state_of(short)

@@ -417,6 +417,20 @@ def test_of_an_attempt_without_a_step_nothing_is_left_to_other_parameters(data, 
     assert not (run / "checkpoints" / "step_000000000").exists() and len(load_minimagen(run).unets) == 1
 
 
+def test_parameters_of_more_u_nets_that_a_kill_has_left_are_not_mixed_with_others(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(data / "model", run)
+    (run / "checkpoints").mkdir()
+    (run / "tmp" / "unet_1_tmp.pth").write_bytes(b"killed before its first checkpoint was whole")
+    before = contents(run)
+    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "32", "-t", "25"])
+    save_training_info(args, "2", [SMALL], {"image_sizes": [32]}, 0.0, create_directory(tmp_path / "one"))
+    words = changed(command(data, run, "-e", "1"), p=str(tmp_path / "one" / "parameters"))
+    assert cli.main(words) == cli.MISUSED
+    assert f"{run / 'parameters'} is of more U-Nets than these 1" in capsys.readouterr().err
+    assert {path: content for path, content in contents(run).items() if path.name != ".lock"} == before
+
+
 def test_no_picture_that_can_be_used_is_an_error_and_makes_no_best_weights(data, tmp_path, capsys):
     shutil.copytree(data / "pictures", tmp_path / "pictures")
     for picture in (tmp_path / "pictures").glob("*.png"):

@@ -48,7 +48,8 @@ def _run(words: list[str]) -> int:
         _tell("\nStopped.")
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError) and _is_lost(sys.stdout, BrokenPipeError):
+        # With a line of its own, since where nothing is buffered (python -u) nothing is left to be written.
+        if isinstance(error, BrokenPipeError) and _is_lost(sys.stdout, BrokenPipeError, "\n"):
             return UNREAD
         # Errors of this package are written for the user; a traceback would only hide them.
         _tell(f"{PROGRAM}: error: {error}")
@@ -60,11 +61,12 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _is_lost(stream: TextIO | None, error: type[OSError]) -> bool:
+def _is_lost(stream: TextIO | None, error: type[OSError], text: str = "") -> bool:
     """Whether a stream cannot be written for this error, as when its reader has gone. Then nothing more goes there."""
     if stream is None or stream.closed:
         return False
     try:
+        stream.write(text)
         stream.flush()
     except error:
         with suppress(OSError):

@@ -1,5 +1,6 @@
 """The command line: train, go on, sample, doctor, and how errors end."""
 
+import io
 import json
 import os
 import re
@@ -166,12 +167,14 @@ def test_ctrl_c_that_foreign_code_swallows_counts_all_the_same(monkeypatch):
     assert cli.main(["doctor"]) == cli.INTERRUPTED
 
 
-@pytest.fixture
-def gone():
-    """A pipe whose reader has gone."""
+@pytest.fixture(params=["a line", "nothing"])
+def gone(request):
+    """A pipe whose reader has gone, with a buffer for this."""
     read, write = os.pipe()
     os.close(read)
-    with suppress(BrokenPipeError), open(write, "w", buffering=1) as pipe:
+    buffer = open(write, "wb", buffering=0 if request.param == "nothing" else -1)
+    how = {"write_through": True} if request.param == "nothing" else {"line_buffering": True}
+    with suppress(BrokenPipeError), io.TextIOWrapper(buffer, **how) as pipe:
         yield pipe
 
 

@@ -81,6 +81,18 @@ def test_second_derivatives():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
+def test_batched_gradients():
+    inputs = {name: value.requires_grad_() for name, value in case(2, 2, 3, 4, 5, side=9).items()}
+
+    def batched(function):
+        out = function(**inputs)
+        cotangents = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(0))
+        return torch.autograd.grad(out, inputs.values(), cotangents, is_grads_batched=True)
+
+    for one, other in zip(batched(wide_conv2d), batched(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
 def test_where_it_is_a_convolution_like_others():
     inputs = {name: value.requires_grad_() for name, value in case(2, 3, 4, 6, 6).items()}
 

@@ -158,14 +158,22 @@ def _adds_bias_apart(device: torch.device) -> bool:
 
 
 class _TakesSkip(nn.Module):
-    """A block whose ``forward`` takes more channels apart, as ``skip``; but not if a subclass has another one."""
+    """A block whose ``forward`` takes more channels apart, as ``skip``; but not if another one was put in its place."""
 
     _forward_with_skip: Callable | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         # Found out here, once: not in a step, nor where a graph is made of it.
-        cls._forward_with_skip = cls.forward if "skip" in inspect.signature(cls.forward).parameters else None
+        cls._forward_with_skip = cls.forward if _names_skip(cls.forward) else None
+
+    def takes_skip(self) -> bool:
+        own = vars(self).get("forward")
+        return type(self).forward is type(self)._forward_with_skip if own is None else _names_skip(own)
+
+
+def _names_skip(forward: Callable) -> bool:
+    return "skip" in inspect.signature(forward).parameters
 
 
 def join_unless_taken_apart(
@@ -174,8 +182,7 @@ def join_unless_taken_apart(
     """With what to call a block that is to see more channels: in one tensor, unless it takes them as ``skip``."""
     if not exists(skip):
         return x, {}
-    kind: Any = type(block)
-    if isinstance(block, _TakesSkip) and "forward" not in vars(block) and kind.forward is kind._forward_with_skip:
+    if isinstance(block, _TakesSkip) and block.takes_skip():
         return x, {"skip": skip, "skip_scale": skip_scale}
     return torch.cat((x, skip * skip_scale), dim=1), {}
 

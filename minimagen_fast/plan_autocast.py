@@ -1,5 +1,6 @@
 """Autocast as on CUDA for tensors without values, for which torch has none."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,7 @@ def autocast_as_on_cuda(unet: Unet, dtype: torch.dtype) -> Iterator[None]:
     mode = _CudaAutocast(dtype)
 
     def under_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             with mode:
                 return forward(*args, **kwargs)

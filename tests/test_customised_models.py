@@ -1,6 +1,7 @@
 """Models in which someone has taken a hand are sampled as they are now, and what their parts note down stays."""
 
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -276,6 +277,21 @@ def test_a_subclass_that_takes_skip_connections_apart_is_handed_them():
     block.__class__ = Own
     assert_followed(imagen)
     assert given and all(skip is not None for skip in given)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_wrapper_is_handed_skip_connections_as_what_it_wraps(wrapped):
+    given, imagen = [], make_imagen()
+    block = imagen.unets[0].ups[0][0]
+
+    def run(*args, forward=block.forward, **more):
+        given.append("skip" in more)
+        return forward(*args, **more)
+
+    block.forward = functools.wraps(block.forward)(run) if wrapped else run
+    assert_followed(imagen)
+    # Of one that does not say what it wraps nothing is known: it is called as the original calls it.
+    assert given and set(given) == {wrapped}
 
 
 FORWARDS = {

@@ -309,14 +309,18 @@ def test_a_finished_training_goes_on_when_epochs_are_added(tmp_path):
     assert identical(first_weights, checkpoint.load(tmp_path / "first" / "tmp" / "unet_0_tmp.pth"))
 
 
-def test_best_weights_come_along_even_if_they_are_never_improved_on(tmp_path):
-    Run(tmp_path / "first").train()
-    snapshots = Snapshots(tmp_path / "first" / "checkpoints", Ranks())
-    state = state_of(tmp_path / "first")
+def set_best_loss(directory, loss):
+    """Has the checkpoint of a training say that U-Net 1 was best with this loss."""
+    snapshots, state = Snapshots(directory / "checkpoints", Ranks()), state_of(directory)
     tensors, own = state.pop("tensors"), state.pop("own")
-    state["best_losses"][1] = -1.0
+    state["best_losses"][1] = loss
     snapshots.save(5, tensors, state, own)
     snapshots.finish()
+
+
+def test_best_weights_come_along_even_if_they_are_never_improved_on(tmp_path):
+    Run(tmp_path / "first").train()
+    set_best_loss(tmp_path / "first", -1.0)
     second = restart(Run(tmp_path / "second", EPOCHS=2), tmp_path / "first")
     best = checkpoint.load(tmp_path / "first" / "state_dicts" / "unet_0_state_1.pth")
     assert identical(second.file("state_dicts/unet_0_state_2.pth"), best)
@@ -326,12 +330,7 @@ def test_best_weights_come_along_even_if_they_are_never_improved_on(tmp_path):
 @pytest.mark.parametrize("images, anew", [(3, True), (0, False)])
 def test_best_weights_begin_anew_with_other_validation_images(tmp_path, images, anew):
     Run(tmp_path / "first").train()
-    snapshots = Snapshots(tmp_path / "first" / "checkpoints", Ranks())
-    state = state_of(tmp_path / "first")
-    tensors, own = state.pop("tensors"), state.pop("own")
-    state["best_losses"][1] = -1.0
-    snapshots.save(5, tensors, state, own)
-    snapshots.finish()
+    set_best_loss(tmp_path / "first", -1.0)
     second = restart(Run(tmp_path / "second", valid=Pictures(images, seed=2), EPOCHS=2), tmp_path / "first")
     assert (
         "validation is with {'validation images': 3}, before it was with {'validation images': 2}" in second.log

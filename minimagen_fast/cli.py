@@ -126,7 +126,7 @@ def _quickstart(args: argparse.Namespace) -> int:
 def _add_train(commands, with_arguments: bool) -> None:
     command = commands.add_parser("train", help="train a cascade on captioned pictures")
     if with_arguments:  # they live with the training, and importing that takes seconds
-        from .train_command import add_train_arguments
+        from .train_arguments import add_train_arguments
 
         add_train_arguments(command)
     command.set_defaults(run=_train)

@@ -1,21 +1,15 @@
 """``minimagen-fast train``: from command line arguments to a training directory, on one process or many."""
 
 import argparse
-import errno
-import importlib.util
 import json
 import math
 import multiprocessing
 import os
-import re
-import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import datetime
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import IterableDataset
@@ -26,93 +20,52 @@ from .generate import build_imagen, checked_params
 from .helpers import device_for_values
 from .Imagen import Imagen
 from .loading import ShardedLoader
-from .optimizers import SCHEDULES, build_optimizer, learning_rate_factor, learning_rate_schedule
-from .parallel import CHOICES, shard
+from .optimizers import build_optimizer, learning_rate_factor, learning_rate_schedule
+from .parallel import shard
 from .progress import say
-from .ranks import DEFAULT_TIMEOUT, Ranks, as_lost, open_ranks
+from .ranks import Ranks, as_lost, open_ranks
+from .run_directory import (
+    CONFIG,
+    ENDED,
+    Run,
+    alone_in,
+    describes_more,
+    find_run,
+    load_weights,
+    remove_attempt,
+    shell_word,
+    tell,
+)
 from .sampled_prompts import sampled_prompts
-from .settings import TrainingSettings
 from .snapshots import Snapshots
-from .sources import add_data_arguments, open_data
+from .sources import open_data
 from .stopping import STOPPED, StopRequest, stop_on_signals
 from .streams import StreamedLoader
-from .t5 import absolute_name, get_encoded_dim
+from .t5 import absolute_name
+from .train_arguments import (
+    asked_for,
+    checkpoint_levels,
+    learning_rates,
+    take_over,
+    tell_ignored,
+    training_settings,
+    unet_numbers,
+    used_rates,
+)
 from .trainer import Trainer, TrainingDiverged
 from .training import (
     create_directory,
     get_default_args,
-    get_minimagen_parser,
     get_model_size,
-    load_restart_training_parameters,
     load_testing_parameters,
     save_training_info,
 )
 from .Unet import Base, BaseTest, Super, SuperTest, Unet
 from .watching import Watch
-from .weights_files import EXPORTED, TrainedFolder, is_newer
 
 COND_DROP_PROB = 0.15
 # Exit statuses: the numbers of sysexits.h, besides STOPPED.
 DIVERGED, RANK_LOST = 70, 76
-CONFIG, ENDED, LOCK = "config.json", "ended.json", ".lock"
-
-
-class _Noted(argparse.Action):
-    """Stores a value, and in `given` that the command line has it: no default is to be taken for a wish."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values)
-        namespace.given = {*namespace.given, self.dest}
-
-
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the documented arguments of a training, where the data is, and how to train at scale."""
-    parser.set_defaults(given=frozenset())
-    documented = get_minimagen_parser()
-    for action in documented._actions:
-        if action.nargs == 0:
-            if action.dest != "help":
-                parser._add_action(action)
-            continue
-        options = {name: getattr(action, name) for name in ("dest", "type", "default", "help")}
-        parser.add_argument(*action.option_strings, action=_Noted, **options)
-    add_data_arguments(parser)
-    add = parser.add_argument_group("where").add_argument
-    add("--DEVICE", help="where to train, such as cpu or cuda:1 (cuda if there is one; under torchrun each its own)")
-    add(
-        "--OUT",
-        type=Path,
-        help="training directory (training_ and the time). If it holds a training already, that is continued there:"
-        " the same command starts and continues",
-    )
-    add("--PARALLEL", choices=CHOICES, default="ddp", help="with several ranks: replicate or shard (%(default)s)")
-    add("--RANK_TIMEOUT", type=float, default=DEFAULT_TIMEOUT, help="seconds to wait for a rank (%(default)s)")
-    add = parser.add_argument_group("what to train, and how").add_argument
-    add("--UNET", default=None, help="number of the one U-Net to train, or all (all; on several ranks 1)")
-    add("--SEED", type=int, default=0, help="seed of weights, order and noise (%(default)s)")
-    add("--PRECISION", choices=("bfloat16",), help="run the forward pass in it (on CUDA it is, where it is fast)")
-    add("--CHECKPOINT_LEVELS", help="levels of the U-Nets to compute twice to save memory, such as 0,1")
-    add("--UNET_LRS", help="learning rates of the U-Nets, such as 1e-4,2e-4, instead of OPTIM_LR")
-    add("--LR_SCHEDULE", choices=SCHEDULES, default="constant", help="of the learning rate (%(default)s)")
-    add("--WARMUP_STEPS", type=int, default=0, help="optimizer steps until the learning rate is reached (%(default)s)")
-    add("--TOTAL_STEPS", type=int, help="optimizer steps of a cosine schedule (those of all epochs)")
-    add("--WEIGHT_DECAY", type=float, default=0.0, help="of AdamW; Adam without (%(default)s)")
-    add("--MAX_GRAD_NORM", type=float, default=50.0, help="larger gradients are scaled down to it (%(default)s)")
-    add("--EMA_DECAY", type=float, help="keep, validate and save averaged weights, such as 0.9999")
-    add("--MIN_SNR_GAMMA", type=float, help="weigh timesteps by min(SNR, gamma) / SNR, such as 5")
-    add("--MAX_BAD_STEPS", type=int, default=10, help="steps in a row without finite gradients to give up after")
-    add = parser.add_argument_group("watching").add_argument
-    add("--LOG_INTERVAL", type=int, default=10, help="optimizer steps from line to line of log.jsonl (%(default)s)")
-    add("--TENSORBOARD", action="store_true", help="write for TensorBoard too")
-    add("--PEAK_TFLOPS", type=float, help="what one device can do at most, for the share of it that is reached")
-    add("--SAMPLE_INTERVAL", type=int, help="optimizer steps from one grid of sampled pictures to the next")
-    add("--SAMPLE_PROMPTS", help="captions to sample: a .txt file with one a line; else the validation pictures'")
-    add("--SAMPLE_STEPS", type=int, default=50, help="steps of each U-Net, with DDIM (%(default)s)")
-    add("--SAMPLE_COND_SCALE", type=float, default=3.0, help="guidance weight (%(default)s)")
-    add = parser.add_argument_group("checkpoints").add_argument
-    add("--KEEP_LAST", type=int, default=2, help="how many checkpoints to keep (%(default)s)")
-    add("--KEEP_EVERY", type=int, help="also keep those at multiples of so many optimizer steps")
-    add("--MAX_SECONDS", type=float, help="end in good order after so many seconds")
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -167,160 +120,20 @@ def _stop_requests(ranks: Ranks) -> Iterator[StopRequest]:
         yield stop
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Where a training is kept, and what it continues."""
-
-    directory: Path
-    timestamp: str
-    restart: Path | None
-
-    @property
-    def in_place(self) -> bool:
-        return self.restart == self.directory
-
-    def has_checkpoint(self, ranks: Ranks) -> bool:
-        """Whether what it continues has a checkpoint; all ranks must ask."""
-        there = self.restart is not None and Snapshots(self.restart / "checkpoints", ranks).steps()
-        return ranks.from_first(bool(there))
-
-
-def _find_run(args: argparse.Namespace, ranks: Ranks) -> _Run:
-    now = ranks.from_first(datetime.now().strftime("%Y%m%d_%H%M%S"))
-    restart = None if args.RESTART_DIRECTORY is None else Path(args.RESTART_DIRECTORY).absolute()
-    if args.OUT is None:
-        return _Run(Path(f"training_{now}").absolute(), now, restart)
-    directory = args.OUT.absolute()
-    exported = [path.name for path in (directory / EXPORTED, *directory.glob("unet_*.safetensors")) if path.is_file()]
-    if ranks.from_first(bool(exported)):
-        raise ValueError(
-            f"--OUT {directory} holds exported weights, which would be taken for those of the training: name another"
-            f" folder. To train what it describes, add -p {_word(directory / 'parameters')}"
-        )
-    # Where no step was made, nothing is lost that the same command would not do again.
-    if not ranks.from_first(any(Snapshots(directory / "checkpoints", ranks).steps())):
-        if ranks.from_first(_has_weights_alone(directory)):
-            raise ValueError(
-                f"--OUT {directory} holds weights of a training but no checkpoint to go on from, and they would be"
-                f" written over: name another folder. To start from them, add -rd {_word(directory)}"
-            )
-        return _Run(directory, now, restart)
-    if restart not in (None, directory):
-        _tell(ranks, f"--RESTART_DIRECTORY {restart} is ignored: {directory} holds a training, which goes on")
-    return _Run(directory, _read_config(directory).get("timestamp", now), directory)
-
-
-def _has_weights_alone(directory: Path) -> bool:
-    """Whether weights are all that is left of a training, or all that minimagen has kept of it.
-
-    A training that was killed before its first checkpoint was whole has weights, too, and the folder of checkpoints.
-    """
-    if not any((directory / "tmp").glob("unet_*")) and not any((directory / "state_dicts").glob("unet_*")):
-        return False
-    folder = directory / "checkpoints"
-    return not folder.is_dir() or ((directory / ENDED).is_file() and not any(folder.glob("step_*")))
-
-
-def _tell(ranks: Ranks, text: str) -> None:
-    if ranks.first:
-        say(f"minimagen-fast train: {text}", on_stderr=True)
-
-
-def _word(path: Path) -> str:
-    """A path as a shell takes it."""
-    return shlex.quote(str(path))
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Delete it, or restore it") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, got a {type(values).__name__}. Delete it, or restore it")
-    return values
-
-
-def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line has of the documented arguments."""
-    return {name: getattr(args, name) for name in sorted(args.given)}
-
-
-def _tell_ignored(args: argparse.Namespace, asked: dict[str, Any], where: str, ranks: Ranks) -> None:
-    for name, value in asked.items():
-        if getattr(args, name) != value:
-            _tell(ranks, f"--{name} {value} is ignored: {where} it is {getattr(args, name)}")
-
-
-def _take_over(args: argparse.Namespace, folder: str, ranks: Ranks, *, justparams: bool = False) -> None:
-    """Takes over what is fixed by the folder, and says what of the command line does not count then."""
-    asked = _asked(args)
-    load_restart_training_parameters(args, justparams)
-    began = args.T5_NAME
-    args.T5_NAME = absolute_name(began)
-    if not justparams and _can_replace(asked.get("T5_NAME", began), began, Path(folder) / "parameters"):
-        args.T5_NAME = asked["T5_NAME"]
-        _tell(ranks, f"--T5_NAME {args.T5_NAME} is used in the place of {began}, with which {folder} began")
-    if justparams and "TIMESTEPS" in asked:
-        args.TIMESTEPS = asked["TIMESTEPS"]
-    _tell_ignored(args, asked, f"in {folder}", ranks)
-    if not justparams and args.PARAMETERS is not None:
-        begun = TrainedFolder(Path(folder)).arguments.get("PARAMETERS")
-        if begun != args.PARAMETERS:
-            _tell(ranks, f"--PARAMETERS {args.PARAMETERS} is ignored: {folder} goes on with the parameters it has")
-
-
-def _can_replace(encoder: str, began: str, parameters: Path) -> bool:
-    """Whether a text encoder is a folder, as one that has moved is, that gives what the U-Nets take."""
-    if encoder == absolute_name(began) or not Path(encoder).is_dir():
-        return False
-    unets_params, imagen_params = checked_params(parameters)
-    widths = [params.get("text_embed_dim") for params in (imagen_params, *unets_params)]
-    return get_encoded_dim(encoder) in widths
-
-
-@contextmanager
-def _alone_in(directory: Path, ranks: Ranks) -> Iterator[None]:
-    """Keeps other trainings out of a directory: they would remove each other's checkpoints.
-
-    Raises:
-        ValueError: another one is under way there.
-    """
-    with open(directory / LOCK, "a") if ranks.first else nullcontext() as file:
-        if ranks.from_first(file is not None and not _locked(file)):
-            raise ValueError(f"another training is under way in {directory}: wait for its end, or name another --OUT")
-        yield
-
-
-def _locked(file: IO) -> bool:
-    """Locks a file until the end of the process; False if another one has. Systems without locks let everyone in."""
-    if os.name == "nt":
-        return True
-    import fcntl
-
-    try:
-        # Not flock: loader processes, which may outlive a killed training by seconds, would hold that.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
-
-
 def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: StopRequest, held: ExitStack) -> int:
     if args.TESTING:
-        given = _asked(args)
+        given = asked_for(args)
         load_testing_parameters(args)
         if args.DATA == "built-in":
             args.T5_NAME = "t5_tiny"  # needs no files
-        _tell_ignored(args, given, "with --TESTING", ranks)
-    run = _find_run(args, ranks)
+        tell_ignored(args, given, "with --TESTING", ranks)
+    run = find_run(args.OUT, args.RESTART_DIRECTORY, ranks)
     args.T5_NAME = absolute_name(args.T5_NAME)  # what is kept must be found from anywhere
     if run.restart is not None:
         args.RESTART_DIRECTORY = str(run.restart)
-        _take_over(args, args.RESTART_DIRECTORY, ranks)
+        take_over(args, args.RESTART_DIRECTORY, ranks)
     elif args.PARAMETERS is not None:
-        _take_over(args, args.PARAMETERS, ranks, justparams=True)
+        take_over(args, args.PARAMETERS, ranks, justparams=True)
 
     train_data, valid_data = open_data(args)
     # The same weights on every rank, whatever was drawn while the data was opened.
@@ -328,14 +141,14 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     imagen, unets_params, imagen_params = _model(args)
     continues = run.has_checkpoint(ranks)
     if run.restart is not None and not continues:
-        _load_weights(imagen, run.restart, ranks)
+        load_weights(imagen, run.restart, ranks)
     imagen.to(device)
-    numbers = _unet_numbers(args, len(imagen.unets), run, ranks)
-    settings = _settings(args, numbers)
+    numbers = unet_numbers(args, len(imagen.unets), run, ranks)
+    settings = training_settings(args, numbers)
     sharded = ranks.size > 1 and args.PARALLEL != "ddp"
     # What is not said here is left to the environment variable.
     asked: dict[str, Any] = (
-        {} if args.CHECKPOINT_LEVELS is None else {"checkpoint_levels": _levels(args.CHECKPOINT_LEVELS)}
+        {} if args.CHECKPOINT_LEVELS is None else {"checkpoint_levels": checkpoint_levels(args.CHECKPOINT_LEVELS)}
     )
     levels = imagen.accelerate(**asked).acceleration.checkpoint_levels
     train_loader, valid_loader = _loaders(args, train_data, valid_data, device, ranks)
@@ -346,7 +159,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         sample = sampled_prompts(args, imagen, numbers, valid_data, ranks)
     if sharded:
         _shard(imagen, numbers, ranks, args)
-    rates = _learning_rates(args, numbers)
+    rates = learning_rates(args, numbers)
     optimizer = build_optimizer(imagen, rates, args.WEIGHT_DECAY)
     batches = train_loader.batches_in_epoch
     steps = None if batches is None else math.ceil(batches / args.ACCUM_ITER) * args.EPOCHS
@@ -359,13 +172,13 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         # Before the first weights: those of a training that is killed then are not taken for all that is left of one.
         (run.directory / "checkpoints").mkdir(exist_ok=True)
     ranks.wait()
-    held.enter_context(_alone_in(run.directory, ranks))
+    held.enter_context(alone_in(run.directory, ranks))
     if run.restart is None and ranks.from_first(any(Snapshots(run.directory / "checkpoints", ranks).steps())):
         raise ValueError(f"another training has begun in {run.directory} meanwhile: give the command again to go on")
     if not run.in_place:
         if ranks.first:
-            _remove_attempt(run.directory)
-        if ranks.from_first(_describes_more(run.directory, len(imagen.unets))):
+            remove_attempt(run.directory)
+        if ranks.from_first(describes_more(run.directory, len(imagen.unets))):
             raise ValueError(
                 f"{run.directory / 'parameters'} is of more U-Nets than these {len(imagen.unets)}, and there is no"
                 " checkpoint to go on from: name another folder, or delete this one"
@@ -398,7 +211,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     )
     if args.LR_SCHEDULE == "cosine" and args.TOTAL_STEPS is None:
         _end_with(trainer, scheduler, args, ranks)
-    used = _used_rates(args, list(rates.values()), optimizer, ranks)
+    used = used_rates(args, list(rates.values()), optimizer, ranks)
     # Not before it is sure that the training can go on with these.
     if ranks.first:
         (run.directory / ENDED).unlink(missing_ok=True)
@@ -423,8 +236,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         why = trainer.run()
     except KeyboardInterrupt:
         say(
-            f"\nSaved in {run.directory}. To go on: minimagen-fast train --RESTART_DIRECTORY {_word(run.directory)}"
-            " and the same other arguments"
+            f"\nSaved in {run.directory}. To go on: minimagen-fast train --RESTART_DIRECTORY"
+            f" {shell_word(run.directory)} and the same other arguments"
         )
         raise
     if why == "done" and args.EPOCHS and trainer.steps_made <= 0:
@@ -437,61 +250,14 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         ended = {"why": why, "step": trainer.position.step, "epoch": trainer.position.epoch}
         replace_file(run.directory / ENDED, (json.dumps(ended) + "\n").encode())
         if why == "done":
-            say(f'Done. Try: minimagen-fast sample -d {_word(run.directory)} -c "a caption"')
+            say(f'Done. Try: minimagen-fast sample -d {shell_word(run.directory)} -c "a caption"')
         else:
-            say(f"Saved in {run.directory}. To go on: the same command with --OUT {_word(run.directory)}")
+            say(f"Saved in {run.directory}. To go on: the same command with --OUT {shell_word(run.directory)}")
     return STOPPED if why == "stopped" else 0
 
 
-def _load_weights(imagen: Imagen, directory: Path, ranks: Ranks) -> None:
-    """Starts from the weights in a directory without checkpoints, such as minimagen's, as sampling takes them."""
-    folder = TrainedFolder(directory)
-    found = [folder.weights(number) for number in range(1, len(imagen.unets) + 1)]
-    for unet, weights in zip(imagen.unets, found, strict=True):
-        weights.load_into(unet)
-    files = ", ".join(str(weights.path.relative_to(directory)) for weights in found)
-    _tell(
-        ranks,
-        f"{directory} has no checkpoint: the training starts with its weights ({files}), at epoch 1, with a new"
-        " optimizer",
-    )
-
-
-def _remove_attempt(directory: Path) -> None:
-    """Removes what an attempt that made no step has left: with other U-Nets it would be read as if it were of these.
-
-    If there is anything else's among it, all stays.
-    """
-    timestamp = _read_config(directory).get("timestamp")
-    snapshots = Snapshots(directory / "checkpoints", Ranks())
-    try:
-        saved = snapshots.newest()
-    except ValueError:  # damaged
-        return
-    if not isinstance(timestamp, str) or saved is not None and saved.values.get("timestamp") != timestamp:
-        return
-    own = [] if saved is None else [directory / "tmp" / f"unet_{i}_tmp.pth" for i in range(saved.values["unets"])]
-    there = [path for name in ("tmp", "state_dicts") for path in (directory / name).iterdir()]
-    if not set(there) <= set(own):
-        return
-    # From the time before the checkpoint: later ones are of steps that were made, and lost as it was killed.
-    if saved is not None and any(is_newer(path, saved) for path in there):
-        return
-    named = rf"(imagen_params|unet_\d+_params|training_parameters)_{re.escape(timestamp)}\.(json|txt)"
-    for path in [*there, *(directory / "parameters").iterdir()]:
-        if path in own or re.fullmatch(named, path.name):
-            path.unlink()
-    snapshots.remove_all()
-
-
-def _describes_more(directory: Path, unets: int) -> bool:
-    """Whether a directory has parameters of U-Nets beyond the first so many, which would be read with these."""
-    names = (path.name for path in (directory / "parameters").iterdir())
-    return any(int(match[1]) >= unets for match in (re.match(r"unet_(\d+)_params", name) for name in names) if match)
-
-
 def _introduce(
-    imagen: Imagen, numbers: list[int], train_data: Any, device: torch.device, ranks: Ranks, run: _Run
+    imagen: Imagen, numbers: list[int], train_data: Any, device: torch.device, ranks: Ranks, run: Run
 ) -> None:
     sizes = " and ".join(f"{sum(p.numel() for p in imagen.unets[n - 1].parameters()):,}" for n in numbers)
     pixels = " and ".join(str(imagen.image_sizes[n - 1]) for n in numbers)
@@ -503,96 +269,12 @@ def _introduce(
     )
 
 
-def _settings(args: argparse.Namespace, numbers: list[int]) -> TrainingSettings:
-    for name in ("LOG_INTERVAL", "SAMPLE_STEPS"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
-    if args.TOTAL_STEPS is not None and args.TOTAL_STEPS < 1:
-        raise ValueError(f"TOTAL_STEPS must be at least 1, got {args.TOTAL_STEPS}")
-    if args.PEAK_TFLOPS is not None and not 0 < args.PEAK_TFLOPS < math.inf:
-        raise ValueError(f"PEAK_TFLOPS must be positive and finite, got {args.PEAK_TFLOPS}")
-    if not math.isfinite(args.SAMPLE_COND_SCALE):
-        raise ValueError(f"SAMPLE_COND_SCALE must be a finite number, got {args.SAMPLE_COND_SCALE}")
-    if args.TENSORBOARD and importlib.util.find_spec("tensorboard") is None:
-        raise ImportError("--TENSORBOARD needs the package tensorboard: pip install 'minimagen_fast[tensorboard]'")
-    return TrainingSettings(
-        epochs=args.EPOCHS,
-        accumulate=args.ACCUM_ITER,
-        checkpoint_interval=args.CHCKPT_NUM,
-        unet_numbers=tuple(numbers),
-        seed=args.SEED,
-        max_grad_norm=args.MAX_GRAD_NORM,
-        ema_decay=args.EMA_DECAY,
-        precision=args.PRECISION,
-        min_snr_gamma=args.MIN_SNR_GAMMA,
-        max_seconds=args.MAX_SECONDS,
-        max_bad_steps=args.MAX_BAD_STEPS,
-        keep_last=args.KEEP_LAST,
-        keep_every=args.KEEP_EVERY,
-        sample_interval=args.SAMPLE_INTERVAL,
-    )
-
-
-def _unet_numbers(args: argparse.Namespace, available: int, run: _Run, ranks: Ranks) -> list[int]:
-    if args.UNET is None and run.restart is not None:
-        # Those that it trains: the default is another on another number of ranks.
-        numbers = _read_config(run.restart).get("unet_numbers")
-        if (
-            isinstance(numbers, list)
-            and numbers
-            and all(type(number) is int and 1 <= number <= available for number in numbers)
-        ):
-            return numbers
-    chosen = args.UNET or ("all" if ranks.size == 1 else "1")
-    if chosen == "all":
-        return list(range(1, available + 1))
-    if not chosen.isdecimal() or not 1 <= int(chosen) <= available:
-        raise ValueError(f"--UNET must be a number from 1 to {available}, or all; got {chosen!r}")
-    return [int(chosen)]
-
-
-def _levels(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise ValueError(f"--CHECKPOINT_LEVELS must be numbers from 0 with commas between, got {text!r}")
-    return [int(word) for word in words]
-
-
-def _learning_rates(args: argparse.Namespace, numbers: list[int]) -> dict[int, float]:
-    if args.UNET_LRS is None:
-        return dict.fromkeys(numbers, args.OPTIM_LR)
-    try:
-        rates = [float(word) for word in args.UNET_LRS.split(",")]
-    except ValueError:
-        rates = []
-    if len(rates) != len(numbers):
-        raise ValueError(
-            f"--UNET_LRS must be {len(numbers)} numbers with commas between, one for each U-Net that is trained; got"
-            f" {args.UNET_LRS!r}"
-        )
-    return dict(zip(numbers, rates, strict=True))
-
-
-def _used_rates(
-    args: argparse.Namespace, asked: list[float], optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> list[float]:
-    """The learning rates, which a continued training has from its checkpoint; says so where others are asked for."""
-    used = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    if used != asked and (args.UNET_LRS is not None or "OPTIM_LR" in args.given):
-        name = "OPTIM_LR" if args.UNET_LRS is None else "UNET_LRS"
-        _tell(ranks, f"--{name} {getattr(args, name)} is ignored: the training goes on with {used}, as it began")
-    decay = optimizer.param_groups[0]["weight_decay"]
-    if decay != args.WEIGHT_DECAY:
-        _tell(ranks, f"--WEIGHT_DECAY {args.WEIGHT_DECAY} is ignored: the training goes on with {decay}, as it began")
-    return used
-
-
 def _end_with(trainer: Trainer, scheduler: Any, args: argparse.Namespace, ranks: Ranks) -> None:
     """Has a cosine end with the training: how many steps that takes is known once the continued one is taken over."""
     total = trainer.total_steps
     scheduler.lr_lambdas = [learning_rate_factor("cosine", args.WARMUP_STEPS, total)] * len(scheduler.lr_lambdas)
     if total != trainer.total_steps_before:
-        _tell(ranks, f"the cosine schedule ends at step {total} now, before it was to at {trainer.total_steps_before}")
+        tell(ranks, f"the cosine schedule ends at step {total} now, before it was to at {trainer.total_steps_before}")
 
 
 def _loaders(

@@ -21,8 +21,9 @@ from training_runs import state_of
 from minimagen_fast import cli, shapes
 from minimagen_fast.generate import load_minimagen, load_params
 from minimagen_fast.ranks import RankLost
+from minimagen_fast.run_directory import remove_attempt
 from minimagen_fast.tiny_t5 import embedded_t5_directory
-from minimagen_fast.train_command import DIVERGED, RANK_LOST, _remove_attempt
+from minimagen_fast.train_command import DIVERGED, RANK_LOST
 from minimagen_fast.training import create_directory, get_minimagen_parser, save_training_info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -405,7 +406,7 @@ def test_of_an_attempt_without_a_step_nothing_is_left_to_other_parameters(data, 
     other.write_bytes(b"of another training")
     (run / "parameters" / "notes.json").write_text("{}")
     before = sorted(run.rglob("*"))
-    _remove_attempt(run)
+    remove_attempt(run)
     assert sorted(run.rglob("*")) == before, "it may be the other's too"
 
     other.unlink()

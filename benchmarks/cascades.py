@@ -11,10 +11,10 @@ import torch
 from minimagen_fast.Imagen import Imagen
 
 from .denoisers import NETWORKS, TOKENS, Network
-from .harness import Context, Prepared, reference_fits
 from .imagens import REFERENCE, ImagenVariant
 from .parity import relative_distance
 from .peers import original_package
+from .prepared import Context, Prepared, reference_fits
 
 GUIDANCE = 3.0
 SEED = 5
@@ -58,7 +58,7 @@ def prepare(cascade: Cascade, variant: ImagenVariant, batch: int, context: Conte
 
     def wrong(pictures: torch.Tensor) -> str | None:
         # The original noises low-resolution images differently; it is compared with the same here.
-        original = variant.unets.original and original_package() is not None
+        original = variant.original and original_package() is not None
         distance = relative_distance([pictures], [_expected(cascade, batch, original, device)])
         allowed = TOLERANCE[dtype]
         if distance > allowed:

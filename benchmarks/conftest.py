@@ -90,9 +90,10 @@ def pytest_deselected(items):
 @pytest.fixture(scope="session")
 def harness(request, tmp_path_factory):
     """The harness of this run; its result file is there from now on."""
-    from .harness import Context, Harness
+    from .harness import Harness
     from .machine import device_slug, machine_info, software_info
     from .peers import missing_peers, peer_versions
+    from .prepared import Context
     from .results import FOLDER, ResultFile, file_name
 
     state = request.config.stash[_STATE]

@@ -11,8 +11,8 @@ from minimagen_fast.kernels import launch
 
 from .denoisers import REFERENCE, TOLERANCE, Network, Variant
 from .floors import Floor, convolution_rate, count_flops, floor_of, share_of_matrix_rate
-from .harness import Context, Prepared, reference_fits
 from .parity import relative_distance
+from .prepared import Context, Prepared, reference_fits
 
 # What the floor is that of, on any machine.
 FUSED = Variant("fused", "triton" if launch.AVAILABLE else "auto")

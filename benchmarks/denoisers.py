@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from minimagen_fast import host_memory
 from minimagen_fast.kernels import use_implementation
 from minimagen_fast.quickstart_training import Recipe
 from minimagen_fast.t5 import get_encoded_dim
@@ -138,9 +137,6 @@ class Variant:
     @contextmanager
     def active(self, device: torch.device) -> Iterator[None]:
         """Run what is inside as this variant does."""
-        if self.original:
-            # As where none of our models ran before.
-            host_memory.keep_freed(False)
         with ExitStack() as stack:
             stack.enter_context(use_implementation(self.implementation))
             if self.autocast:
@@ -207,6 +203,11 @@ def original_unet() -> Callable[..., torch.nn.Module]:
     from minimagen.Unet import Unet as OriginalUnet
 
     return OriginalUnet
+
+
+def runs_apart(variant: Any, device: torch.device) -> bool:
+    """Whether a variant is measured in a process of its own: on a CPU, the original, see :mod:`.places`."""
+    return device.type == "cpu" and variant.original
 
 
 def beside_original(

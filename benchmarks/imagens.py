@@ -16,9 +16,9 @@ from minimagen_fast.Unet import BaseTest
 from . import denoisers
 from .denoisers import Network, Variant
 from .floors import convolution_rate
-from .harness import Unavailable
 from .measure import Subject
 from .peers import original_package
+from .prepared import Unavailable
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,11 @@ class ImagenVariant:
     settings: Mapping[str, str] = field(default_factory=dict)
     unets: Variant = denoisers.OURS
 
+    @property
+    def original(self) -> bool:
+        """Whether it is of the original package, if that is installed."""
+        return self.unets.original
+
     def imagen(
         self, networks: Sequence[Network], device: torch.device, *, timesteps: int | tuple[int, ...]
     ) -> torch.nn.Module:
@@ -45,7 +50,7 @@ class ImagenVariant:
         Raises:
             Unavailable: if this variant cannot be had on the device.
         """
-        imagen_class = original_imagen() if self.unets.original and original_package() else Imagen
+        imagen_class = original_imagen() if self.original and original_package() else Imagen
         imagen = imagen_class(
             [self.unets.module(network, device) for network in networks],
             text_encoder_name="t5_small",
@@ -75,12 +80,12 @@ class ImagenVariant:
 
     def dtype(self, imagen: torch.nn.Module) -> torch.dtype:
         """What most is computed in."""
-        return self.unets.dtype if self.unets.original else imagen.acceleration.dtype
+        return self.unets.dtype if self.original else imagen.acceleration.dtype
 
     def without_graphs(
         self, imagen: torch.nn.Module, make: Callable[[], Subject]
     ) -> Callable[[], Subject | None] | None:
-        """What :class:`.harness.Prepared` is to count the memory of; ``make`` makes a call of the cascade."""
+        """What :class:`.prepared.Prepared` is to count the memory of; ``make`` makes a call of the cascade."""
         if self.unets.mode is not None:
             # Graphs that torch.compile makes: without them it would be compiled otherwise.
             return lambda: None
@@ -95,7 +100,7 @@ class ImagenVariant:
 
     def compiles(self, device: torch.device) -> bool:
         """Whether torch.compile is at work, as far as can be told before the cascade is there."""
-        if self.unets.original or self.preset == "reference" or "compile" in self.settings:
+        if self.original or self.preset == "reference" or "compile" in self.settings:
             return self.unets.compile or self.settings.get("compile") == "blocks"
         return device.type == "cuda"
 
@@ -108,7 +113,7 @@ class ImagenVariant:
     def about(self, imagen: torch.nn.Module, device: torch.device) -> dict[str, Any]:
         """What ``extra`` should say of it."""
         about = self.unets.about(device) | {"computes_in": convolution_rate(self.dtype(imagen), device.type == "cuda")}
-        if not self.unets.original:
+        if not self.original:
             plain = resolve(PLAIN, device, imagen.unets[0].dtype)
             switched = [name for name in PLAIN if getattr(imagen.acceleration, name) != getattr(plain, name)]
             about["switched_on"] = ", ".join(switched) or "nothing"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .harness import Unavailable
 from .kernel_cases import Case
+from .prepared import Unavailable
 
 # What must be importable of a package that is more than one module.
 MODULE = {"minimagen": "minimagen.Imagen"}

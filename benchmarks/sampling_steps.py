@@ -17,10 +17,10 @@ from minimagen_fast.sampling import repeated_step
 from .denoiser_calls import demands
 from .denoisers import Network
 from .floors import convolution_rate, share_of_matrix_rate
-from .harness import Context, Prepared, reference_fits
 from .imagens import REFERENCE, ImagenVariant, stage
 from .measure import Subject
 from .parity import relative_distance
+from .prepared import Context, Prepared, reference_fits
 
 GUIDANCE = 3.0
 SEED = 5
@@ -52,7 +52,7 @@ def prepare(network: Network, variant: ImagenVariant, batch: int, context: Conte
     def subject(_: int) -> torch.Tensor:
         with variant.active(device):
             if isinstance(imagen, Imagen):
-                # As a sampling begins; a peer that was called since may have set it otherwise.
+                # As a sampling begins; the reference, with which it is compared, has set it otherwise.
                 host_memory.keep_freed(imagen.acceleration.freed_memory == "kept")
             return step()
 

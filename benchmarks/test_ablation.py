@@ -8,8 +8,9 @@ import torch
 
 from . import sampling_steps, training_steps
 from .denoisers import BLOCKS_SECONDS, NETWORKS, Network
-from .harness import CLOCK, Context, Plan, Prepared
+from .harness import CLOCK, Plan
 from .imagens import ImagenVariant, ablation
+from .prepared import Context, Prepared
 from .results import Identity
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)

@@ -18,8 +18,10 @@ from .denoisers import (
     Network,
     Variant,
     beside_original,
+    runs_apart,
 )
-from .harness import CLOCK, Context, Plan, Prepared
+from .harness import CLOCK, Plan
+from .prepared import Context, Prepared
 from .results import Identity
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
@@ -82,7 +84,7 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
                 identity = Identity("denoiser", name, direction, network.shape(batch), "float32", variant.name, graph)
                 seconds = COMPILE_SECONDS[device.type] if variant.compile else 0.0
                 beside = beside_original(variant, ORIGINAL, device, prepared)
-                yield Plan(identity, prepared(variant), priority, seconds, beside)
+                yield Plan(identity, prepared(variant), priority, seconds, runs_apart(variant, device), beside)
 
 
 def test_denoiser(plan, harness, benchmark):

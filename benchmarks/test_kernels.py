@@ -10,12 +10,13 @@ import torch
 from minimagen_fast.Unet import Base, Super
 
 from .floors import convolution_rate, count_flops, family_of, floor_of_operation
-from .harness import CLOCK, Context, Plan, Prepared, reference_fits
+from .harness import CLOCK, Plan
 from .kernel_cases import CASES, Case, unet_cases
 from .library_cases import LIBRARY_CASES
 from .measure import copies_needed
 from .parity import KERNEL_TOLERANCE, difference
 from .peers import Run, kernel_variants
+from .prepared import Context, Prepared, reference_fits
 from .results import Identity
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from .cascades import Cascade, prepare
+from .denoisers import runs_apart
 from .harness import CLOCK, Plan
 from .imagens import COMPILED_PEERS, EAGER, ImagenVariant
 from .results import Identity
@@ -42,7 +43,8 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
         for variant in variants:
             identity = Identity("sampling", cascade.name, None, cascade.shape(batch), "float32", variant.name)
             prepared = functools.partial(prepare, cascade, variant, batch)
-            yield Plan(identity, prepared, priority, variant.seconds(device))
+            apart = runs_apart(variant, device)
+            yield Plan(identity, prepared, priority, variant.seconds(device), apart)
 
 
 def test_sampling(plan, harness, benchmark):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .denoisers import NETWORKS, Network, beside_original
+from .denoisers import NETWORKS, Network, beside_original, runs_apart
 from .harness import CLOCK, Plan
 from .imagens import COMPILED_PEERS, EAGER, ORIGINAL, OURS_COMPILED, ImagenVariant
 from .results import Identity
@@ -47,7 +47,8 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
                 return functools.partial(prepare, network, variant, batch)
 
             beside = beside_original(variant, ORIGINAL, device, prepared)
-            yield Plan(identity, prepared(variant), priority, variant.seconds(device), beside)
+            apart = runs_apart(variant, device)
+            yield Plan(identity, prepared(variant), priority, variant.seconds(device), apart, beside)
 
 
 def test_sampling_step(plan, harness, benchmark):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from .denoisers import BLOCKS_SECONDS
-from .harness import CLOCK, Context, Plan, Prepared, Unavailable
+from .harness import CLOCK, Plan
 from .machine import ROOT
+from .prepared import Context, Prepared, Unavailable
 from .results import Identity
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)

@@ -8,7 +8,7 @@ import torch
 
 from minimagen_fast.quickstart_training import Recipe
 
-from .denoisers import NETWORKS, beside_original
+from .denoisers import NETWORKS, beside_original, runs_apart
 from .harness import CLOCK, Plan
 from .imagens import EAGER, ORIGINAL, ORIGINAL_COMPILED, ImagenVariant
 from .results import Identity
@@ -59,7 +59,8 @@ def _plan(
 
     identity = Identity("training", name, "both", network.shape(batch) + suffix, "float32", variant.name)
     beside = beside_original(variant, ORIGINAL, device, prepared)
-    return Plan(identity, prepared(variant), priority, variant.seconds(device), beside)
+    apart = runs_apart(variant, device)
+    return Plan(identity, prepared(variant), priority, variant.seconds(device), apart, beside)
 
 
 def plans(profile: str, device: torch.device) -> Iterator[Plan]:

@@ -16,10 +16,10 @@ from minimagen_fast.t5 import register_text_encoder
 from .denoiser_calls import demands
 from .denoisers import TOKENS, TOLERANCE, Network
 from .floors import Floor, convolution_rate, share_of_matrix_rate
-from .harness import Context, Prepared, reference_fits
 from .imagens import REFERENCE, ImagenVariant, stage
 from .measure import saved_bytes
 from .parity import relative_distance
+from .prepared import Context, Prepared, reference_fits
 
 SEED = 5
 # Worker processes that draw the pictures; on a CPU there is none to spare.

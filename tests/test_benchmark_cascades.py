@@ -21,7 +21,6 @@ from benchmarks import (
     training_steps,
 )
 from benchmarks.denoisers import NETWORKS
-from benchmarks.harness import Context, Prepared
 from benchmarks.imagens import (
     ORIGINAL_GRAPHS,
     OURS,
@@ -34,6 +33,7 @@ from benchmarks.imagens import (
     stage,
 )
 from benchmarks.measure import peak_bytes, saved_bytes
+from benchmarks.prepared import Context, Prepared
 from benchmarks.profiles import PROFILES
 from benchmarks.results import SECTIONS, Identity
 from minimagen_fast.acceleration import CHOICES
@@ -243,7 +243,7 @@ def test_memory_is_told_for_each_image_and_a_case_is_closed(tmp_path):
 
 
 def test_what_cannot_be_had_is_unavailable():
-    from benchmarks.harness import Unavailable
+    from benchmarks.prepared import Unavailable
 
     with pytest.raises(Unavailable, match="cuda_graphs='on' cannot be had"):
         ImagenVariant("graphs", settings={"cuda_graphs": "on"}).imagen([BASE], CPU, timesteps=20)

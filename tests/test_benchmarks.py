@@ -18,12 +18,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases_apart import process_number
 
 from benchmarks import kernel_cases, library_cases, machine, peers, test_kernels
 from benchmarks.floors import count_flops, floor_of
-from benchmarks.harness import CLOCK, Context, Harness, Plan, Prepared, Unavailable
+from benchmarks.harness import CLOCK, Harness, Plan
 from benchmarks.measure import MAX_COPIES, Timer, copies_needed, launches, peak_bytes
 from benchmarks.parity import difference, relative_distance
+from benchmarks.places import Here
+from benchmarks.prepared import Context, Prepared, Unavailable
 from benchmarks.profiles import PROFILES
 from benchmarks.results import SECTIONS, STATUSES, Identity, Record, ResultFile, file_name, spread
 from minimagen_fast import kernels
@@ -135,7 +138,13 @@ def test_a_right_case_is_timed_and_recorded(harness):
     assert case["seconds"]["median"] > 0 and case["extra"]["note"] == 1
 
 
-def test_a_peer_is_timed_in_turn(harness):
+@pytest.fixture
+def peers_here(monkeypatch):
+    """Peers in this process, where tests can look at them."""
+    monkeypatch.setattr("benchmarks.harness.Apart", Here)
+
+
+def test_a_peer_is_timed_in_turn(harness, peers_here):
     calls = []
 
     def prepared(name: str, **more) -> Prepared:
@@ -161,7 +170,7 @@ def broken(*_):
 
 
 @pytest.mark.parametrize("peer", ["wrong", "unavailable", "broken", "broken later"])
-def test_without_a_sound_peer_a_case_is_timed_alone(harness, peer):
+def test_without_a_sound_peer_a_case_is_timed_alone(harness, peers_here, peer):
     kind = peer
 
     def peer(context) -> Prepared:
@@ -178,7 +187,7 @@ def test_without_a_sound_peer_a_case_is_timed_alone(harness, peer):
     assert record.status == "ok" and record.samples and record.beside is None
 
 
-def test_a_case_that_fails_after_it_was_timed_leaves_a_file_that_can_be_read(harness):
+def test_a_case_that_fails_after_it_was_timed_leaves_a_file_that_can_be_read(harness, peers_here):
     own = Prepared(lambda index: torch.ones(256), lambda result: None, more=broken)
     peer = Prepared(lambda index: torch.ones(256), lambda result: None)
     with pytest.raises(RuntimeError, match="broken"):
@@ -186,6 +195,23 @@ def test_a_case_that_fails_after_it_was_timed_leaves_a_file_that_can_be_read(har
     (case,) = json.loads(harness.results.path.read_text())["cases"]
     assert case["status"] == "error" and case["reason"] == "RuntimeError: broken"
     assert case["seconds"] is None and case["beside"] is None
+
+
+def test_a_case_in_a_process_of_its_own(harness, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    plan = Plan(IDENTITY, process_number, apart=True, beside=("peer", process_number))
+    record = harness.run(plan, Benchmark())
+    own, peer = set(map(round, record.samples)), set(record.beside[1])
+    assert len(own) == len(peer) == 1 and len(own | peer | {os.getpid()}) == 3
+    assert record.bytes == 8
+    assert record.extra == {"threads": 3, "most": max(record.samples)}
+
+
+def test_a_process_of_its_own_without_the_same_peers_measures_nothing(harness, monkeypatch):
+    # Such as a package that only this process has been told where to find.
+    monkeypatch.setattr("benchmarks.places.peer_versions", lambda: {"minimagen": "0.1"})
+    with pytest.raises(pytest.skip.Exception, match="a new process has the peers .* and not {'minimagen': '0.1'}"):
+        harness.run(Plan(IDENTITY, process_number, apart=True), Benchmark())
 
 
 def wrong_in_one_value(x, weight, bias, **options):

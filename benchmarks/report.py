@@ -33,9 +33,9 @@ Times are medians, ± half the distance between their quartiles. A ratio is the 
 that of the row: 2.0x is twice as fast. **Bold** is a peer that is faster than ours beyond the noise: quartiles that do
 not overlap, and medians more than {MARGIN:.0%} apart. Where a peer was timed in turn with ours (on a CPU: denoisers,
 steps of sampling and training; in a process of its own) the ratio is the median of those of neighbouring samples, not
-that of the two times in the table. The floor is the least time that this machine can need, by the rates measured in this run: 1.0x floor cannot
-be beaten, but for what stays in a cache. "Of limit" is what is reached of the measured bandwidth (bytes) or matrix rate
-(FLOP), whichever is more. More in `benchmarks/README.md`."""
+that of the two times in the table. The floor is the least time that this machine can need, by the rates measured in
+this run: 1.0x floor cannot be beaten, but for what stays in a cache. "Of limit" is what is reached of the measured
+bandwidth (bytes) or matrix rate (FLOP), whichever is more. More in `benchmarks/README.md`."""
 
 
 def write_report(run: Run, folder: Path) -> Path:

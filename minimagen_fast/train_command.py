@@ -39,6 +39,7 @@ from .streams import StreamedLoader
 from .t5 import absolute_name, get_encoded_dim
 from .trainer import Trainer, TrainingDiverged
 from .training import (
+    check_counts,
     create_directory,
     get_default_args,
     get_minimagen_parser,
@@ -100,7 +101,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--MAX_GRAD_NORM", type=float, default=50.0, help="larger gradients are scaled down to it (%(default)s)")
     add("--EMA_DECAY", type=float, help="keep, validate and save averaged weights, such as 0.9999")
     add("--MIN_SNR_GAMMA", type=float, help="weigh timesteps by min(SNR, gamma) / SNR, such as 5")
-    add("--MAX_BAD_STEPS", type=int, default=10, help="steps in a row without finite gradients to give up after")
+    add(
+        "--MAX_BAD_STEPS",
+        type=int,
+        default=10,
+        help="give up after so many steps in a row without finite gradients (%(default)s)",
+    )
     add = parser.add_argument_group("watching").add_argument
     add("--LOG_INTERVAL", type=int, default=10, help="optimizer steps from line to line of log.jsonl (%(default)s)")
     add("--TENSORBOARD", action="store_true", help="write for TensorBoard too")
@@ -253,6 +259,14 @@ def _tell_ignored(args: argparse.Namespace, asked: dict[str, Any], where: str, r
             _tell(ranks, f"--{name} {value} is ignored: {where} it is {getattr(args, name)}")
 
 
+def _tell_unused(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Says which flags do nothing beside the others, or without one that they go with."""
+    if args.SAMPLE_PROMPTS is not None and args.SAMPLE_INTERVAL is None:
+        _tell(ranks, f"--SAMPLE_PROMPTS {args.SAMPLE_PROMPTS} is ignored: nothing is sampled without --SAMPLE_INTERVAL")
+    if args.TOTAL_STEPS is not None and args.LR_SCHEDULE != "cosine":
+        _tell(ranks, f"--TOTAL_STEPS {args.TOTAL_STEPS} is ignored: it is of --LR_SCHEDULE cosine")
+
+
 def _take_over(args: argparse.Namespace, folder: str, ranks: Ranks, *, justparams: bool = False) -> None:
     """Takes over what is fixed by the folder, and says what of the command line does not count then."""
     asked = _asked(args)
@@ -332,6 +346,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     imagen.to(device)
     numbers = _unet_numbers(args, len(imagen.unets), run, ranks)
     settings = _settings(args, numbers)
+    _tell_unused(args, ranks)
     sharded = ranks.size > 1 and args.PARALLEL != "ddp"
     # What is not said here is left to the environment variable.
     asked: dict[str, Any] = (
@@ -504,6 +519,7 @@ def _introduce(
 
 
 def _settings(args: argparse.Namespace, numbers: list[int]) -> TrainingSettings:
+    check_counts(vars(args))
     for name in ("LOG_INTERVAL", "SAMPLE_STEPS"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")

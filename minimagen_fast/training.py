@@ -236,7 +236,7 @@ def _settings(
         epochs=int(values["EPOCHS"]),
         accumulate=int(values["ACCUM_ITER"]),
         checkpoint_interval=int(values["CHCKPT_NUM"]),
-        unet_numbers=None if unet_numbers is None else tuple(unet_numbers),
+        unet_numbers=unet_numbers,
         ema_decay=ema_decay,
         precision=None if autocast_dtype is None else "bfloat16",
         max_grad_norm=max_grad_norm,

@@ -19,7 +19,9 @@ from minimagen_fast.judge import Scores, score
 from minimagen_fast.quickstart import COND_SCALE, wanted_pictures
 from minimagen_fast.shapes import caption
 
-RESULT = Path(__file__).parent / "results" / "quickstart" / "judged_steps.md"
+from .machine import ROOT
+
+RESULT = ROOT / "benchmarks" / "results" / "quickstart" / "judged_steps.md"
 WAYS: tuple[dict[str, Any], ...] = (
     {"sampler": "ddpm"},
     *({"sampler": name, "steps": steps} for name in ("dpmpp_2m", "ddim", "ddpm") for steps in (50, 25, 20, 10)),
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.judged_steps", description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path, help="training directory of a quickstart")
     parser.add_argument("--seeds", type=int, default=4, help="number of seeds (%(default)s)")
-    parser.add_argument("--write", action="store_true", help=f"keep the table in benchmarks/results/{RESULT.name}")
+    parser.add_argument("--write", action="store_true", help=f"keep the table in {RESULT.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
     imagen = load_minimagen(options.directory)
     outcomes = try_ways(imagen, range(options.seeds))

@@ -6,7 +6,6 @@ half keeps the random number generators and the order of the data, without which
 
 import io
 import os
-import pickle
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,8 +64,10 @@ def load(path: str | os.PathLike) -> Any:
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        # OSError: torch seeks to before the start of some cut files.
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except MemoryError:  # says nothing of the file
+            raise
+        # Bytes that are no checkpoint are instructions too, on which torch's reader fails in whatever way.
+        except Exception as error:
             raise ValueError(
                 f"{path} cannot be read as a checkpoint: it was cut short or damaged, or it holds other things than "
                 "tensors and plain values. Delete it and use another checkpoint of the same training directory, from "

@@ -110,7 +110,7 @@ def _add_quickstart(commands) -> None:
     )
     command.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for the results (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and samples (%(default)s)")
-    command.add_argument("--minutes", type=float, help="about how long it may take; more gives better pictures")
+    command.add_argument("--minutes", type=float, help="about how long it may take; more gives better pictures (4)")
     command.set_defaults(run=_quickstart)
 
 

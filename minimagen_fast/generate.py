@@ -82,8 +82,9 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
 
     Raises:
         FileNotFoundError: Parameters are missing.
-        ValueError: A U-Net has no weights, or weights that cannot be read or do not fit its parameters; or the device
-            cannot be used.
+        TypeError, ValueError: The parameters are not those of an Imagen and its U-Nets; a U-Net has no weights, or
+            weights that cannot be read or do not fit its parameters; or the device cannot be used.
+        OSError: The configuration of the text encoder, if that is a hub id or a folder, is nowhere to be had.
     """
     directory = Path(directory)
     if device is None:

@@ -42,14 +42,14 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument_group("what is trained").add_argument
     add("--config", type=Path, help="settings of a training: its directory, config.json or parameters folder")
-    add("--unet", help=f"{', '.join(UNETS)}, or a JSON file with arguments of Unet")
+    add("--unet", help=f"{', '.join(UNETS)}, or a JSON file with arguments of Unet; this or a --config is needed")
     add("--unet-number", type=int, help="which U-Net of the --config, from 1")
     add("--side", type=int, help="height and width of its images (Base 64, Super 256)")
     add("--t5", help="text encoder (t5_base)")
     add("--max-tokens", type=int, default=64, help="tokens after which captions are cut off (%(default)s)")
     add("--images", type=int, required=True, help="images that the training is to see, repetitions counted")
     add = parser.add_argument_group("how").add_argument
-    add("--batch", type=int, help="images of a GPU in one forward pass")
+    add("--batch", type=int, help="images of a GPU in one forward pass (the --config's share)")
     add("--accumulate", type=int, help="batches whose gradients make one optimizer step (1)")
     add("--checkpoint-levels", help="levels of the U-Net to compute twice to save memory, such as 0,1")
     add("--ema", action="store_true", default=None, help="keep averages of the weights")

@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ def sample_grid(
         unet_number: Number of the last U-Net to run, from 1.
         cond_scale: Guidance weight of all U-Nets.
         seed: The same seed makes pictures that can be compared.
-        steps: Number of steps of each U-Net; all of its timesteps if not given.
+        steps: Number of steps of each U-Net; all of its timesteps if not given, or if it has fewer.
         sampler: See :meth:`.Imagen.sample`.
         start_images: Images, one for each prompt, floating point, in the range of the training, shape (b, c, h, w),
             which stand for what the U-Net before the last makes: they are resized to its size, and only the last one
@@ -76,6 +77,7 @@ def sample_grid(
         return False
     cascade = imagen if start_images is None else _pair_of(imagen, unet_number)
     last = unet_number if start_images is None else 2
+    totals: list[Any] = [scheduler.num_timesteps for scheduler in cascade.noise_schedulers]
     try:
         with checkpoint.isolated_rng(seed, imagen.device):
             images = cascade.sample(
@@ -84,7 +86,7 @@ def sample_grid(
                 text_masks=text_masks,
                 cond_scale=cond_scale,
                 seed=seed,
-                steps=steps,
+                steps=None if steps is None else [min(steps, total) for total in totals],
                 sampler=sampler,
                 start_image=start_images,
                 stop_at_unet_number=last,

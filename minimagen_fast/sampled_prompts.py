@@ -45,8 +45,7 @@ def sampled_prompts(
         )
     scale = args.SAMPLE_COND_SCALE if imagen.can_classifier_guidance else 1.0
     options: dict[str, Any] = {"unet_number": max(numbers), "cond_scale": scale, "ranks": ranks, "sampler": "ddim"}
-    # A U-Net with fewer timesteps takes all of them.
-    options["steps"] = min(args.SAMPLE_STEPS, *(scheduler.num_timesteps for scheduler in imagen.noise_schedulers))
+    options["steps"] = args.SAMPLE_STEPS
     if not ranks.first:
         return partial(sample_grid, imagen, [""], **options)
     if args.SAMPLE_PROMPTS is not None:

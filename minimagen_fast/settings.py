@@ -1,7 +1,8 @@
 """The settings of a training, as a typed value that is saved beside it."""
 
 import json
-from collections.abc import Mapping
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,13 @@ class TrainingSettings:
         sample_interval: Optimizer steps after which pictures are sampled; None for none.
 
     Raises:
-        ValueError: a value is out of range. The message names it.
+        ValueError: a value is out of range or of the wrong kind. The message names it.
     """
 
     epochs: int = 5
     accumulate: int = 1
     checkpoint_interval: int = 500
-    unet_numbers: tuple[int, ...] | None = None
+    unet_numbers: Sequence[int] | None = None
     seed: int | None = None
     max_grad_norm: float | None = 50.0
     ema_decay: float | None = None
@@ -62,6 +63,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if self.unet_numbers is not None:
+            if not isinstance(self.unet_numbers, Iterable):
+                raise ValueError(f"unet_numbers must be a list of numbers from 1, or None; got {self.unet_numbers!r}")
             object.__setattr__(self, "unet_numbers", tuple(self.unet_numbers))
         if not _whole(self.epochs) or self.epochs < 0:
             raise ValueError(f"epochs must be a whole number of at least 0, got {self.epochs!r}")
@@ -75,11 +78,13 @@ class TrainingSettings:
                 raise ValueError(f"{name} must be a whole number of at least 1, or None; got {value!r}")
         for name in ("max_grad_norm", "max_seconds", "min_snr_gamma"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (_number(value) and value > 0):
                 raise ValueError(f"{name} must be positive or None, got {value!r}")
+        if self.batch_seconds is not None and not (_number(self.batch_seconds) and self.batch_seconds >= 0):
+            raise ValueError(f"batch_seconds must be at least 0, or None; got {self.batch_seconds!r}")
         if self.seed is not None and (not _whole(self.seed) or self.seed < 0):
             raise ValueError(f"seed must be a whole number of at least 0, or None; got {self.seed!r}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+        if self.ema_decay is not None and not (_number(self.ema_decay) and 0 <= self.ema_decay < 1):
             raise ValueError(f"ema_decay must lie in [0, 1), or be None; got {self.ema_decay!r}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ValueError(
@@ -97,12 +102,14 @@ class TrainingSettings:
         """Reads what :meth:`save` wrote; entries that are no settings are passed over.
 
         Raises:
-            ValueError: the file is not JSON, or a value is out of range.
+            ValueError: the file is not a JSON object, or a value is out of range.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold an object, got a {type(values).__name__}")
         return cls.of(values)
 
     @classmethod
@@ -113,3 +120,7 @@ class TrainingSettings:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -161,7 +161,10 @@ class ShapesDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         combination, pixels = self._pixels(index)
         if self._encodings is None:
-            encoding, mask = _encoded_captions(self.encoder_name, self.max_length)[combination]
+            from minimagen_fast.t5 import registrations
+
+            kept = _encoded_captions(self.encoder_name, self.max_length, registrations(self.encoder_name))
+            encoding, mask = kept[combination]
         else:
             encoding, mask = self._encodings(caption(*_COMBINATIONS[combination]), device="cpu")
         return {"image": _to_tensor(pixels), "encoding": encoding, "mask": mask}
@@ -236,8 +239,16 @@ _HALF_WIDTHS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @lru_cache(maxsize=8)
-def _encoded_captions(encoder_name: str, max_length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Encodes all captions, each without the padding that the longest one caused."""
+def _encoded_captions(
+    encoder_name: str, max_length: int, registrations: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Encodes all captions, each without the padding that the longest one caused.
+
+    Args:
+        encoder_name: Name of the text encoder.
+        max_length: Largest number of tokens of a caption.
+        registrations: How often that name was registered; with another number it is another encoder.
+    """
     from minimagen_fast.t5 import t5_encode_text
 
     encodings, masks = t5_encode_text(all_captions(), encoder_name, max_length, device="cpu")

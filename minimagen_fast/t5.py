@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,7 @@ HUB_TIMEOUT_SECONDS = 10
 _OTHER_T5: dict[str, dict[str, Any]] = {}
 
 _REGISTERED: dict[str, tuple[TextEncoder, int]] = {}
+_registrations: Counter[str] = Counter()
 
 # Held while a T5 is loaded, moved and run: there is one of each per process, transformers' tokenizers cannot be used
 # by two threads at once, and a model must not change its device under another thread's hands.
@@ -216,6 +218,12 @@ def register_text_encoder(name: str, encode: TextEncoder, dim: int) -> None:
     if not callable(encode):
         raise TypeError(f"encode must be callable as encode(captions, max_length, device), not {encode!r}")
     _REGISTERED[name] = (encode, whole_number("dim", dim, least=1))
+    _registrations[name] += 1
+
+
+def registrations(name: str) -> int:
+    """How often a name was registered: whoever keeps encodings has those of another encoder once it is more."""
+    return _registrations[name]
 
 
 # Arguments

@@ -16,7 +16,7 @@ from .run_directory import Run, read_config, tell
 from .settings import TrainingSettings
 from .sources import add_data_arguments
 from .t5 import absolute_name, get_encoded_dim
-from .training import get_minimagen_parser, load_restart_training_parameters
+from .training import check_counts, get_minimagen_parser, load_restart_training_parameters
 from .weights_files import TrainedFolder
 
 
@@ -63,7 +63,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--MAX_GRAD_NORM", type=float, default=50.0, help="larger gradients are scaled down to it (%(default)s)")
     add("--EMA_DECAY", type=float, help="keep, validate and save averaged weights, such as 0.9999")
     add("--MIN_SNR_GAMMA", type=float, help="weigh timesteps by min(SNR, gamma) / SNR, such as 5")
-    add("--MAX_BAD_STEPS", type=int, default=10, help="steps in a row without finite gradients to give up after")
+    add(
+        "--MAX_BAD_STEPS",
+        type=int,
+        default=10,
+        help="give up after so many steps in a row without finite gradients (%(default)s)",
+    )
     add = parser.add_argument_group("watching").add_argument
     add("--LOG_INTERVAL", type=int, default=10, help="optimizer steps from line to line of log.jsonl (%(default)s)")
     add("--TENSORBOARD", action="store_true", help="write for TensorBoard too")
@@ -88,6 +93,14 @@ def tell_ignored(args: argparse.Namespace, asked: dict[str, Any], where: str, ra
     for name, value in asked.items():
         if getattr(args, name) != value:
             tell(ranks, f"--{name} {value} is ignored: {where} it is {getattr(args, name)}")
+
+
+def tell_unused(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Says which flags do nothing beside the others, or without one that they go with."""
+    if args.SAMPLE_PROMPTS is not None and args.SAMPLE_INTERVAL is None:
+        tell(ranks, f"--SAMPLE_PROMPTS {args.SAMPLE_PROMPTS} is ignored: nothing is sampled without --SAMPLE_INTERVAL")
+    if args.TOTAL_STEPS is not None and args.LR_SCHEDULE != "cosine":
+        tell(ranks, f"--TOTAL_STEPS {args.TOTAL_STEPS} is ignored: it is of --LR_SCHEDULE cosine")
 
 
 def take_over(args: argparse.Namespace, folder: str, ranks: Ranks, *, justparams: bool = False) -> None:
@@ -123,6 +136,7 @@ def training_settings(args: argparse.Namespace, numbers: list[int]) -> TrainingS
     Raises:
         ValueError, ImportError: they cannot be used.
     """
+    check_counts(vars(args))
     for name in ("LOG_INTERVAL", "SAMPLE_STEPS"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
@@ -207,3 +221,11 @@ def used_rates(
     if decay != args.WEIGHT_DECAY:
         tell(ranks, f"--WEIGHT_DECAY {args.WEIGHT_DECAY} is ignored: the training goes on with {decay}, as it began")
     return used
+
+
+def tell_unused(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Says which flags do nothing beside the others, or without one that they go with."""
+    if args.SAMPLE_PROMPTS is not None and args.SAMPLE_INTERVAL is None:
+        tell(ranks, f"--SAMPLE_PROMPTS {args.SAMPLE_PROMPTS} is ignored: nothing is sampled without --SAMPLE_INTERVAL")
+    if args.TOTAL_STEPS is not None and args.LR_SCHEDULE != "cosine":
+        tell(ranks, f"--TOTAL_STEPS {args.TOTAL_STEPS} is ignored: it is of --LR_SCHEDULE cosine")

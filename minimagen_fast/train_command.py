@@ -48,6 +48,7 @@ from .train_arguments import (
     learning_rates,
     take_over,
     tell_ignored,
+    tell_unused,
     training_settings,
     unet_numbers,
     used_rates,
@@ -145,6 +146,7 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     imagen.to(device)
     numbers = unet_numbers(args, len(imagen.unets), run, ranks)
     settings = training_settings(args, numbers)
+    tell_unused(args, ranks)
     sharded = ranks.size > 1 and args.PARALLEL != "ddp"
     # What is not said here is left to the environment variable.
     asked: dict[str, Any] = (

@@ -16,7 +16,7 @@ import os
 import re
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,8 @@ def MinimagenTrain(
     Raises:
         ValueError: An argument is out of range, does not fit the others, or the training in `RESTART_DIRECTORY`
             cannot be continued with them.
+        TrainingDiverged: (of :mod:`.trainer`) At least ten optimizer steps in a row had gradients that are not finite.
+        OSError: The training directory cannot be written, as when the disk is full; the checkpoints before are whole.
     """
     values = _values(args)
     restart = values.get("RESTART_DIRECTORY")
@@ -190,6 +192,18 @@ def MinimagenTrain(
     ).run()
 
 
+def check_counts(values: Mapping[str, Any]) -> None:
+    """Refuses documented arguments that count epochs or batches and are no such numbers, under their names.
+
+    Raises:
+        ValueError: One is no whole number, or too small.
+    """
+    for name, least in (("EPOCHS", 0), ("ACCUM_ITER", 1), ("CHCKPT_NUM", 1)):
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
 def _settings(
     values: dict[str, Any],
     imagen: Imagen,
@@ -205,10 +219,7 @@ def _settings(
     """The documented arguments as settings, checked under their documented names."""
     if missing := [name for name in ("EPOCHS", "ACCUM_ITER", "CHCKPT_NUM") if values.get(name) is None]:
         raise ValueError(f"args lacks {', '.join(missing)}: parse it with get_minimagen_parser()")
-    for name, least in (("EPOCHS", 0), ("ACCUM_ITER", 1), ("CHCKPT_NUM", 1)):
-        value = values[name]
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    check_counts(values)
     if timeout is not None and not timeout >= 0:
         raise ValueError(f"timeout must be a number of seconds, or 0 or None for no limit, got {timeout!r}")
     if autocast_dtype not in (None, torch.bfloat16):
@@ -225,7 +236,7 @@ def _settings(
         epochs=int(values["EPOCHS"]),
         accumulate=int(values["ACCUM_ITER"]),
         checkpoint_interval=int(values["CHCKPT_NUM"]),
-        unet_numbers=None if unet_numbers is None else tuple(unet_numbers),
+        unet_numbers=unet_numbers,
         ema_decay=ema_decay,
         precision=None if autocast_dtype is None else "bfloat16",
         max_grad_norm=max_grad_norm,

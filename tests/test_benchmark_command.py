@@ -160,6 +160,8 @@ def test_commands_of_the_guide_are_understood():
     assert {words[1] for words in ours} == {"run", "report", "compare", "readme"}
     for words in ours:
         cli._parser("bench").parse_args(words)
+    folders = re.findall(r"--results ([\w/]+)", text)
+    assert len(folders) == len(set(folders)), "a second file in a folder that is compared would be one too many"
     modules = re.findall(r"^python -m (\S+)$", "\n".join(lines), re.M)
     assert len(modules) == 2 and all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in modules)
     for link in re.findall(r"\]\((\w[^)]*)\)", text):

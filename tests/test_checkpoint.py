@@ -1,5 +1,6 @@
 """Checkpoint files, random states, and the order of the data after a restart."""
 
+import io
 import pickle
 import random
 from collections import Counter, OrderedDict
@@ -60,6 +61,27 @@ def test_cut_short_files_are_named(tmp_path):
         cut.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.pth cannot be read.*Delete it"):
             checkpoint.load(cut)
+
+
+def _old_format(value):
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+OLD = _old_format({"weight": torch.randn(3)})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a picture", b"j\x01\xd6AJ.", b"U\x05\xdcb\xb7: .", OLD[:250], OLD.replace(b"weight", b"w\xffight")],
+    ids=["instructions", "unknown key", "no text", "cut list", "damaged name"],
+)
+def test_whatever_is_no_checkpoint_is_named(tmp_path, content):
+    file = tmp_path / "other.pth"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"other\.pth cannot be read.*Delete it"):
+        checkpoint.load(file)
 
 
 def test_missing_file_is_named(tmp_path):

@@ -73,6 +73,16 @@ def test_what_testing_overrides_is_said(short, tmp_path, capsys):
     assert said == ["minimagen-fast train: --BATCH_SIZE 3 is ignored: with --TESTING it is 4"]
 
 
+def test_flags_that_do_nothing_are_said(short, tmp_path, capsys):
+    # The last ends it before anything is trained.
+    words = ["train", *TINY, "--TOTAL_STEPS", "9", "--SAMPLE_PROMPTS", "a.txt", "--UNET_LRS", "a"]
+    assert cli.main([*words, "--OUT", str(tmp_path / "run")]) == cli.MISUSED
+    said = [line.partition(" is ignored")[0] for line in capsys.readouterr().err.splitlines() if "ignored" in line]
+    assert said == ["minimagen-fast train: --SAMPLE_PROMPTS a.txt", "minimagen-fast train: --TOTAL_STEPS 9"]
+    assert cli.main([*words, "--LR_SCHEDULE", "cosine", "--SAMPLE_INTERVAL", "5"]) == cli.MISUSED
+    assert "ignored" not in capsys.readouterr().err
+
+
 def test_a_training_goes_on(short, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *TINY, "-e", "1"]) == 0

@@ -18,6 +18,12 @@ TINY = dict(dim=8, dim_mults=(1, 2), layer_attns=False, layer_cross_attns=False)
 SHORT = Recipe(timesteps=(20, 20), unets=(TINY, TINY), batch_sizes=(2, 2), steps_per_minute=(80, 50))
 
 
+def test_the_help_says_how_long_it_takes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["quickstart", "--help"])
+    assert f"more gives better pictures ({quickstart.DEFAULT_MINUTES:g})" in " ".join(capsys.readouterr().out.split())
+
+
 def test_it_leaves_what_it_says(tmp_path, capsys):
     out = tmp_path / "results"
     assert quickstart.run_quickstart(out, seed=3, minutes=0.5, recipe=SHORT) == 0

@@ -146,6 +146,20 @@ def test_averaged_weights_are_sampled_while_they_are_in_place(tmp_path):
     assert same_picture(tmp_path / "a.png", first) and not same_picture(tmp_path / "b.png", first)
 
 
+@pytest.mark.parametrize("start", [False, True])
+def test_each_u_net_takes_as_many_steps_as_it_has(tmp_path, monkeypatch, start):
+    imagen, taken = three_stages(), []
+
+    def sampled(self, **options):
+        taken.append(options["steps"])
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr(Imagen, "sample", sampled)
+    given = {"start_images": torch.rand(1, 3, 16, 16)} if start else {}
+    sample_grid(imagen, ["a"], tmp_path / "a.png", unet_number=3, steps=24, **given)
+    assert taken == [[24, 24] if start else [20, 24, 24]]
+
+
 @pytest.mark.parametrize("where", ["sampling", "writing"])
 def test_an_error_leaves_the_older_picture_and_the_training(tmp_path, monkeypatch, where):
     path = tmp_path / "a.png"

@@ -17,9 +17,10 @@ def test_settings_survive_a_file_with_other_entries(tmp_path):
     settings.save(tmp_path / "config.json", batch_size=8)
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 8
     assert TrainingSettings.load(tmp_path / "config.json") == settings
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
-        TrainingSettings.load(tmp_path / "config.json")
+    for content, message in (("{", "is not valid JSON"), ("[" * 100_000, "is not valid JSON"), ("[]", "an object")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
+            TrainingSettings.load(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,11 @@ def test_settings_survive_a_file_with_other_entries(tmp_path):
         ("seed", -1),
         ("ema_decay", 1),
         ("precision", "float16"),
+        ("max_seconds", "60"),
+        ("max_grad_norm", True),
+        ("ema_decay", "0.9"),
+        ("batch_seconds", -1),
+        ("unet_numbers", 1),
     ],
 )
 def test_what_is_out_of_range_is_named(name, value):

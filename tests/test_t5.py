@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from minimagen_fast import t5
-from minimagen_fast.shapes import all_captions
+from minimagen_fast.shapes import ShapesDataset, all_captions
 from minimagen_fast.t5 import T5_VERSIONS, get_encoded_dim, register_text_encoder, t5_encode_text
 from minimagen_fast.tiny_t5 import embedded_t5_directory
 
@@ -563,6 +563,12 @@ def test_a_registered_encoder_gets_what_was_asked_and_no_gradients():
     register_text_encoder("mine", encode, 2)
     t5_encode_text(("a", "b"), "mine", 7, device="cpu")
     assert seen == [(["a", "b"], 7, torch.device("cpu"), False)]
+
+
+def test_registering_again_replaces_what_built_in_pictures_have_kept():
+    for width in (3, 4):
+        register_text_encoder("mine", lambda captions, *_, d=width: (torch.ones(48, 1, d), torch.ones(48, 1)), width)
+        assert ShapesDataset(2, side_length=8, encoder_name="mine")[0]["encoding"].shape == (1, 1, width)
 
 
 def test_registering_again_replaces_and_the_name_is_listed():

@@ -274,6 +274,9 @@ def test_a_super_resolution_u_net_alone_enlarges_validation_pictures(data, tmp_p
         (["--RANK_TIMEOUT", "0"], "RANK_TIMEOUT must be more than 0 seconds, at most 1e+09, got 0.0"),
         (["--DEVICE", "meta"], "--DEVICE 'meta' cannot be used here"),
         (["--TOTAL_STEPS", "0"], "TOTAL_STEPS must be at least 1, got 0"),
+        (["-ai", "0"], "ACCUM_ITER must be a whole number of at least 1, got 0"),
+        (["-cn", "0"], "CHCKPT_NUM must be a whole number of at least 1, got 0"),
+        (["-e", "-1"], "EPOCHS must be a whole number of at least 0, got -1"),
         *((["--PEAK_TFLOPS", value], "PEAK_TFLOPS must be positive and finite") for value in ("0", "nan", "inf")),
     ],
 )

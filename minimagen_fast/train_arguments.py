@@ -221,11 +221,3 @@ def used_rates(
     if decay != args.WEIGHT_DECAY:
         tell(ranks, f"--WEIGHT_DECAY {args.WEIGHT_DECAY} is ignored: the training goes on with {decay}, as it began")
     return used
-
-
-def tell_unused(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Says which flags do nothing beside the others, or without one that they go with."""
-    if args.SAMPLE_PROMPTS is not None and args.SAMPLE_INTERVAL is None:
-        tell(ranks, f"--SAMPLE_PROMPTS {args.SAMPLE_PROMPTS} is ignored: nothing is sampled without --SAMPLE_INTERVAL")
-    if args.TOTAL_STEPS is not None and args.LR_SCHEDULE != "cosine":
-        tell(ranks, f"--TOTAL_STEPS {args.TOTAL_STEPS} is ignored: it is of --LR_SCHEDULE cosine")

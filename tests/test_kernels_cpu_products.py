@@ -253,6 +253,13 @@ def test_where_oneDNN_is_not_asked(faster, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         linear(x, x)
     torch.func.grad(lambda x: linear(x, x).sum())(x)
+
+    class Quantised(torch.Tensor):
+        pass
+
+    linear(x, x.as_subclass(Quantised))
+    null = torch.randn(16)
+    null_key_attention(x[None], x[None].as_subclass(Quantised), x[None], null, null, heads=1)
     with monkeypatch.context() as context:
         context.setattr(torch.jit, "is_tracing", lambda: True)
         linear(x, x)

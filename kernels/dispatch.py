@@ -97,15 +97,11 @@ def is_eager_float32_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether torch runs float32 on a CPU, one operator after the other, and each may be left to what is faster there.
 
     Not so under autocast, nor where torch transforms or traces what is run, counts it, or computes derivatives in
-    forward mode.
+    forward mode, nor for tensors of other classes than torch's own, such as quantised weights: they know its operators.
     """
     return (
         all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        # Counters and fake tensors.
-        and not torch._C._len_torch_dispatch_stack()
+        and launch.nothing_looks(tensors)
         and not launch.in_forward_mode()
         and implementation() == "auto"
         and not torch.is_autocast_enabled("cpu")

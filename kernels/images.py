@@ -8,8 +8,11 @@ from .launch import tl, triton  # noqa: F401, Triton's interpreter looks for tl 
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether images lie densely in channels_last order and not also in that of contiguous memory."""
-    if x.ndim != 4 or x.is_contiguous() or x.stride(1) != 1:
+    """Whether images lie densely in channels_last order and not also in that of contiguous memory.
+
+    No for torch.func, whose vmap knows one order only.
+    """
+    if torch._C._are_functorch_transforms_active() or x.ndim != 4 or x.is_contiguous() or x.stride(1) != 1:
         return False
     return x.is_contiguous(memory_format=torch.channels_last)
 

@@ -122,6 +122,16 @@ def test_inputs_are_left_alone(memory_format):
 
 
 @FORMATS
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap(name, memory_format):
+    inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
+    several = torch.stack([inputs[name], 2 * inputs[name]])
+    mapped = torch.vmap(lambda one: ours(**inputs | {name: one}))(several)
+    for out, one in zip(mapped, several, strict=True):
+        assert_near(out, reference(**{k: v.double() for k, v in (inputs | {name: one}).items()}), dtype=torch.float32)
+
+
+@FORMATS
 def test_no_graph_break(memory_format):
     inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
     inputs = {name: value.requires_grad_() for name, value in inputs.items()}

@@ -114,6 +114,21 @@ def test_gradients_that_nobody_wants_are_not_computed():
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_what_no_gradient_is_made_of_may_be_changed(wanted):
+    leaves = [torch.randn(shape, requires_grad=i in wanted) for i, shape in enumerate([(4, 3), (5, 3), (5,)])]
+    tensors = [leaf.clone() for leaf in leaves]
+    expected = torch.autograd.grad(F.linear(*tensors).sum(), [leaves[i] for i in wanted])
+    out = linear(*tensors)
+    with torch.no_grad():
+        # Of x the weight's gradient is made, and of the weight that of x.
+        for i, needed in ((0, 1), (1, 0)):
+            if needed not in wanted:
+                tensors[i].zero_()
+    for got, right in zip(torch.autograd.grad(out.sum(), [leaves[i] for i in wanted]), expected, strict=True):
+        close(got, right.double())
+
+
 def test_gradients_of_gradients():
     x, weight = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
     results = []
@@ -253,6 +268,13 @@ def test_where_oneDNN_is_not_asked(faster, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         linear(x, x)
     torch.func.grad(lambda x: linear(x, x).sum())(x)
+
+    class Quantised(torch.Tensor):
+        pass
+
+    linear(x, x.as_subclass(Quantised))
+    null = torch.randn(16)
+    null_key_attention(x[None], x[None].as_subclass(Quantised), x[None], null, null, heads=1)
     with monkeypatch.context() as context:
         context.setattr(torch.jit, "is_tracing", lambda: True)
         linear(x, x)

@@ -214,6 +214,18 @@ def test_timesteps_that_share_memory():
     both(diffusion.q_sample, randn("x", 3, 3, 4, 4), randn("y", 3, 3, 4, 4), t)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_over_images_in_channels_last_memory(implementation):
+    several = torch.stack([randn(name, 2, 3, 4, 4).contiguous(memory_format=torch.channels_last) for name in "xy"])
+
+    def noised(x):
+        return diffusion.q_sample(**inputs_of(diffusion.q_sample, x, x), implementation=implementation)
+
+    for out, x in zip(torch.vmap(noised)(several), several, strict=True):
+        torch.testing.assert_close(out, noised(x))
+
+
 def test_two_runs_are_bit_identical():
     def run():
         x, y = (randn(name, 2, 3, 40, 40).requires_grad_() for name in "xy")

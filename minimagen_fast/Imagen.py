@@ -49,6 +49,7 @@ _LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 _NORMALIZES = {identity: False, normalize_neg_one_to_one: True}
 # As they were made: what users put in their place is called as the original package calls it.
 _ENCODE_TEXT, _Q_SAMPLE = t5_encode_text, methods_of(GaussianDiffusion, "q_sample")
+_GET_TIMES = methods_of(GaussianDiffusion, "_get_times")
 # Methods of a U-Net that are told which images keep their text, and the argument's name.
 _TOLD_OF_TEXT = {"forward": "keep_text", "_text_condition": "keep"}
 _AS_MADE = methods_of(Unet, *_TOLD_OF_TEXT)
@@ -753,6 +754,7 @@ class Imagen(nn.Module):
                     lowres_cond_img=lowres_cond_img,
                     lowres_noise_times=lowres_noise_times,
                     batch_size=batch_size,
+                    one_lowres_time=not (unet.lowres_cond and overridden(self.lowres_noise_schedule, _GET_TIMES)),
                 )
                 img = sample_images(
                     task,

@@ -414,6 +414,15 @@ def test_timesteps_of_a_diffusion_process_of_its_own():
         sample(imagen, sampler="ddim")
 
 
+def test_a_time_of_its_own_for_each_low_resolution_image():
+    imagen, run = make_imagen(stages=2), {**RUN, "steps": 1}
+    before = sample(imagen, **run)
+    imagen.lowres_noise_schedule._get_times = lambda batch, level, device: torch.arange(batch, device=device) * 5 + 4
+    assert distance(assert_followed(imagen, steps=1)[1], before[1]) > 1e-3
+    with pytest.raises(ValueError, match="condition_cache='on' cannot be had: _get_times of the schedule"):
+        sample(imagen.accelerate(condition_cache="on"), **run)
+
+
 @pytest.mark.parametrize("arguments", [{"sampler": "ddim"}, {"sampler": "dpmpp_2m", "steps": 5}, {"steps": 5}], ids=str)
 def test_samplers_that_would_not_call_them_are_refused(arguments):
     imagen = make_imagen()

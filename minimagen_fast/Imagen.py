@@ -49,7 +49,10 @@ _LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 _NORMALIZES = {identity: False, normalize_neg_one_to_one: True}
 # As they were made: what users put in their place is called as the original package calls it.
 _ENCODE_TEXT, _Q_SAMPLE = t5_encode_text, methods_of(GaussianDiffusion, "q_sample")
-_FORWARD = methods_of(Unet, "forward")
+_GET_TIMES = methods_of(GaussianDiffusion, "_get_times")
+# Methods of a U-Net that are told which images keep their text, and the argument's name.
+_TOLD_OF_TEXT = {"forward": "keep_text", "_text_condition": "keep"}
+_AS_MADE = methods_of(Unet, *_TOLD_OF_TEXT)
 # Methods that the original package calls, and that there are not here.
 _ONLY_IN_ORIGINAL = (
     "_make_noise_schedulers",
@@ -81,6 +84,12 @@ def _checked_share(name: str, value: Any) -> float:
     if not 0 <= share <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
     return share
+
+
+def _takes_kept_text(unet: nn.Module) -> bool:
+    """Whether a U-Net can be told which images keep their text; methods written for the original package draw it."""
+    others = (name for name in overridden(unet, _AS_MADE) if hasattr(unet, name))
+    return all(takes(getattr(unet, name), _TOLD_OF_TEXT[name]) for name in others)
 
 
 def _is_plain_scheduler(scheduler: GaussianDiffusion) -> bool:
@@ -524,8 +533,7 @@ class Imagen(nn.Module):
             lowres_aug_times = default(lowres_aug_times, times)
             lowres_noise = default(lowres_noise, lambda: noise_for(lowres_cond_img, resized=True))
         if exists(text_embeds):
-            # Forwards that were written for the original package draw it themselves.
-            if not exists(keep_text) and (not overridden(unet, _FORWARD) or takes(unet.forward, "keep_text")):
+            if not exists(keep_text) and _takes_kept_text(unet):
                 keep_text = prob_mask_like(times.shape, 1 - self.cond_drop_prob, device=times.device)
             if acceleration.cuda_graphs == "on" and exists(text_mask) and isinstance(unet, Unet):
                 # Or a step would be of another kind wherever the longest text of a batch is of another length.
@@ -746,6 +754,7 @@ class Imagen(nn.Module):
                     lowres_cond_img=lowres_cond_img,
                     lowres_noise_times=lowres_noise_times,
                     batch_size=batch_size,
+                    one_lowres_time=not (unet.lowres_cond and overridden(self.lowres_noise_schedule, _GET_TIMES)),
                 )
                 img = sample_images(
                     task,

@@ -430,7 +430,9 @@ class Unet(nn.Module):
         if exists(text_embeds) and exists(text_mask):
             text_mask = text_mask.expand(batch, -1)
         t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
-        t, c = self._text_condition(text_embeds, cond_drop_prob, keep_text, text_mask, t, time_tokens)
+        # Not handed over where there is none: a method that was written for the original does not take it.
+        keep = {"keep": keep_text} if exists(keep_text) else {}
+        t, c = self._text_condition(text_embeds, batch, cond_drop_prob, x.device, text_mask, t, time_tokens, **keep)
         return self.denoise(x, lowres_cond_img, self._block_conditions(t, c))
 
     def denoise(
@@ -590,21 +592,26 @@ class Unet(nn.Module):
     def _text_condition(
         self,
         text_embeds: torch.Tensor | None,
+        batch_size: int,
         cond_drop_prob: float,
-        keep: torch.Tensor | None,
+        device: torch.device,
         text_mask: torch.Tensor | None,
         t: torch.Tensor,
         time_tokens: torch.Tensor,
+        *,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the text to the time conditioning, and its tokens to the time tokens.
 
         Args:
             text_embeds: Text embeddings, shape (b, n, text_embed_dim), or None.
+            batch_size: Number of images b.
             cond_drop_prob: Probability with which an image's text is replaced by the null text.
-            keep: Bool, shape (b,), which images keep theirs; None to draw it.
+            device: Where the images are.
             text_mask: Bool, shape (b, n), or None.
             t: Time conditioning, shape (b, time_cond_dim).
             time_tokens: Time tokens, shape (b, k, cond_dim).
+            keep: Bool, shape (b,), which images keep their text; drawn at random, if not given.
 
         Returns:
             Conditioning (b, time_cond_dim) and normalised tokens, (b, k + 256, cond_dim) or, without text,
@@ -614,7 +621,7 @@ class Unet(nn.Module):
             return t, self.norm_cond(time_tokens)
 
         if not exists(keep):
-            keep = prob_mask_like((text_embeds.shape[0],), 1 - cond_drop_prob, device=text_embeds.device)
+            keep = prob_mask_like((batch_size,), 1 - cond_drop_prob, device=device)
         hidden, tokens = self._text_tokens(text_embeds, text_mask, keep)
         return t + hidden, self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
 

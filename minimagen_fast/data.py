@@ -98,13 +98,21 @@ class MinimagenDataset(CaptionedPictures):
 
     @property
     def urls(self) -> Sequence[str]:
-        """The address of each picture, all read at once."""
+        """The address of each picture, all read at once; others may be set in their place, as in minimagen."""
         return self.rows["image_url"]
+
+    @urls.setter
+    def urls(self, urls: Sequence[str]) -> None:
+        self.rows = {"image_url": urls, "caption": self.captions}
 
     @property
     def captions(self) -> Sequence[str]:
         """Its caption, likewise."""
         return self.rows["caption"]
+
+    @captions.setter
+    def captions(self, captions: Sequence[str]) -> None:
+        self.rows = {"image_url": self.urls, "caption": captions}
 
     def __len__(self) -> int:
         return len(self.rows["image_url"]) if isinstance(self.rows, Mapping) else len(self.rows)

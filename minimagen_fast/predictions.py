@@ -27,8 +27,9 @@ class Task:
         text_embeds: Text embeddings, shape (b, n, text_embed_dim).
         text_mask: Which tokens are text, bool, shape (b, n).
         lowres_cond_img: Low-resolution images, noised, shape (b, c, h, w), for a U-Net that wants them.
-        lowres_noise_times: Timestep to which they were noised, the same for all, int64, shape (b,).
+        lowres_noise_times: Timestep to which they were noised, int64, shape (b,).
         batch_size: Most images that go through the U-Net at a time; all if not given.
+        one_lowres_time: Whether that timestep is the same for all of them.
     """
 
     unet: Unet
@@ -39,6 +40,7 @@ class Task:
     lowres_cond_img: torch.Tensor | None
     lowres_noise_times: torch.Tensor | None
     batch_size: int | None
+    one_lowres_time: bool = True
 
     @property
     def guided_by_unet(self) -> bool:

@@ -66,14 +66,18 @@ class _Hand:
     is_copied: bool
 
     @classmethod
-    def in_(cls, unet: Unet) -> "_Hand":
-        calls = None
+    def in_(cls, task: Task) -> "_Hand":
+        unet, calls = task.unet, None
         if others := overridden(unet, _OF_CALLS):
             calls = f"{' and '.join(others)} of the U-Net was overridden"
         elif _has_any_global_hook():
             calls = "torch has hooks for all modules"
         elif not all(map(is_untouched, unet.modules())):
             calls = "the forward of the U-Net, of a part or of its class was replaced, compiled or given hooks"
+        elif not task.one_lowres_time:
+            calls = (
+                "_get_times of the schedule of low-resolution images was overridden, so that each may have its own time"
+            )
         elif not can_be_conditioned_ahead(unet.resnet_blocks):
             calls = "a block of the U-Net, or what it does with time and text, was replaced"
         if calls is not None or overridden(unet, _OF_COPIES) or has_tensors_in_attributes(unet):
@@ -105,7 +109,7 @@ def sample_images(
     Returns:
         Images x_0, dtype and shape of ``x``.
     """
-    hand = _Hand.in_(task.unet)
+    hand = _Hand.in_(task)
     with _running(task, x, acceleration, hand), _steps(task, x, acceleration, hand) as steps:
         for number in progress_bar(range(len(task.update.times)), desc=description, shown=progress):
             if task.update.draws:
@@ -134,7 +138,7 @@ def repeated_step(
         A function that draws noise, makes the step from the images of its last call, and gives the new ones. They are
         its own: the next call changes them.
     """
-    hand = _Hand.in_(task.unet)
+    hand = _Hand.in_(task)
     with ExitStack() as stack:
         with _running(task, x, acceleration, hand):
             steps = stack.enter_context(_steps(task, x, acceleration, hand))

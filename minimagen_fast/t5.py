@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from minimagen_fast.arguments import check_not_meta, whole_number
 from minimagen_fast.tiny_t5 import TINY_T5_DIM, TINY_T5_NAME, embedded_t5_directory
@@ -268,12 +269,13 @@ def _default_device() -> torch.device:
 def _encode_t5(
     entry: dict[str, Any], captions: list[str], max_length: int, device: torch.device, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    model = _loaded(entry)["model"].to(device)
+    # In training mode, where users may have put it or left their own, dropout would make every answer another.
+    model = _loaded(entry)["model"].to(device).eval()
     tokens = entry["tokenizer"](
         captions, padding="longest", truncation=True, max_length=max_length, return_tensors="pt"
     )
     ids, mask = tokens.input_ids.cpu(), tokens.attention_mask.cpu().bool()
-    encodings = torch.zeros(*mask.shape, model.config.d_model, dtype=torch.float32, device=device)
+    encodings = []
     # Autocast off: the result must not depend on what surrounds the call, and T5 overflows in fp16.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, len(captions), batch_size):
@@ -281,8 +283,9 @@ def _encode_t5(
             width = int(mask[batch].sum(1).max())
             batch_mask = mask[batch, :width].to(device)
             hidden = model(input_ids=ids[batch, :width].to(device), attention_mask=batch_mask.long()).last_hidden_state
-            encodings[batch, :width] = hidden.masked_fill(~batch_mask[..., None], 0.0)
-    return encodings, mask.to(device)
+            hidden = hidden.float().masked_fill(~batch_mask[..., None], 0.0)
+            encodings.append(F.pad(hidden, (0, 0, 0, mask.shape[1] - width)))
+    return torch.cat(encodings), mask.to(device)
 
 
 def _encode_registered(

@@ -349,6 +349,29 @@ def test_embeddings_of_a_u_net_of_its_own():
     assert distance(assert_followed(imagen), before) > 1e-3
 
 
+class Originals(BaseTest):
+    """Conditions on text by the arguments of the original package, by which it is also called."""
+
+    factor = 1.0
+
+    def _text_condition(self, text_embeds, batch_size, cond_drop_prob, device, text_mask, t, time_tokens):
+        t, c = super()._text_condition(text_embeds, batch_size, cond_drop_prob, device, text_mask, t, time_tokens)
+        return self.factor * t, c
+
+
+def test_text_of_a_u_net_of_its_own():
+    imagen, other = make_imagen(), make_imagen()
+    before = reference(other)
+    other.unets[0].__class__ = Originals
+    losses = []
+    for one in (imagen, other):
+        torch.manual_seed(0)
+        losses.append(one(torch.full((2, 3, 16, 16), 0.3), **make_words(), unet_number=1))
+    assert distance(*losses) < 1e-5, "the same is drawn in the same order"
+    other.unets[0].factor = 2.0
+    assert distance(assert_followed(other), before) > 1e-3
+
+
 class Diffusion(GaussianDiffusion):
     """The same, by methods with other parameters' names than they need to have."""
 
@@ -389,6 +412,15 @@ def test_timesteps_of_a_diffusion_process_of_its_own():
             sample(imagen)
     with pytest.raises(ValueError, match="_get_sampling_timesteps of this GaussianDiffusion was overridden: choose"):
         sample(imagen, sampler="ddim")
+
+
+def test_a_time_of_its_own_for_each_low_resolution_image():
+    imagen, run = make_imagen(stages=2), {**RUN, "steps": 1}
+    before = sample(imagen, **run)
+    imagen.lowres_noise_schedule._get_times = lambda batch, level, device: torch.arange(batch, device=device) * 5 + 4
+    assert distance(assert_followed(imagen, steps=1)[1], before[1]) > 1e-3
+    with pytest.raises(ValueError, match="condition_cache='on' cannot be had: _get_times of the schedule"):
+        sample(imagen.accelerate(condition_cache="on"), **run)
 
 
 @pytest.mark.parametrize("arguments", [{"sampler": "ddim"}, {"sampler": "dpmpp_2m", "steps": 5}, {"steps": 5}], ids=str)

@@ -101,6 +101,13 @@ def test_the_columns_can_be_had(server):
     assert dataset.urls == [server.url + "rgb", server.url + "grey"] and dataset.captions == ["one", "two"]
 
 
+def test_the_columns_can_be_set(server):
+    dataset = web(server, ["missing", "rgb", "text"])
+    dataset.urls, dataset.captions = dataset.urls[1:2], ["a picture"]
+    assert len(dataset) == 1 and list(dataset.all_captions()) == ["a picture"]
+    assert dataset[0]["mask"].shape == (1, 3) and dataset[0]["image"].shape == (3, 16, 16)
+
+
 def test_a_hugging_face_split_is_read_by_row():
     class Rows:
         def __len__(self):

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,6 +310,27 @@ def test_an_entry_added_to_the_table_works(tmp_path, monkeypatch):
     assert get_encoded_dim("added") == 24
     assert t5_encode_text("a", "added")[0].shape[2] == 24
     assert T5_VERSIONS["added"]["model"] is not None
+
+
+class OwnModel(torch.nn.Module):
+    """All that the original package asks of a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.drop = torch.nn.Embedding(32128, 8), torch.nn.Dropout(0.5)
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(last_hidden_state=self.drop(self.embed(input_ids)))
+
+
+def test_a_model_of_ones_own_in_the_table_is_evaluated(monkeypatch):
+    t5_encode_text("load it", "t5_tiny")
+    [tiny] = [entry for entry in t5._OTHER_T5.values() if entry["handle"] == str(embedded_t5_directory())]
+    model = OwnModel().train()
+    monkeypatch.setitem(T5_VERSIONS, "own", {**tiny, "model": model, "dim": 8})
+    encodings, mask = t5_encode_text(["a red circle", "a"], "own", batch_size=1)
+    assert encodings.shape == (*mask.shape, 8) and not encodings[~mask].any() and not model.training
+    assert torch.equal(t5_encode_text(["a red circle", "a"], "own")[0], encodings)
 
 
 def test_a_stray_folder_of_other_dimensions_is_an_error(tmp_path, monkeypatch):

@@ -34,6 +34,21 @@ def _own_workspaces() -> Iterator[None]:
         clear()
 
 
+def _have_numbers_drawn_again(device: torch.device) -> None:
+    """Have the default generator draw random numbers after a capture that could not be ended.
+
+    Until another one is ended torch takes the generator for captured, and refuses every number, in all of the process.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Something must be captured: torch warns of graphs that are empty.
+        written = torch.zeros(1, device=device)
+        with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
+            written.zero_()
+    except RuntimeError:
+        _failed.append(graph)
+
+
 @contextmanager
 def capturing(
     graph: torch.cuda.CUDAGraph, device: torch.device, beside: torch.cuda.CUDAGraph | None = None
@@ -64,6 +79,7 @@ def capturing(
             with suppress(RuntimeError):
                 graph.reset()
             _failed.append(graph)
+            _have_numbers_drawn_again(device)
             raise
         finally:
             # torch leaves its own in force if the capture cannot be ended.

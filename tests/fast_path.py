@@ -179,7 +179,7 @@ def stand_in_for_cuda_graphs(monkeypatch, kind, capture, *, reason):
         return dataclasses.replace(resolved, cuda_graphs="on", reasons=reasons)
 
     @contextmanager
-    def checked(graph, *, pool, stream, capture_error_mode):
+    def checked(graph, *, stream, capture_error_mode, pool=None):
         assert capture_error_mode == "thread_local", "other threads may disturb the capture"
         graph.memory = pool or graph
         with capture(graph):

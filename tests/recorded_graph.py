@@ -51,6 +51,9 @@ def record_cuda_graphs(monkeypatch, *, reason="always, in this test"):
     """Every training on a CPU captures and replays; gives the list of the graphs that are made."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(captured_training, "_memory", lambda device: 2**30)
+    # Once another test has used a CUDA device torch refuses to say this of a CPU.
+    monkeypatch.setattr(captured_training, "_allocated", lambda device: 0)
+    monkeypatch.setattr(captured_training, "_reserved", lambda device: 0)
     # Where operators are recorded a CPU's own way to a gradient is not taken, so that it is to be the same elsewhere.
     monkeypatch.setattr(wide_conv, "_is_convolution_fast", lambda: False)
     return stand_in_for_cuda_graphs(monkeypatch, RecordedGraph, lambda graph: graph, reason=reason)

@@ -534,6 +534,28 @@ def test_a_capture_that_fails_gives_up_its_memory(graphs, monkeypatch):
     cuda_capture._failed.clear()
 
 
+def test_after_a_capture_that_cannot_be_ended_another_one_is(graphs, monkeypatch):
+    """It is what has torch's default generator draw numbers again."""
+    imagen = make_imagen()
+    warm(imagen)
+    begun, ended = [], []
+
+    @contextlib.contextmanager
+    def invalidated(graph, **_):
+        begun.append(graph)
+        yield
+        if len(begun) == 1:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        ended.append(graph)
+
+    monkeypatch.setattr(torch.cuda, "graph", invalidated)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        step(imagen)
+    assert ended == begun[1:] and len(ended) == 1
+    assert cuda_capture._failed == begun[:1]
+    cuda_capture._failed.clear()
+
+
 def test_what_is_captured_has_workspaces_of_its_own(graphs, monkeypatch):
     cleared = []
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(len(graphs)), raising=False)

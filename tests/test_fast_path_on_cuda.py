@@ -227,6 +227,20 @@ def test_a_capture_beside_a_loader_that_pins_memory(replays):
     assert replays
 
 
+def test_random_numbers_are_drawn_after_a_capture_that_cannot_be_ended(monkeypatch):
+    imagen, words, denoise = on_card(**EXACT), make_words(device="cuda"), Unet.denoise
+
+    def waiting(self, x, *args):
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return denoise(self, x, *args)
+
+    denoise_by(monkeypatch, waiting)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        images = imagen.sample(**words, progress=False, **FEW)
+    assert images.isfinite().all() and torch.rand(1, device="cuda").isfinite()
+
+
 def test_graphs_of_a_u_net_share_their_memory():
     imagen = on_card(**EXACT)
     expected = reference(imagen, **FEW)

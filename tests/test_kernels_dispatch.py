@@ -23,6 +23,8 @@ from minimagen_fast.kernels import (
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+# Where there is a CUDA device the kernels take tensors of that alone.
+ON_THE_CPU = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels on tensors of the CPU")
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +185,7 @@ def operators_of(run):
     return {event.name for event in profile.function_events if event.name.startswith(launch.NAMESPACE)}
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="on tensors of the CPU")
+@ON_THE_CPU
 def test_operators_are_called_where_something_looks_at_them():
     x, gain = torch.randn(3, 8), torch.randn(8)
 
@@ -233,6 +235,7 @@ def images():
     return torch.randn(2, 32, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
+@ON_THE_CPU
 @OPERATORS
 def test_gradients_of_gradients_are_refused_by_name(name):
     def gradient_of(function, x):
@@ -247,6 +250,7 @@ def test_gradients_of_gradients_are_refused_by_name(name):
     expected.square().sum().backward()
 
 
+@ON_THE_CPU
 @OPERATORS
 @pytest.mark.parametrize("counted", [False, True])
 def test_derivatives_in_forward_mode_are_refused_by_name(name, counted):
@@ -270,6 +274,7 @@ def test_derivatives_in_forward_mode_are_refused_by_name(name, counted):
     torch.testing.assert_close(slope, function(x))
 
 
+@ON_THE_CPU
 @OPERATORS
 def test_derivatives_by_transforms_and_batched_ones_are_refused_by_name(name):
     function, x = with_kernels("triton")[name], images()
@@ -297,6 +302,7 @@ def test_the_reference_has_derivatives_in_forward_mode(name):
     torch.testing.assert_close((gradient * x.sin()).sum(), slope.square().sum(), rtol=1e-4, atol=1e-4)
 
 
+@ON_THE_CPU
 def test_sampling_steps_refuse_derivatives_in_forward_mode():
     schedule, t = torch.linspace(0.9, 0.1, 10), torch.tensor([3, 7])
 
@@ -307,6 +313,7 @@ def test_sampling_steps_refuse_derivatives_in_forward_mode():
         torch.func.jvp(step, (images(),), (images(),))
 
 
+@ON_THE_CPU
 @OPERATORS
 def test_an_output_on_which_nothing_depends_gives_no_gradients(name):
     class Stop(torch.autograd.Function):

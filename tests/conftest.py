@@ -10,7 +10,7 @@ import tempfile
 from importlib.metadata import version
 
 import pytest
-from interpreter import count_with_arrays_of_one_value, remember_builtins
+from interpreter import count_with_arrays_of_one_value, do_nothing_twice
 
 
 def pytest_configure(config):
@@ -33,7 +33,7 @@ def pytest_configure(config):
     # Float32 is float32 in what results are compared with: cuDNN would round to TF32.
     torch.backends.cudnn.allow_tf32 = False
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        remember_builtins()
+        do_nothing_twice()
         if version("triton").startswith("3.6."):
             count_with_arrays_of_one_value()
     # The text encoders look for files on the Hugging Face hub; tests that want that serve one themselves.

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
+from .launch import untraced
 
-@torch.compiler.assume_constant_result
+
+@untraced
 def has_autocast(device_type: str) -> bool:
     """Whether torch has autocast for such devices; not traced, which torch.compile of torch 2.11 cannot do."""
     return torch.amp.is_autocast_available(device_type)

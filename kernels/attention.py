@@ -187,7 +187,7 @@ _PIECE = 2**20
 _MOST_KEPT_SCORES = 2**24
 
 
-@torch.compiler.assume_constant_result
+@launch.untraced
 def _has_fast_half_attention() -> bool:
     """Whether the CPU has the matrix units for which the library's kernel in half precision is made."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()

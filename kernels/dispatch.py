@@ -155,7 +155,7 @@ def _found(reasons: Reasons) -> Sequence[str]:
 
 
 # torch.compile cannot trace a warning: marked so, it is given while the caller is traced.
-@torch.compiler.assume_constant_result
+@launch.untraced
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

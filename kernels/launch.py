@@ -52,6 +52,7 @@ __all__ = [
     "tl",
     "triton",
     "unregistered",
+    "untraced",
 ]
 
 
@@ -91,13 +92,20 @@ def target(device: torch.device) -> Target:
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@torch.compiler.assume_constant_result
+def untraced(function: Callable) -> Callable:
+    """Have torch.compile call a function once, and take its result for a constant."""
+    # So does torch.compiler.assume_constant_result, which takes over a second to import the compiler.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@untraced
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; torch.compile asks once and does not trace the question."""
     return target(device).capability
 
 
-@torch.compiler.assume_constant_result
+@untraced
 def missing(device: torch.device | None = None) -> str | None:
     """What Triton lacks to run kernels on a device, if anything; a CUDA device is meant if none is given."""
     if not AVAILABLE:

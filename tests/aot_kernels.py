@@ -1,11 +1,11 @@
 """What tests/test_aot.py asks of the ahead-of-time table; run as a program without Triton's interpreter.
 
-``kernels`` prints as JSON what is wrong with some kernels made for it, by kernel and target, ``unet`` which builds a
-U-Net needs that the enumeration does not have.
+It prints as JSON what is wrong with some kernels made for it, by kernel and target, and which builds each U-Net needs
+that the enumeration does not have.
 """
 
+import functools
 import json
-import sys
 from contextlib import contextmanager, nullcontext, suppress
 
 import torch
@@ -15,7 +15,7 @@ from minimagen_fast.Imagen import Imagen
 from minimagen_fast.kernels import launch
 from minimagen_fast.kernels.launch import tl, triton
 from minimagen_fast.plan_autocast import autocast_as_on_cuda
-from minimagen_fast.Unet import BaseTest
+from minimagen_fast.Unet import Base, BaseTest, Super, SuperTest, Unet
 
 LAYOUTS = ("channels_last", "contiguous")
 SAMPLERS = [
@@ -90,9 +90,18 @@ def two_steps(imagen: Imagen, **arguments) -> None:
         imagen.sample(**arguments, callback=end, progress=False, device="meta")
 
 
-def of_unet(name: str, side: int, arguments: dict) -> dict:
+UNETS = {Base: (16, {}), Super: (32, {"lowres_cond": True}), BaseTest: (16, {}), SuperTest: (16, {"lowres_cond": True})}
+
+
+@functools.cache
+def enumerated(side: int) -> dict[aot_builds.Build, bool]:
+    # Guidance makes twice as many images.
+    return aot_builds.enumerate_builds([(side, batch) for batch in (2, 4)], targets=[90])
+
+
+def of_unet(unet: type[Unet]) -> dict:
     """What training steps need, loss and noising included, and sampling: float32, autocast, bfloat16."""
-    (unet,) = (unet for unet in aot_builds.UNETS if unet.__name__ == name)
+    side, arguments = UNETS[unet]
     with torch.device("meta"):
         model = unet(**arguments)
         before = [BaseTest()] if model.lowres_cond else []
@@ -127,16 +136,12 @@ def of_unet(name: str, side: int, arguments: dict) -> dict:
         with recorded():
             two_steps(imagen, **words, **start)
             imagen(images, **words, unet_number=len(sizes)).backward()
-    # Guidance makes twice as many images.
-    known = aot_builds.enumerate_builds([(side, batch) for batch in (2, 4)], targets=[90])
     return {
         "needed": len(needed),
         "kernels": sorted({one.kernel for one in needed}),
-        "missing": sorted(f"{one.kernel} {one.config}" for one in needed - known.keys()),
+        "missing": sorted(f"{one.kernel} {one.config}" for one in needed - enumerated(side).keys()),
     }
 
 
 if __name__ == "__main__":
-    what, *rest = sys.argv[1:]
-    result = of_kernels() if what == "kernels" else of_unet(rest[0], int(rest[1]), json.loads(rest[2]))
-    print(json.dumps(result))
+    print(json.dumps({"kernels": of_kernels(), "unets": {unet.__name__: of_unet(unet) for unet in UNETS}}))

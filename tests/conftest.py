@@ -1,5 +1,6 @@
 """What holds for all tests: no network, no traces outside pytest's own folders, GPU tests only where there is a GPU."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 from importlib.metadata import version
 
 import pytest
-from interpreter import count_with_arrays_of_one_value, remember_builtins
+from interpreter import count_with_arrays_of_one_value, do_nothing_twice
 
 
 def pytest_configure(config):
@@ -32,7 +33,7 @@ def pytest_configure(config):
     # Float32 is float32 in what results are compared with: cuDNN would round to TF32.
     torch.backends.cudnn.allow_tf32 = False
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        remember_builtins()
+        do_nothing_twice()
         if version("triton").startswith("3.6."):
             count_with_arrays_of_one_value()
     # The text encoders look for files on the Hugging Face hub; tests that want that serve one themselves.
@@ -79,3 +80,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_of_gpu_lane(item, on_cuda):
             item.add_marker(pytest.mark.gpu if on_cuda else pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    # What was imported stays until the end. To go through all of it time and again took a tenth of the tests' time.
+    gc.collect()
+    gc.freeze()

@@ -218,10 +218,14 @@ def test_a_grid_of_others_is_not_written_over(tmp_path, capsys):
 
 def test_the_command_as_a_program():
     assert run("--version").stdout.startswith("minimagen_fast ")
-    for words in (["--help"], ["train", "--help"], ["sample", "--help"], ["quickstart", "--help"]):
+    for words, named in (
+        (["--help"], "COMMAND"),
+        (["train", "--help"], "--RESTART_DIRECTORY"),
+        (["sample", "--help"], "--cond-scale"),
+        (["quickstart", "--help"], "--minutes"),
+    ):
         shown = run(*words)
-        assert shown.returncode == 0 and "usage: minimagen-fast" in shown.stdout
-    assert "--RESTART_DIRECTORY" in run("train", "--help").stdout
+        assert shown.returncode == 0 and "usage: minimagen-fast" in shown.stdout and named in shown.stdout
     nothing = run()
     assert nothing.returncode == 2 and "COMMAND" in nothing.stderr
 

@@ -1,5 +1,6 @@
 """Helpers beyond the golden vectors."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,10 +154,11 @@ def test_quantile_of_more_values_than_torch_takes():
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(x[:1], 0.9, dim=-1)
     rank = 0.9 * (x.shape[-1] - 1)
-    ordered = x.sort(dim=-1).values
+    # Not a sort of all: these two are where it would put them.
+    ordered = torch.from_numpy(np.partition(x.numpy(), (int(rank), int(rank) + 1)))
     expected = torch.lerp(ordered[:, int(rank)], ordered[:, int(rank) + 1], rank % 1)
     assert torch.equal(quantile(x, 0.9), expected)
-    assert torch.equal(quantile(x, 1.0), ordered[:, -1])
+    assert torch.equal(quantile(x, 1.0), x.amax(dim=-1))
     x[1, 5] = torch.nan
     assert quantile(x, 0.9).isnan().tolist() == [False, True]
 

@@ -139,6 +139,9 @@ def test_the_card_is_a_constant_to_torch_compile(monkeypatch):
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(2)).tolist() == [7, 7]
+    # Said in torch's way, but without torch's compiler.
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(launch.untraced(lambda: None))
 
 
 def test_a_fallback_compiles_without_a_graph_break_and_is_warned_of(monkeypatch):

@@ -66,9 +66,9 @@ def table(outcomes: list[Outcome]) -> str:
 
 _HEAD = """# How many steps a sampler needs
 
-Written by `python -m benchmarks.judged_steps --write`: the cascade of the quickstart ({sizes} pixels, {timesteps}
-timesteps), its {captions} captions with {seeds} seeds each, on {device}, torch {torch}. The judge's shares are of
-{pictures} pictures: one picture is {share:.1%}. The first row is the documented default.
+Written by `python -m benchmarks.judged_steps DIRECTORY --seeds {seeds} --write`: the cascade of the quickstart ({sizes}
+pixels, {timesteps} timesteps), its {captions} captions with {seeds} seeds each, on {device}, torch {torch}. The judge's
+shares are of {pictures} pictures: one picture is {share:.1%}. The first row is the documented default.
 
 """
 

@@ -91,8 +91,10 @@ class EMA:
         """Goes on from what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: The averages belong to other parameters.
+            ValueError: It is no such state, or the averages belong to other parameters.
         """
+        if missing := [name for name in ("averages", "updates") if name not in state]:
+            raise ValueError(f"the state of an EMA has averages and updates; this one lacks {' and '.join(missing)}")
         averages = state["averages"]
         shapes = {name: tuple(value.shape) for name, value in self.averages.items()}
         if {name: tuple(value.shape) for name, value in averages.items()} != shapes:

@@ -108,6 +108,8 @@ def test_state_goes_on_where_it_was():
     assert all(torch.equal(a, b) for a, b in zip(one.averages.values(), other.averages.values(), strict=True))
     with pytest.raises(ValueError, match="other parameter names or shapes"):
         EMA(nn.Linear(4, 2), 0.9).load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="lacks averages and updates"):
+        other.load_state_dict(module.state_dict())
     other.load_state_dict({"updates": 1, "averages": dict(module.named_parameters())})
     assert not any(value.requires_grad for value in other.averages.values())
 

@@ -95,10 +95,11 @@ def test_a_stop_of_the_run_before_is_no_stop_of_this_one(slurm, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "stop").touch()
-    assert slurm("--OUT", str(out), training="exit 2", restarts="5").wait() == 2
+    assert slurm(f"--OUT={out}", training="exit 2", restarts="5").wait() == 2
     assert not (tmp_path / "scontrol").exists()
 
 
-def test_without_a_directory_it_says_so(slurm, tmp_path):
-    process = slurm("--DATA", "pictures")
+@pytest.mark.parametrize("words", [("--DATA", "pictures"), ("--OUT",), ("--OUT=",)])
+def test_without_a_directory_it_says_so(slurm, tmp_path, words):
+    process = slurm(*words)
     assert process.wait() == 2 and "give --OUT" in lines(tmp_path, "stderr")[0]

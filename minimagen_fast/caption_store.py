@@ -162,11 +162,15 @@ class CaptionEncodings:
         name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
         max_length: Tokens after which a caption is cut off.
 
+    Attributes:
+        device: Where captions that are not in the store are encoded, see :func:`.t5.t5_encode_text`.
+
     Raises:
         ValueError: if the captions in the store were encoded otherwise.
     """
 
     def __init__(self, store: CaptionStore | None, name: str, max_length: int):
+        self.device: torch.device | str | None = None
         if store is not None:
             store.check_encoder(name, max_length)
         self.store, self.name, self.max_length = store, name, max_length
@@ -183,14 +187,14 @@ class CaptionEncodings:
 
         Args:
             caption: The caption.
-            device: Where to encode it if it is not in the store, see :func:`.t5.t5_encode_text`.
+            device: Where to encode it if it is not in the store; the attribute by default.
         """
         if self.store is not None:
             found = self.store.get(caption)
             if found is not None:
                 return found
             self._not_in_store(self.store, caption)
-        return t5_encode_text([caption], self.name, self.max_length, device=device)
+        return t5_encode_text([caption], self.name, self.max_length, device=self.device if device is None else device)
 
     def _not_in_store(self, store: CaptionStore, caption: str) -> None:
         if not self._checked_content:

@@ -95,6 +95,14 @@ class CaptionedPictures(Dataset):
         """The captions of all items, in order and as often as they come; what is no string is left out."""
         raise NotImplementedError
 
+    def encode_on(self, device: torch.device | str | None) -> None:
+        """Encode captions that are not stored on this device, here and in what :meth:`unaugmented` gives.
+
+        Args:
+            device: See :func:`.t5.t5_encode_text`, which chooses where none is given.
+        """
+        self._encodings.device = device
+
     def unaugmented(self) -> "CaptionedPictures":
         """The same data without chance, for validation: cropped to the middle where it was at random, not mirrored.
 

@@ -163,8 +163,7 @@ def _report(
     sizes = [sum(p.numel() for p in unet.parameters()) for unet in imagen.unets]
     stages = "\n".join(
         f"| {_name(recipe, number)} | {sizes[number - 1]:,} | {recipe.batch_sizes[number - 1]} |"
-        f" {int(points[-1][0]) if points else 0} of {recipe.steps(number, minutes)} |"
-        f" {f'{points[-1][1]:.4f}' if points else 'too few steps to tell'} |"
+        f" {int(points[-1][0])} of {recipe.steps(number, minutes)} | {points[-1][1]:.4f} |"
         for number, points in losses.items()
     )
     return f"""# Quickstart report

@@ -120,7 +120,7 @@ def train_unet(
         after_step: Called after every step.
 
     Returns:
-        (step, mean loss of the last 20 steps), every 20 steps.
+        (step, mean loss of the last 20 steps), every 20 steps; of a training of fewer steps, the mean of all.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -140,6 +140,7 @@ def train_unet(
     held_out = ShapesDataset(VALIDATION_PICTURES, side_length=side, seed=2 * seed + 1, encoder_name=TINY_T5_NAME)
     options = {**get_minimagen_dl_opts(imagen.device), "batch_size": batch_size}
     losses: Losses = []
+    window: list[float] = []
     seconds = max(deadline - time.time(), 1.0)
     # Its messages, which the progress file has too, are those of training scripts: they name flags that no command has.
     with redirect_stdout(io.StringIO()):
@@ -158,9 +159,11 @@ def train_unet(
             autocast_dtype=_fast_dtype(imagen.device),
             max_grad_norm=MAX_GRAD_NORM,
             max_seconds=seconds,
-            callback=_averaging_into(losses, after_step),
+            callback=_averaging_into(losses, window, after_step),
             progress=progress,
         )
+    if not losses:
+        losses.append((len(window), sum(window) / len(window)))
     return losses
 
 
@@ -188,9 +191,9 @@ def _fast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
 
 
-def _averaging_into(losses: Losses, after_step: Callable[[], None] | None) -> Callable[[TrainingStep], None]:
-    window: list[float] = []
-
+def _averaging_into(
+    losses: Losses, window: list[float], after_step: Callable[[], None] | None
+) -> Callable[[TrainingStep], None]:
     def callback(step: TrainingStep) -> None:
         window.append(step.loss)
         if len(window) == LOSS_WINDOW:

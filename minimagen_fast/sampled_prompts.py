@@ -50,7 +50,7 @@ def sampled_prompts(
         return partial(sample_grid, imagen, [""], **options)
     if args.SAMPLE_PROMPTS is not None:
         prompts = _read(Path(args.SAMPLE_PROMPTS))
-        embeds, masks = t5_encode_text(prompts, args.T5_NAME, args.MAX_NUM_WORDS)
+        embeds, masks = t5_encode_text(prompts, args.T5_NAME, args.MAX_NUM_WORDS, device=imagen.device)
         return partial(sample_grid, imagen, prompts, text_embeds=embeds, text_masks=masks, **options)
     batch = MinimagenCollator("cpu")([valid_data[place] for place in range(min(VALIDATION_PICTURES, len(valid_data)))])
     if batch is None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from .arguments import check_seed
+from .captioned import CaptionedPictures
 from .files import replace_file
 from .generate import build_imagen, checked_params
 from .helpers import device_for_values
@@ -137,6 +138,8 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
         take_over(args, args.PARAMETERS, ranks, justparams=True)
 
     train_data, valid_data = open_data(args)
+    if device.type != "cuda":
+        _encode_on_cpu(train_data, valid_data)
     # The same weights on every rank, whatever was drawn while the data was opened.
     torch.manual_seed(args.SEED)
     imagen, unets_params, imagen_params = _model(args)
@@ -277,6 +280,14 @@ def _end_with(trainer: Trainer, scheduler: Any, args: argparse.Namespace, ranks:
     scheduler.lr_lambdas = [learning_rate_factor("cosine", args.WARMUP_STEPS, total)] * len(scheduler.lr_lambdas)
     if total != trainer.total_steps_before:
         tell(ranks, f"the cosine schedule ends at step {total} now, before it was to at {trainer.total_steps_before}")
+
+
+def _encode_on_cpu(*data: Any) -> None:
+    # Of themselves they would take a CUDA device, which --DEVICE says not to use.
+    for part in data:
+        whole = part.dataset if isinstance(part, Subset) else part
+        if isinstance(whole, CaptionedPictures):
+            whole.encode_on("cpu")
 
 
 def _loaders(

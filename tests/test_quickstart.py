@@ -75,7 +75,9 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     weights = []
     for name in ("first", "second"):
         far = time.time() + 600
-        quickstart_training.train_unet(SHORT, 2, tmp_path / name, "t", 5, 0.2, far, torch.get_num_threads(), False)
+        threads = torch.get_num_threads()
+        losses = quickstart_training.train_unet(SHORT, 2, tmp_path / name, "t", 5, 0.2, far, threads, False)
+        assert [step for step, _ in losses] == [10], "fewer steps than the loss is averaged over have one to draw"
         (file,) = (tmp_path / name / "state_dicts").glob("unet_1_*")
         weights.append(torch.load(file, weights_only=True))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

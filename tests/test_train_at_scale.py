@@ -536,6 +536,13 @@ def test_a_text_encoder_in_a_folder_is_found_from_anywhere(data, tmp_path, monke
     assert load_params(tmp_path / "second")[1]["text_encoder_name"] == str(encoder)
 
 
+def test_captions_and_prompts_are_encoded_where_it_trains(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimagen_fast.t5._default_device", lambda: pytest.fail("a CUDA device if there is one"))
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    words = command(data, tmp_path / "run", "-e", "1", "--UNET", "1", "--SAMPLE_INTERVAL", "4", "--SAMPLE_STEPS", "1")
+    assert cli.main([*without(words, "--CAPTIONS"), "--SAMPLE_PROMPTS", str(tmp_path / "prompts.txt")]) == 0
+
+
 def test_timesteps_of_each_u_net_are_kept_unless_the_command_line_has_others(data, tmp_path):
     model = tmp_path / "model" / "parameters"
     shutil.copytree(data / "model" / "parameters", model)

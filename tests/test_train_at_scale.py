@@ -40,9 +40,9 @@ def data(tmp_path_factory):
     for number, kind in enumerate(kinds):
         shapes.draw(*kind, 32, rng).save(folder / "pictures" / f"{number:02d}.png")
         (folder / "pictures" / f"{number:02d}.txt").write_text(shapes.caption(*kind))
-    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "32", "-t", "25"])
+    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "16", "-t", "25"])
     unets = [SMALL, {**SMALL, "lowres_cond": True}]
-    save_training_info(args, "1", unets, {"image_sizes": [16, 32]}, 0.0, create_directory(folder / "model"))
+    save_training_info(args, "1", unets, {"image_sizes": [8, 16]}, 0.0, create_directory(folder / "model"))
     words = ["encode-captions", "--DATA", str(folder / "pictures"), "--OUT", str(folder / "captions")]
     assert cli.main([*words, "-t5", "t5_tiny", "-mw", "32"]) == 0
     return folder
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 def command(data, out, *further):
     words = ["train", "-p", str(data / "model" / "parameters"), "--DATA", str(data / "pictures")]
-    words += ["--CAPTIONS", str(data / "captions"), "-t5", "t5_tiny", "-mw", "32", "-s", "32", "-t", "25", "-b", "4"]
+    words += ["--CAPTIONS", str(data / "captions"), "-t5", "t5_tiny", "-mw", "32", "-s", "16", "-t", "25", "-b", "4"]
     return [*words, "-f", "0.84", "--OUT", str(out), "--DEVICE", "cpu", *further]
 
 
@@ -100,7 +100,7 @@ def test_under_torchrun_on_a_captioned_folder_with_encoded_captions(data, tmp_pa
     state = state_of(run)
     assert state["position"]["step"] == 24 and state["lr_scheduler"]["state"]["last_epoch"] == 24
     assert any(name.startswith("averages.1.") for name in state["tensors"])
-    assert load_minimagen(run).image_sizes == (16, 32)
+    assert load_minimagen(run).image_sizes == (8, 16)
 
     # The same command goes on, on one process.
     words[words.index("-e") + 1] = "9"
@@ -413,8 +413,8 @@ def test_of_an_attempt_without_a_step_nothing_is_left_to_other_parameters(data, 
     assert sorted(run.rglob("*")) == before, "it may be the other's too"
 
     other.unlink()
-    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "32", "-t", "25"])
-    save_training_info(args, "1", [SMALL], {"image_sizes": [32]}, 0.0, create_directory(tmp_path / "one"))
+    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "16", "-t", "25"])
+    save_training_info(args, "1", [SMALL], {"image_sizes": [16]}, 0.0, create_directory(tmp_path / "one"))
     assert cli.main(changed(command(data, run, "-e", "1"), p=str(tmp_path / "one" / "parameters"))) == 0
     assert len(list((run / "parameters").iterdir())) == 4 and (run / "parameters" / "notes.json").is_file()
     assert [file.name for file in (run / "tmp").iterdir()] == ["unet_0_tmp.pth"]
@@ -427,8 +427,8 @@ def test_parameters_of_more_u_nets_that_a_kill_has_left_are_not_mixed_with_other
     (run / "checkpoints").mkdir()
     (run / "tmp" / "unet_1_tmp.pth").write_bytes(b"killed before its first checkpoint was whole")
     before = contents(run)
-    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "32", "-t", "25"])
-    save_training_info(args, "2", [SMALL], {"image_sizes": [32]}, 0.0, create_directory(tmp_path / "one"))
+    args = get_minimagen_parser().parse_args(["-t5", "t5_tiny", "-mw", "32", "-s", "16", "-t", "25"])
+    save_training_info(args, "2", [SMALL], {"image_sizes": [16]}, 0.0, create_directory(tmp_path / "one"))
     words = changed(command(data, run, "-e", "1"), p=str(tmp_path / "one" / "parameters"))
     assert cli.main(words) == cli.MISUSED
     assert f"{run / 'parameters'} is of more U-Nets than these 1" in capsys.readouterr().err

@@ -14,10 +14,11 @@ from minimagen_fast import blocks
 from minimagen_fast.kernels import use_implementation
 from minimagen_fast.Unet import Base, Super
 
-# As deep as the real ones, but narrow: what is traced depends on the structure.
+# As deep as the real ones, but narrow: what is traced depends on the structure. One block of a level is like another.
+NARROW = {"dim": 16, "cond_dim": 32, "num_resnet_blocks": (1, 1, 1, 2)}
 UNETS = {
-    "Base": (Base, {"dim": 16, "cond_dim": 32, "attend_at_middle": True}, 32),
-    "Super": (Super, {"dim": 16, "cond_dim": 32, "lowres_cond": True}, 64),
+    "Base": (Base, {**NARROW, "attend_at_middle": True}, 32),
+    "Super": (Super, {**NARROW, "lowres_cond": True}, 64),
 }
 
 

@@ -7,6 +7,7 @@ changes what it does can be taken back but in part. Whoever has the peer alone h
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -125,7 +126,8 @@ class Apart:
     """The same in a process of its own, on a CPU; ``prepare`` and what it is made of can be pickled."""
 
     def __init__(self, prepare: Prepare, context: Context):
-        self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        spawn = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent)
         self._number = self._result(os.getpid)
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -156,13 +158,25 @@ class Apart:
     def close(self) -> None:
         """End the process, and all that the case has there."""
         # Whatever it is at, which may take minutes.
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # it has ended, which each system says in its own way
             os.kill(self._number, signal.SIGTERM)
         self._process.shutdown(cancel_futures=True)
 
 
 # That of a process of its own.
 _case: Here
+
+
+def _end_with_parent() -> None:
+    """Have this process end with the one that made it, killed or not: it would wait for calls for ever, in memory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _prepare(prepare: Prepare, context: Context, threads: int, peers: dict[str, str | None]) -> None:

@@ -214,6 +214,32 @@ def test_a_process_of_its_own_without_the_same_peers_measures_nothing(harness, m
         harness.run(Plan(IDENTITY, process_number, apart=True), Benchmark())
 
 
+ENDS_AT_ONCE = """
+import os
+from types import SimpleNamespace
+import torch
+from benchmarks.places import Apart
+from cases_apart import process_number
+if __name__ == "__main__":
+    case = Apart(process_number, SimpleNamespace(device=torch.device("cpu")))
+    print(round(case.rounds() and case.sample()), flush=True)
+    os._exit(1)
+"""
+
+
+def test_a_process_of_its_own_ends_with_the_one_that_made_it():
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    # Its output is over when both have ended.
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_AT_ONCE],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip().isdecimal() and done.returncode, done.stderr
+
+
 def wrong_in_one_value(x, weight, bias, **options):
     """What a wrong kernel does: all is right but one value."""
     if options["implementation"] == "reference":

@@ -71,7 +71,9 @@ def test_arguments_that_cannot_be(tmp_path, seed, minutes, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path):
+def test_the_same_seed_gives_the_same_weights(tmp_path, monkeypatch):
+    # On CUDA the gradients of convolutions are the library's, which does not promise the same bits.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     weights = []
     for name in ("first", "second"):
         far = time.time() + 600

@@ -17,6 +17,10 @@ def pytest_configure(config):
     # What a shell starts in the background ignores Ctrl-C, and so would the programs that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Files go to workers in the order of their names. In that of the number of their tests, which says nothing of their
+    # time, a long one would come last, and the other processors wait for it.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
     # Workers of pytest-xdist share the processors: two of them, each with a thread for every processor, would wait for
     # one another at every operation. Subprocesses take the number from the environment.
     if "PYTEST_XDIST_WORKER_COUNT" in os.environ:

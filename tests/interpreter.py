@@ -21,7 +21,6 @@ def do_nothing_twice():
         _remember_builtins(interpreter)
         _replace_once_in_a_kernel(interpreter)
         _remember_dtypes(interpreter)
-        _remember_shapes(interpreter)
         _leave_shapes_that_are_alike(interpreter)
         _leave_overflows(interpreter)
 
@@ -78,29 +77,6 @@ def _remember_dtypes(interpreter):
         return found[one.name]
 
     interpreter._get_np_dtype = get_np_dtype
-
-
-def _remember_shapes(interpreter):
-    """Describe a shape, and the type of tensors that have it, once, and not for every tensor."""
-    tensor, block_type = interpreter.tl.tensor, interpreter.tl.block_type
-    make, with_element_ty = tensor.__init__, block_type.with_element_ty
-    shapes, types = {}, {}
-
-    def make_tensor(self, handle, type):
-        shape = tuple(type.shape.values) if type.is_block() else ()
-        if shape not in shapes:
-            make(self, handle, type)
-            shapes[shape] = self.shape, self.numel
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = shapes[shape]
-
-    def remembered(self, scalar_ty):
-        key = scalar_ty.name, *self.shape.values
-        if key not in types:
-            types[key] = with_element_ty(self, scalar_ty)
-        return types[key]
-
-    tensor.__init__, block_type.with_element_ty = make_tensor, remembered
 
 
 def _leave_shapes_that_are_alike(interpreter):

@@ -11,7 +11,8 @@ import torch
 
 # Forked from a process that has imported everything already, and has no threads.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["training_runs", "minimagen_fast.trainer", "minimagen_fast.loading"])
+# The last is what the first optimizer imports.
+_CONTEXT.set_forkserver_preload(["training_runs", "minimagen_fast.trainer", "minimagen_fast.loading", "torch._dynamo"])
 PATIENCE = 500
 
 

@@ -28,7 +28,7 @@ class Plan:
         prepare: Makes it ready; raises :class:`Unavailable` if it cannot be.
         priority: Cases with small numbers come first, so that a run that is stopped has told the most.
         seconds: How long it takes, about, where that is long: it is not begun with less time left.
-        apart: Whether it is measured in a process of its own, on a CPU.
+        apart: Whether it is measured in a process of its own, on a CPU, where it is checked only after that.
         beside: A peer's variant and what makes it ready, in a process of its own: a sample of it is taken before each
             of the case's, so that their ratio does not tell how busy the machine was at two times. If it cannot be had,
             the case is alone.
@@ -90,7 +90,7 @@ class Harness:
         if record.status == "unavailable":
             pytest.skip(record.reason)
         if record.status == "parity_failed":
-            pytest.fail(f"not timed: {record.reason}", pytrace=False)
+            pytest.fail(f"no time is given: {record.reason}", pytrace=False)
         return record
 
     @property
@@ -112,26 +112,37 @@ class Harness:
             case = Apart(plan.prepare, context) if plan.apart else Here(plan.prepare, context, plan.identity.graph)
             stack.callback(case.close)
             record.extra = case.extra()
-            record.reason = case.check()
+            case.start()
             record.extra = case.extra()
-            if record.reason:
-                record.status = "parity_failed"
+            if not plan.apart and self._is_wrong(case, record):
                 return
             rounds = case.rounds()
-            samples = self._samples(plan, case, rounds, self._peer(plan, stack), record, benchmark)
-            for name, value in case.described(samples).items():
+            peer = self._peer(plan, stack)
+            samples = self._samples(plan, case, rounds, peer, record, benchmark)
+            values = case.described(samples)
+            if plan.apart and self._is_wrong(case, record):
+                return
+            if peer and not _is_right(peer):
+                record.beside = None  # its own case says why
+            for name, value in values.items():
                 setattr(record, name, value)
             record.samples = samples
 
+    @staticmethod
+    def _is_wrong(case: Here | Apart, record: Record) -> bool:
+        record.reason = case.wrong()
+        if record.reason:
+            record.status = "parity_failed"
+        return bool(record.reason)
+
     def _peer(self, plan: Plan, stack: ExitStack) -> Apart | None:
-        """What is timed beside a case, checked and ready for samples; None if there is nothing."""
+        """What is timed beside a case, ready for samples; None if there is nothing."""
         if plan.beside is None:
             return None
         try:
             peer = Apart(plan.beside[1], self.context)
             stack.callback(peer.close)
-            if peer.check():
-                return None  # its own case says what is wrong
+            peer.start()
             peer.rounds()
             return peer
         except Unavailable:
@@ -159,6 +170,13 @@ class Harness:
         assert plan.beside is not None
         record.beside = plan.beside[0], peer_samples
         return list(benchmark.stats.stats.data)
+
+
+def _is_right(peer: Apart) -> bool:
+    try:
+        return peer.wrong() is None
+    except Unavailable:
+        return False
 
 
 def summary(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""Whether a variant computes what the reference computes: asked before it is timed."""
+"""Whether a variant computes what the reference computes; if not, no time of it is given."""
 
 import torch
 from torch.utils._pytree import tree_leaves

@@ -1,7 +1,8 @@
 """Where a case runs: in this process, or in one of its own.
 
 A peer shares a process with nothing of ours: our models have the C library keep memory that is freed, and a call that
-changes what it does can be taken back but in part. Whoever has the peer alone has it without.
+changes what it does can be taken back but in part. Whoever has the peer alone has it without. Nor is it checked before
+it is timed, as it is with the reference, which is ours.
 """
 
 import multiprocessing
@@ -15,6 +16,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from minimagen_fast import host_memory
 
@@ -35,26 +37,36 @@ class Here:
         prepare: Makes it ready; raises :class:`.Unavailable` if it cannot be.
         context: What for.
         graph: Whether to time a CUDA graph of it.
+        checked_late: Whether :meth:`wrong` is asked after other calls than the first.
     """
 
-    def __init__(self, prepare: Prepare, context: Context, graph: bool = False):
-        self._context, self._graph = context, graph
+    def __init__(self, prepare: Prepare, context: Context, graph: bool = False, checked_late: bool = False):
+        self._context, self._graph, self._checked_late = context, graph, checked_late
         self._sample: Callable[[], float]
+        self._result: Any = None
         # What ours keeps, it says itself.
         host_memory.keep_freed(False)
         self._prepared = prepare(context)
 
-    def check(self) -> str | None:
-        """Make the first call; gives what is wrong with its result, None if nothing is."""
-        prepared, result = self._prepared, None
-        if prepared.sample is None:
-            assert prepared.subject is not None
-            started = time.perf_counter()
-            result = prepared.subject(0)
-            if self._context.device.type == "cuda":
-                torch.cuda.synchronize(self._context.device)
-            prepared.extra["first_call_seconds"] = time.perf_counter() - started
-        return prepared.wrong(result)
+    def start(self) -> None:
+        """Make the first call."""
+        prepared = self._prepared
+        if prepared.sample is not None:
+            self._result = prepared.first()
+            return
+        assert prepared.subject is not None
+        started = time.perf_counter()
+        result = prepared.subject(0)
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize(self._context.device)
+        prepared.extra["first_call_seconds"] = time.perf_counter() - started
+        # The next call may write where this one did.
+        self._result = tree_map_only(torch.Tensor, torch.clone, result) if self._checked_late else result
+
+    def wrong(self) -> str | None:
+        """What is wrong with the first call's result, None if nothing is; to be asked once."""
+        result, self._result = self._result, None
+        return self._prepared.wrong(result)
 
     def rounds(self) -> int:
         """How many samples to take. To be asked before the first; it may capture a CUDA graph.
@@ -137,8 +149,11 @@ class Apart:
     def _result(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._process.submit(function, *args).result()
 
-    def check(self) -> str | None:
-        return self._result(_call, "check")
+    def start(self) -> None:
+        self._result(_call, "start")
+
+    def wrong(self) -> str | None:
+        return self._result(_call, "wrong")
 
     def rounds(self) -> int:
         return self._result(_call, "rounds")
@@ -184,7 +199,7 @@ def _prepare(prepare: Prepare, context: Context, threads: int, peers: dict[str, 
     if peer_versions() != peers:
         raise Unavailable(f"a new process has the peers {peer_versions()} and not {peers}")
     torch.set_num_threads(threads)
-    _case = Here(prepare, context)
+    _case = Here(prepare, context, checked_late=True)
 
 
 def _call(name: str, *args: Any) -> Any:

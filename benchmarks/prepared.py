@@ -67,8 +67,8 @@ class Prepared:
         wrong: Says what is wrong with the result of the subject's first call, None if nothing is.
         copies: How many sets of inputs there are.
         steady: Whether the subject's first call, if it is a long one, takes about as long as any other.
-        sample: Takes a sample by itself instead of a :class:`.measure.Timer`; then there is no first call for
-            ``wrong``, which gets None.
+        sample: Takes a sample by itself instead of a :class:`.measure.Timer`.
+        first: What is then called before the first sample, for ``wrong`` to get its result.
         rounds: How many samples then.
         memory: Whether to count memory (and launches, if ``count_launches``), which takes further calls.
         count_launches: Whether to count what is started on the device.
@@ -88,6 +88,7 @@ class Prepared:
     copies: int = 1
     steady: bool = False
     sample: Callable[[], float] | None = None
+    first: Callable[[], Any] = lambda: None
     rounds: int = 1
     memory: bool = True
     count_launches: bool = False

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any
 
@@ -27,6 +27,9 @@ WORKERS = {"cpu": 0, "cuda": 8}
 WARM_UP_STEPS = 2
 # AdamW reads weight, gradient and two moments and writes weight and moments, all float32.
 OPTIMIZER_BYTES = 7 * 4
+
+# A loss, and the gradients of it.
+_Found = tuple[torch.Tensor, list[torch.Tensor]]
 
 
 def _encoder(width: int) -> str:
@@ -144,14 +147,17 @@ def prepare(
     optimizer = OPTIMIZER_BYTES * sum(parameter.numel() for parameter in loop.parameters)
     optimizer_seconds = optimizer / context.ceilings["copy_bytes_per_second"]
 
-    def wrong(_: None) -> str | None:
-        with reference_fits():
-            reference = _Loop(network, REFERENCE, batch_size, device, 1)
-        found = _wrong(loop, reference, batch, dtype)
+    def first() -> _Found:
+        found = _found(loop, batch)
         for _ in range(WARM_UP_STEPS):
             loop.step()
         loop.waited.clear()
         return found
+
+    def wrong(found: _Found) -> str | None:
+        with reference_fits():
+            expected = _found(_Loop(network, REFERENCE, batch_size, device, 1), batch)
+        return _difference(found, expected, dtype)
 
     def more(samples: Sequence[float]) -> dict[str, Any]:
         percentiles = quantiles(samples, n=100, method="inclusive")
@@ -171,6 +177,7 @@ def prepare(
         update,
         wrong,
         sample=loop.step,
+        first=first,
         rounds=rounds,
         count_launches=True,
         memory_of=variant.without_graphs(loop.imagen, lambda: update),
@@ -194,20 +201,21 @@ def prepare(
     )
 
 
-def _wrong(loop: _Loop, reference: _Loop, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> str | None:
-    """Compare loss and gradients on a batch, from the same random numbers."""
-    found: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
-    for each in (loop, reference):
-        torch.manual_seed(SEED)
-        with reference_fits() if each is reference else nullcontext():
-            loss = each.gradients(batch)
-        found.append((loss, [p.grad for p in each.parameters if p.grad is not None]))
-        for parameter in each.parameters:
-            parameter.grad = None
-    (loss, gradients), (expected_loss, expected) = found
-    if len(gradients) != len(expected):
-        return f"{len(gradients)} gradients instead of {len(expected)}"
-    distances = relative_distance([loss], [expected_loss]), relative_distance(gradients, expected)
+def _found(loop: _Loop, batch: dict[str, torch.Tensor]) -> _Found:
+    """Loss and gradients on a batch, from the same random numbers in every loop."""
+    torch.manual_seed(SEED)
+    loss = loop.gradients(batch)
+    gradients = [p.grad for p in loop.parameters if p.grad is not None]
+    for parameter in loop.parameters:
+        parameter.grad = None
+    return loss, gradients
+
+
+def _difference(found: _Found, expected: _Found, dtype: torch.dtype) -> str | None:
+    (loss, gradients), (expected_loss, expected_gradients) = found, expected
+    if len(gradients) != len(expected_gradients):
+        return f"{len(gradients)} gradients instead of {len(expected_gradients)}"
+    distances = relative_distance([loss], [expected_loss]), relative_distance(gradients, expected_gradients)
     for what, distance, allowed in zip(("loss", "gradients"), distances, TOLERANCE[dtype], strict=True):
         if distance > allowed:
             return f"{what} {distance:.2g} away from the reference's, {allowed:.2g} is allowed"

@@ -160,14 +160,17 @@ def test_a_sampling_in_few_steps_is_compared_with_the_same_one(context):
 
 def test_a_step_of_training_a_super_resolution_network(context):
     prepared = training_steps.prepare(SUPER, OURS, 2, context)
-    assert prepared.wrong(None) is None
+    found = prepared.first()
+    loss, gradients = found
+    assert prepared.wrong(found) is None
+    assert "gradients" in prepared.wrong((loss, [1.1 * gradient for gradient in gradients]))
     started = time.perf_counter()
     samples = [prepared.sample() for _ in range(2)]
     assert 0 < sum(samples) <= time.perf_counter() - started
     extra = prepared.more(samples)
     assert extra["saved_bytes_per_image"] > 0 and prepared.images == 2
     plain = training_steps.prepare(SUPER, REFERENCE, 2, context)
-    plain.wrong(None)
+    plain.first()
     assert plain.more([plain.sample()] * 2)["saved_bytes_per_image"] > extra["saved_bytes_per_image"]
 
 

@@ -207,6 +207,27 @@ def test_a_case_in_a_process_of_its_own(harness, monkeypatch):
     assert record.extra == {"threads": 3, "most": max(record.samples)}
 
 
+def test_in_a_process_of_its_own_a_case_is_timed_before_it_is_checked(harness, peers_here):
+    calls = []
+
+    def prepare(context) -> Prepared:
+        def sample() -> float:
+            calls.append("timed")
+            return 1.0
+
+        def wrong(result: str) -> str:
+            calls.append("checked")
+            return f"{result}: 0.3 away"
+
+        return Prepared(None, wrong, sample=sample, first=lambda: calls.append("first") or "first", memory=False)
+
+    with pytest.raises(pytest.fail.Exception, match="no time is given: first: 0.3 away"):
+        harness.run(Plan(IDENTITY, prepare, apart=True), Benchmark())
+    (case,) = json.loads(harness.results.path.read_text())["cases"]
+    assert calls == ["first", "timed", "checked"]
+    assert case["status"] == "parity_failed" and case["seconds"] is None
+
+
 def test_a_process_of_its_own_without_the_same_peers_measures_nothing(harness, monkeypatch):
     # Such as a package that only this process has been told where to find.
     monkeypatch.setattr("benchmarks.places.peer_versions", lambda: {"minimagen": "0.1"})
@@ -222,6 +243,7 @@ from benchmarks.places import Apart
 from cases_apart import process_number
 if __name__ == "__main__":
     case = Apart(process_number, SimpleNamespace(device=torch.device("cpu")))
+    case.start()
     print(round(case.rounds() and case.sample()), flush=True)
     os._exit(1)
 """
@@ -259,7 +281,7 @@ def test_a_wrong_kernel_is_reported_and_never_timed(harness):
         "forward",
     )
     benchmark = Benchmark()
-    with pytest.raises(pytest.fail.Exception, match="not timed: .* away from the reference"):
+    with pytest.raises(pytest.fail.Exception, match="no time is given: .* away from the reference"):
         harness.run(Plan(IDENTITY, prepare), benchmark)
     (recorded,) = json.loads(harness.results.path.read_text())["cases"]
     assert recorded["status"] == "parity_failed" and "away from the reference" in recorded["reason"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset, default_collate, get_worker_info, random_split
 
+from .arguments import argument_of
 from .caption_store import CaptionStore
 from .captioned import FAILURES, CaptionedPictures, Item
 from .fetch import RETRIES, TIMEOUT_SECONDS, fetch_image
@@ -217,15 +218,14 @@ def ConceptualCaptions(
         ImportError: if the package ``datasets`` is not installed.
         ValueError: if an argument is out of range.
     """
-    values = args if isinstance(args, dict) else vars(args)
     rows = conceptual_rows()
     if smalldata:
         rows = {name: _first_rows(rows[name]) for name in ("train", "validation")}
     dataset = MinimagenDataset(
         rows,
-        encoder_name=values["T5_NAME"],
-        max_length=values["MAX_NUM_WORDS"],
-        side_length=values["IMG_SIDE_LEN"],
+        encoder_name=argument_of(args, "T5_NAME"),
+        max_length=argument_of(args, "MAX_NUM_WORDS"),
+        side_length=argument_of(args, "IMG_SIDE_LEN"),
         train=not testset,
         captions=captions,
         crop=crop,
@@ -233,7 +233,7 @@ def ConceptualCaptions(
     )
     if testset:
         return dataset
-    return split_train_valid(dataset, values["TRAIN_VALID_FRAC"], values.get("VALID_NUM"))
+    return split_train_valid(dataset, argument_of(args, "TRAIN_VALID_FRAC"), argument_of(args, "VALID_NUM", None))
 
 
 def _first_rows(split: Any) -> Any:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .arguments import argument_of
 from .data import ConceptualCaptions, MinimagenCollator, MinimagenDataset, get_minimagen_dl_opts
 from .given_loader import GivenLoader
 from .Imagen import Imagen
@@ -128,8 +129,8 @@ def MinimagenTrain(
 
     Args:
         timestamp: Name of this run in the names of its files.
-        args: What :func:`get_minimagen_parser` returns, as a namespace or a dictionary. `EPOCHS`, `ACCUM_ITER`,
-            `CHCKPT_NUM` and `RESTART_DIRECTORY` are used.
+        args: What :func:`get_minimagen_parser` returns, as a namespace or a dictionary, or another object with these
+            attributes. `EPOCHS`, `ACCUM_ITER`, `CHCKPT_NUM` and `RESTART_DIRECTORY` are used.
         unets: The U-Nets that `imagen` was made of.
         imagen: The Imagen to train, on the device to train on; batches are moved there.
         train_dataloader: Gives dictionaries of ``image``, float in [0, 1], shape (b, c, s, s); ``encoding``, float,
@@ -162,8 +163,9 @@ def MinimagenTrain(
         TrainingDiverged: (of :mod:`.trainer`) At least ten optimizer steps in a row had gradients that are not finite.
         OSError: The training directory cannot be written, as when the disk is full; the checkpoints before are whole.
     """
-    values = _values(args)
-    restart = values.get("RESTART_DIRECTORY")
+    used = ("EPOCHS", "ACCUM_ITER", "CHCKPT_NUM", "RESTART_DIRECTORY")
+    values = {name: argument_of(args, name, None) for name in used}
+    restart = values["RESTART_DIRECTORY"]
     with training_dir() as entered:
         directory = Path.cwd() if entered is None else Path(entered)
     Trainer(
@@ -277,9 +279,10 @@ def load_restart_training_parameters(
     """
     values = _values(args)
     source = "PARAMETERS" if justparams else "RESTART_DIRECTORY"
-    if values.get(source) is None:
+    directory = argument_of(args, source, None)
+    if directory is None:
         raise ValueError(f"args.{source} must name the folder to read, got None")
-    folder = Path(values[source]) if justparams else Path(values[source]) / "parameters"
+    folder = Path(directory) if justparams else Path(directory) / "parameters"
     files = _newest_files(folder, r"(training_).*\.txt")
     if not files:
         raise FileNotFoundError(f"{folder} has no training_parameters_TIMESTAMP.txt: check {source}")
@@ -387,8 +390,8 @@ def save_training_info(
         for name, text in files.items():
             Path(name).write_text(text, encoding="utf-8")
     with training_dir(), open("training_progess.txt", "a", encoding="utf-8") as file:
-        if values.get("RESTART_DIRECTORY") is not None:
-            file.write(f"Continues the training in {values['RESTART_DIRECTORY']}\n")
+        if (restart := argument_of(args, "RESTART_DIRECTORY", None)) is not None:
+            file.write(f"Continues the training in {restart}\n")
         file.write(f"Model size: {model_size:.3f} MB\n\n")
 
 

@@ -406,7 +406,8 @@ def test_conceptual_captions(conceptual):
     assert (len(train), len(valid)) == (30, 10) and train[0]["image"].shape == (3, 16, 16)
     assert conceptual == ["google-research-datasets/conceptual_captions"]
     again, _ = data.ConceptualCaptions(vars(_args()))
-    assert list(again.indices) == list(train.indices)
+    by_attribute, _ = data.ConceptualCaptions(type("Args", (), vars(_args()))())
+    assert list(again.indices) == list(by_attribute.indices) == list(train.indices)
     small, rest = data.ConceptualCaptions(_args(VALID_NUM=3), smalldata=True)
     assert (len(small), len(rest)) == (12, 3)
     assert len(data.ConceptualCaptions(_args(), testset=True)) == 40

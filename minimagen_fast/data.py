@@ -93,7 +93,8 @@ class MinimagenDataset(CaptionedPictures):
         if split not in hf_dataset:
             raise ValueError(f"hf_dataset has no split {split!r}, it has {list(hf_dataset)}")
         self.rows = hf_dataset[split]
-        self.img_transform = img_transform
+        self._last_transform = img_transform
+        self._only_transform: Callable[[Image.Image], torch.Tensor | None] | None = None
         self.timeout = timeout
         self.retries = retries
 
@@ -115,6 +116,21 @@ class MinimagenDataset(CaptionedPictures):
     def captions(self, captions: Sequence[str]) -> None:
         self.rows = {"image_url": self.urls, "caption": captions}
 
+    @property
+    def img_transform(self) -> Callable[[Image.Image], torch.Tensor | None]:
+        """What makes the finished tensor, or None, of a PIL image.
+
+        As in minimagen, what was given as `img_transform` is its last part, and what is set takes the place of all.
+        """
+        return self._transformed if self._only_transform is None else self._only_transform
+
+    @img_transform.setter
+    def img_transform(self, transform: Callable[[Image.Image], torch.Tensor | None] | None) -> None:
+        self._only_transform = transform
+
+    def _transformed(self, picture: Image.Image) -> torch.Tensor | None:
+        return self._to_tensor(picture, None)
+
     def __len__(self) -> int:
         return len(self.rows["image_url"]) if isinstance(self.rows, Mapping) else len(self.rows)
 
@@ -131,8 +147,11 @@ class MinimagenDataset(CaptionedPictures):
     def _picture(self, source: int) -> Image.Image:
         return fetch_image(self._value("image_url", source), timeout=self.timeout, retries=self.retries)
 
-    def _finished(self, image: torch.Tensor) -> torch.Tensor | None:
-        return image if self.img_transform is None else self.img_transform(image)
+    def _to_tensor(self, picture: Image.Image, chance: Sequence[float] | None) -> torch.Tensor | None:
+        if self._only_transform is not None:
+            return self._only_transform(picture.convert("RGB"))
+        image = super()._to_tensor(picture, chance)
+        return image if image is None or self._last_transform is None else self._last_transform(image)
 
 
 def split_train_valid(

@@ -27,6 +27,7 @@ def _encode(captions, max_length, device):
 
 
 register_text_encoder("word_count", _encode, 5)
+register_text_encoder("seven_wide", lambda *words: (torch.ones(1, words[1], 7), torch.ones(1, words[1]).bool()), 7)
 OPTIONS = dict(encoder_name="word_count", max_length=8, side_length=16)
 
 
@@ -64,6 +65,17 @@ def test_items_are_as_documented(server):
     assert item["image"].shape == (3, 16, 16) and item["image"].max() == 0.5
     assert seen[0].min() == 0 and seen[0].max() == 1, "values are stretched, then transformed"
     assert item["encoding"].shape == (1, 4, 5) and item["mask"].shape == (1, 4)
+
+
+def test_transform_and_text_encoder_can_be_used_and_set_as_in_minimagen(server):
+    dataset = web(server, ["rgb"], img_transform=lambda image: image * 0.5)
+    assert torch.equal(dataset.img_transform(picture()), dataset[0]["image"]), "from the PIL image"
+    dataset.img_transform = lambda image: torch.full((3, 4, 4), float(image.mode == "RGB"))
+    assert torch.equal(dataset[0]["image"], torch.ones(3, 4, 4)), "in the place of all"
+    other = copy.copy(dataset)
+    other.max_length, other.encoder_name = 2, "seven_wide"
+    assert (other.max_length, other.encoder_name) == (2, "seven_wide")
+    assert other[0]["encoding"].shape == (1, 2, 7) and dataset[0]["encoding"].shape == (1, 4, 5)
 
 
 def test_a_transform_may_drop_a_picture(server):

@@ -45,7 +45,7 @@ class MinimagenDataset(CaptionedPictures):
 
     Args:
         hf_dataset: A Hugging Face ``DatasetDict``, or a mapping, which has below the key of the split that is taken
-            'image_url' and 'caption', lists of one length.
+            'image_url' and 'caption', lists of one length, as a mapping or a table of pandas.
         encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
         max_length: Number of tokens after which a caption is cut off.
         side_length: Side length in pixels to scale the pictures to.
@@ -93,6 +93,9 @@ class MinimagenDataset(CaptionedPictures):
         if split not in hf_dataset:
             raise ValueError(f"hf_dataset has no split {split!r}, it has {list(hf_dataset)}")
         self.rows = hf_dataset[split]
+        if hasattr(self.rows, "columns"):
+            # A table of pandas or the like, which gives no row by its number.
+            self.rows = {column: list(self.rows[column]) for column in ("image_url", "caption")}
         self._last_transform = img_transform
         self._only_transform: Callable[[Image.Image], torch.Tensor | None] | None = None
         self.timeout = timeout

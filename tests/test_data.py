@@ -113,6 +113,16 @@ def test_the_columns_can_be_had(server):
     assert dataset.urls == [server.url + "rgb", server.url + "grey"] and dataset.captions == ["one", "two"]
 
 
+def test_columns_may_be_those_of_a_table(server):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(
+        {"caption": ["none", "a picture"], "image_url": [server.url + "missing", server.url + "rgb"]}
+    )
+    dataset = MinimagenDataset({"train": table[1:]}, **OPTIONS, retries=0)
+    assert len(dataset) == 1 and list(dataset.all_captions()) == ["a picture"]
+    assert dataset[0]["mask"].shape == (1, 3) and dataset[0]["image"].shape == (3, 16, 16)
+
+
 def test_the_columns_can_be_set(server):
     dataset = web(server, ["missing", "rgb", "text"])
     dataset.urls, dataset.captions = dataset.urls[1:2], ["a picture"]

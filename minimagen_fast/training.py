@@ -53,6 +53,8 @@ __all__ = [
 SUBDIRECTORIES = ("parameters", "state_dicts", "tmp")
 # Seconds beyond which a time limit is none; timers know no such times.
 _FOREVER = 10**8
+# What of an optimizer the training uses, besides its steps: checkpoints hold its state.
+_OF_OPTIMIZERS = ("param_groups", "state_dict", "load_state_dict")
 # Arguments of Imagen that minimagen 0.0.9 does not have. They are written only where they change something: so it can
 # read the training directory too.
 ADDED_DEFAULTS = (("lowres_max_noise_level", 1.0),)
@@ -158,6 +160,7 @@ def MinimagenTrain(
         progress: Whether to show a progress bar for each epoch, and messages.
 
     Raises:
+        TypeError: `optimizer` is no optimizer.
         ValueError: An argument is out of range, does not fit the others, or the training in `RESTART_DIRECTORY`
             cannot be continued with them.
         TrainingDiverged: (of :mod:`.trainer`) At least ten optimizer steps in a row had gradients that are not finite.
@@ -228,6 +231,12 @@ def _settings(
         raise ValueError(
             f"autocast_dtype must be None or torch.bfloat16, got {autocast_dtype!r}: float16 needs loss scaling, "
             "which this loop does not do"
+        )
+    if lacks := [name for name in _OF_OPTIMIZERS if not hasattr(optimizer, name)]:
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}, which has no"
+            f" {' and '.join(lacks)}: give the optimizer that it is made of, and what it does to the learning rate as"
+            " lr_scheduler"
         )
     available = len(imagen.unets)
     if unet_numbers is None and given_unets > available:

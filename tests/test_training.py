@@ -67,6 +67,17 @@ def test_args_may_be_a_dictionary_and_need_only_what_is_used(tmp_path):
         run.train()
 
 
+def test_what_only_steps_is_no_optimizer(tmp_path):
+    class Warmed:
+        def __init__(self, optimizer):
+            self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+    run = Run(tmp_path)
+    run.optimizer = Warmed(run.optimizer)
+    with pytest.raises(TypeError, match="Warmed, which has no param_groups.*as lr_scheduler"):
+        run.train()
+
+
 def test_args_may_be_an_object_with_attributes(tmp_path):
     class Settings:
         EPOCHS, ACCUM_ITER, CHCKPT_NUM, RESTART_DIRECTORY = 1, 1, 500, None

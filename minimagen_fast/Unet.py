@@ -114,6 +114,10 @@ class Unet(nn.Module):
         ValueError: if the sizes cannot be built; the message says what to change.
     """
 
+    # Those of networks of users' own, which are U-Nets for Imagen alone and make no other use of this class.
+    downsampling_factor = 1
+    max_text_len = MAX_LENGTH
+
     def __init__(
         self,
         *,
@@ -163,7 +167,6 @@ class Unet(nn.Module):
         self.channels_out = channels_out
         self.lowres_cond = lowres_cond
         self.text_embed_dim = text_embed_dim
-        self.max_text_len = MAX_LENGTH
         self.skip_connect_scale = SKIP_CONNECT_SCALE
         # Height and width must be multiples of this: every level halves them, the last only with memory_efficient.
         self.downsampling_factor = 2 ** (levels if memory_efficient else levels - 1)
@@ -305,7 +308,7 @@ class Unet(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_config" not in state:
+        if "_locals" in state and "_config" not in state:
             self._make_of_original(state)
 
     def _make_of_original(self, state: dict[str, Any]) -> None:
@@ -338,11 +341,16 @@ class Unet(nn.Module):
     def _apply(self, *args, **kwargs):
         # All that moves or converts a module comes through here. What is kept would go on filling the memory that it is
         # to leave.
-        before = self.null_text_embed.device, self.dtype
+        before = self._place
         result = super()._apply(*args, **kwargs)
-        if (self.null_text_embed.device, self.dtype) != before:
+        if self._place != before:
             forget_all(self)
         return result
+
+    @property
+    def _place(self) -> tuple[torch.device, torch.dtype] | None:
+        weight = getattr(self, "null_text_embed", None)
+        return (weight.device, weight.dtype) if exists(weight) else None
 
     @property
     def init_conv_to_final_conv_residual(self) -> bool:

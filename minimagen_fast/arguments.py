@@ -7,6 +7,17 @@ from typing import Any
 import torch
 
 
+def argument_of(args: Any, name: str, *default: Any) -> Any:
+    """One of the arguments of a training: of a dictionary, or an attribute of a namespace or another object.
+
+    Raises:
+        AttributeError, KeyError: if it is not there and no default is given.
+    """
+    if isinstance(args, dict):
+        return args.get(name, *default) if default else args[name]
+    return getattr(args, name, *default)
+
+
 def finite_number(name: str, value: Any) -> float:
     """A number as a float.
 

@@ -70,7 +70,7 @@ def encoder_name(name: str) -> str:
     """
     from .t5 import T5_VERSIONS
 
-    by_handle = {version["handle"]: known for known, version in T5_VERSIONS.items()}
+    by_handle = {version.get("handle"): known for known, version in T5_VERSIONS.items()}
     if name in by_handle and not os.path.isdir(name):
         return by_handle[name]
     return os.path.basename(os.path.abspath(os.path.expanduser(name)))

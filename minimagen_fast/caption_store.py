@@ -182,6 +182,16 @@ class CaptionEncodings:
         """How often a caption was asked for that is not in the store, by worker processes too; 0 without a store."""
         return self._counts.as_dict().get("not stored", 0)
 
+    def encoded_as(self, name: str, max_length: int) -> CaptionEncodings:
+        """The same by another text encoder or with another limit; what is not in the store is counted together.
+
+        Raises:
+            ValueError: if the captions in the store were encoded otherwise.
+        """
+        other = CaptionEncodings(self.store, name, max_length)
+        other.device, other._counts = self.device, self._counts
+        return other
+
     def __call__(self, caption: str, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoding, float32 of shape (1, n, dim), and the mask, bool of shape (1, n), of a caption.
 

@@ -74,12 +74,28 @@ class CaptionedPictures(Dataset):
         if crop not in (None, *CROPS):
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, or None, got {crop!r}")
         self.side_length = side_length
-        self.encoder_name = encoder_name
-        self.max_length = max_length
         self.crop = crop or self._default_crop
         self.flip = bool(flip)
         self._encodings = CaptionEncodings(captions, encoder_name, max_length)
         self._failures = SharedCounts(FAILURES)
+
+    @property
+    def encoder_name(self) -> str:
+        """Name of the text encoder; another may be set."""
+        return self._encodings.name
+
+    @encoder_name.setter
+    def encoder_name(self, name: str) -> None:
+        self._encodings = self._encodings.encoded_as(name, self.max_length)
+
+    @property
+    def max_length(self) -> int:
+        """Number of tokens after which a caption is cut off; another may be set."""
+        return self._encodings.max_length
+
+    @max_length.setter
+    def max_length(self, max_length: int) -> None:
+        self._encodings = self._encodings.encoded_as(self.encoder_name, max_length)
 
     @property
     def failures(self) -> dict[str, int]:
@@ -133,7 +149,7 @@ class CaptionedPictures(Dataset):
             raise self._counted(error.reason) from error
         except OSError as error:
             raise self._counted("unreadable") from error
-        image = self._finished(self._to_tensor(picture, chance))
+        image = self._to_tensor(picture, chance)
         if image is None:
             raise self._counted("transform")
         encoding, mask = self._encodings(caption)
@@ -152,14 +168,11 @@ class CaptionedPictures(Dataset):
     def _picture(self, source: Any) -> Image.Image:
         raise NotImplementedError
 
-    def _finished(self, image: torch.Tensor) -> torch.Tensor | None:
-        return image
-
     def _counted(self, reason: str) -> NoItem:
         self._failures.add(reason)
         return NoItem(reason)
 
-    def _to_tensor(self, picture: Image.Image, chance: Sequence[float] | None) -> torch.Tensor:
+    def _to_tensor(self, picture: Image.Image, chance: Sequence[float] | None) -> torch.Tensor | None:
         if chance is None:
             chance = torch.rand(3).tolist() if self.flip or self.crop == "random" else (0.5, 0.5, 0.5)
         if self.crop is not None:

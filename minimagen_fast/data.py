@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset, default_collate, get_worker_info, random_split
 
+from .arguments import argument_of
 from .caption_store import CaptionStore
 from .captioned import FAILURES, CaptionedPictures, Item
 from .fetch import RETRIES, TIMEOUT_SECONDS, fetch_image
@@ -44,7 +45,7 @@ class MinimagenDataset(CaptionedPictures):
 
     Args:
         hf_dataset: A Hugging Face ``DatasetDict``, or a mapping, which has below the key of the split that is taken
-            'image_url' and 'caption', lists of one length.
+            'image_url' and 'caption', lists of one length, as a mapping or a table of pandas.
         encoder_name: Name of the text encoder, see :func:`.t5.t5_encode_text`.
         max_length: Number of tokens after which a caption is cut off.
         side_length: Side length in pixels to scale the pictures to.
@@ -92,7 +93,11 @@ class MinimagenDataset(CaptionedPictures):
         if split not in hf_dataset:
             raise ValueError(f"hf_dataset has no split {split!r}, it has {list(hf_dataset)}")
         self.rows = hf_dataset[split]
-        self.img_transform = img_transform
+        if hasattr(self.rows, "columns"):
+            # A table of pandas or the like, which gives no row by its number.
+            self.rows = {column: list(self.rows[column]) for column in ("image_url", "caption")}
+        self._last_transform = img_transform
+        self._only_transform: Callable[[Image.Image], torch.Tensor | None] | None = None
         self.timeout = timeout
         self.retries = retries
 
@@ -114,6 +119,21 @@ class MinimagenDataset(CaptionedPictures):
     def captions(self, captions: Sequence[str]) -> None:
         self.rows = {"image_url": self.urls, "caption": captions}
 
+    @property
+    def img_transform(self) -> Callable[[Image.Image], torch.Tensor | None]:
+        """What makes the finished tensor, or None, of a PIL image.
+
+        As in minimagen, what was given as `img_transform` is its last part, and what is set takes the place of all.
+        """
+        return self._transformed if self._only_transform is None else self._only_transform
+
+    @img_transform.setter
+    def img_transform(self, transform: Callable[[Image.Image], torch.Tensor | None] | None) -> None:
+        self._only_transform = transform
+
+    def _transformed(self, picture: Image.Image) -> torch.Tensor | None:
+        return self._to_tensor(picture, None)
+
     def __len__(self) -> int:
         return len(self.rows["image_url"]) if isinstance(self.rows, Mapping) else len(self.rows)
 
@@ -130,8 +150,11 @@ class MinimagenDataset(CaptionedPictures):
     def _picture(self, source: int) -> Image.Image:
         return fetch_image(self._value("image_url", source), timeout=self.timeout, retries=self.retries)
 
-    def _finished(self, image: torch.Tensor) -> torch.Tensor | None:
-        return image if self.img_transform is None else self.img_transform(image)
+    def _to_tensor(self, picture: Image.Image, chance: Sequence[float] | None) -> torch.Tensor | None:
+        if self._only_transform is not None:
+            return self._only_transform(picture.convert("RGB"))
+        image = super()._to_tensor(picture, chance)
+        return image if image is None or self._last_transform is None else self._last_transform(image)
 
 
 def split_train_valid(
@@ -217,15 +240,14 @@ def ConceptualCaptions(
         ImportError: if the package ``datasets`` is not installed.
         ValueError: if an argument is out of range.
     """
-    values = args if isinstance(args, dict) else vars(args)
     rows = conceptual_rows()
     if smalldata:
         rows = {name: _first_rows(rows[name]) for name in ("train", "validation")}
     dataset = MinimagenDataset(
         rows,
-        encoder_name=values["T5_NAME"],
-        max_length=values["MAX_NUM_WORDS"],
-        side_length=values["IMG_SIDE_LEN"],
+        encoder_name=argument_of(args, "T5_NAME"),
+        max_length=argument_of(args, "MAX_NUM_WORDS"),
+        side_length=argument_of(args, "IMG_SIDE_LEN"),
         train=not testset,
         captions=captions,
         crop=crop,
@@ -233,7 +255,7 @@ def ConceptualCaptions(
     )
     if testset:
         return dataset
-    return split_train_valid(dataset, values["TRAIN_VALID_FRAC"], values.get("VALID_NUM"))
+    return split_train_valid(dataset, argument_of(args, "TRAIN_VALID_FRAC"), argument_of(args, "VALID_NUM", None))
 
 
 def _first_rows(split: Any) -> Any:

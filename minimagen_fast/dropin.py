@@ -118,6 +118,17 @@ def _print_exception(kind: type[BaseException], error: BaseException, traceback:
     sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
 
 
+def _new_main() -> ModuleType:
+    """A module ``__main__`` for the program, still empty.
+
+    It stays there for as long as the process lives: what runs after the last line of the program (threads, atexit)
+    finds it too. The public functions of runpy would take it away then.
+    """
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    main.__dict__["__builtins__"] = builtins
+    return main
+
+
 def run_script(path: str, arguments: Sequence[str]) -> None:
     """Run the program at ``path`` as ``python path arguments...`` would: as ``__main__``, in this process.
 
@@ -136,16 +147,12 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
     sys.argv = [path, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # New in Python 3.11: there, -P means that no folder stands first.
         sys.path[0] = os.path.dirname(os.path.realpath(absolute))
-    main = ModuleType("__main__")
-    # A module of its own, in place for as long as the process lives: what runs after the last line of the program
-    # (threads, atexit) finds it too. runpy.run_path would take it away then.
+    main = _new_main()
     main.__dict__.update(
-        __builtins__=builtins,
         __file__=absolute,
         __cached__=None,
         __loader__=importlib.machinery.SourceFileLoader("__main__", absolute),
     )
-    sys.modules["__main__"] = main
     exec(compile(source, absolute, "exec", dont_inherit=True), main.__dict__)
 
 
@@ -168,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.excepthook = _print_exception
     if is_module:
         sys.argv = arguments
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        _new_main()
+        # What the interpreter itself calls for -m.
+        runpy._run_module_as_main(arguments[0])  # type: ignore[attr-defined]
     else:
         run_script(arguments[0], arguments[1:])
 

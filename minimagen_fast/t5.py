@@ -269,11 +269,15 @@ def _default_device() -> torch.device:
 def _encode_t5(
     entry: dict[str, Any], captions: list[str], max_length: int, device: torch.device, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    model, tokenizer = _loaded(entry)["model"], entry["tokenizer"]
+    # Of what users put into the table no more is asked than minimagen asks: that its model knows `to` where it must
+    # move, and that its tokenizer has the method of older versions of transformers.
+    if isinstance(model, torch.nn.Module) or device.type != "cpu":
+        model = model.to(device)
     # In training mode, where users may have put it or left their own, dropout would make every answer another.
-    model = _loaded(entry)["model"].to(device).eval()
-    tokens = entry["tokenizer"](
-        captions, padding="longest", truncation=True, max_length=max_length, return_tensors="pt"
-    )
+    model.eval()
+    tokenize = tokenizer if callable(tokenizer) else tokenizer.batch_encode_plus
+    tokens = tokenize(captions, padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
     ids, mask = tokens.input_ids.cpu(), tokens.attention_mask.cpu().bool()
     encodings = []
     # Autocast off: the result must not depend on what surrounds the call, and T5 overflows in fp16.
@@ -325,7 +329,7 @@ def _entry(name: str) -> dict[str, Any]:
         handle = os.path.realpath(folder)
     else:
         for version in T5_VERSIONS.values():
-            if version["handle"] == name:
+            if version.get("handle") == name:
                 return version
         if not _HUB_ID.fullmatch(name) and not _is_cached(name):
             raise ValueError(f"name {name!r} is no text encoder and no folder. {_valid_names()}")
@@ -484,7 +488,8 @@ def _after_fork_in_child() -> None:
     for entry in (*T5_VERSIONS.values(), *_OTHER_T5.values()):
         if entry["model"] is None:
             continue
-        if entry["model"].device.type != "cpu":
+        # Models that users made themselves need not know their device.
+        if getattr(entry["model"], "device", torch.device("cpu")).type != "cpu":
             # An accelerator's memory cannot be used across a fork: read the files again.
             entry["model"] = None
         # The tokenizers give up parallelism in forked processes anyhow; this spares their warning about it.

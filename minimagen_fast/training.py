@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .arguments import argument_of
 from .data import ConceptualCaptions, MinimagenCollator, MinimagenDataset, get_minimagen_dl_opts
 from .given_loader import GivenLoader
 from .Imagen import Imagen
@@ -52,6 +53,8 @@ __all__ = [
 SUBDIRECTORIES = ("parameters", "state_dicts", "tmp")
 # Seconds beyond which a time limit is none; timers know no such times.
 _FOREVER = 10**8
+# What of an optimizer the training uses, besides its steps: checkpoints hold its state.
+_OF_OPTIMIZERS = ("param_groups", "state_dict", "load_state_dict")
 # Arguments of Imagen that minimagen 0.0.9 does not have. They are written only where they change something: so it can
 # read the training directory too.
 ADDED_DEFAULTS = (("lowres_max_noise_level", 1.0),)
@@ -128,8 +131,8 @@ def MinimagenTrain(
 
     Args:
         timestamp: Name of this run in the names of its files.
-        args: What :func:`get_minimagen_parser` returns, as a namespace or a dictionary. `EPOCHS`, `ACCUM_ITER`,
-            `CHCKPT_NUM` and `RESTART_DIRECTORY` are used.
+        args: What :func:`get_minimagen_parser` returns, as a namespace or a dictionary, or another object with these
+            attributes. `EPOCHS`, `ACCUM_ITER`, `CHCKPT_NUM` and `RESTART_DIRECTORY` are used.
         unets: The U-Nets that `imagen` was made of.
         imagen: The Imagen to train, on the device to train on; batches are moved there.
         train_dataloader: Gives dictionaries of ``image``, float in [0, 1], shape (b, c, s, s); ``encoding``, float,
@@ -157,13 +160,15 @@ def MinimagenTrain(
         progress: Whether to show a progress bar for each epoch, and messages.
 
     Raises:
+        TypeError: `optimizer` is no optimizer.
         ValueError: An argument is out of range, does not fit the others, or the training in `RESTART_DIRECTORY`
             cannot be continued with them.
         TrainingDiverged: (of :mod:`.trainer`) At least ten optimizer steps in a row had gradients that are not finite.
         OSError: The training directory cannot be written, as when the disk is full; the checkpoints before are whole.
     """
-    values = _values(args)
-    restart = values.get("RESTART_DIRECTORY")
+    used = ("EPOCHS", "ACCUM_ITER", "CHCKPT_NUM", "RESTART_DIRECTORY")
+    values = {name: argument_of(args, name, None) for name in used}
+    restart = values["RESTART_DIRECTORY"]
     with training_dir() as entered:
         directory = Path.cwd() if entered is None else Path(entered)
     Trainer(
@@ -227,6 +232,12 @@ def _settings(
             f"autocast_dtype must be None or torch.bfloat16, got {autocast_dtype!r}: float16 needs loss scaling, "
             "which this loop does not do"
         )
+    if lacks := [name for name in _OF_OPTIMIZERS if not hasattr(optimizer, name)]:
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}, which has no"
+            f" {' and '.join(lacks)}: give the optimizer that it is made of, and what it does to the learning rate as"
+            " lr_scheduler"
+        )
     available = len(imagen.unets)
     if unet_numbers is None and given_unets > available:
         raise ValueError(f"unets has {given_unets} U-Nets, but imagen has {available}: pass those that it was made of")
@@ -277,9 +288,10 @@ def load_restart_training_parameters(
     """
     values = _values(args)
     source = "PARAMETERS" if justparams else "RESTART_DIRECTORY"
-    if values.get(source) is None:
+    directory = argument_of(args, source, None)
+    if directory is None:
         raise ValueError(f"args.{source} must name the folder to read, got None")
-    folder = Path(values[source]) if justparams else Path(values[source]) / "parameters"
+    folder = Path(directory) if justparams else Path(directory) / "parameters"
     files = _newest_files(folder, r"(training_).*\.txt")
     if not files:
         raise FileNotFoundError(f"{folder} has no training_parameters_TIMESTAMP.txt: check {source}")
@@ -387,8 +399,8 @@ def save_training_info(
         for name, text in files.items():
             Path(name).write_text(text, encoding="utf-8")
     with training_dir(), open("training_progess.txt", "a", encoding="utf-8") as file:
-        if values.get("RESTART_DIRECTORY") is not None:
-            file.write(f"Continues the training in {values['RESTART_DIRECTORY']}\n")
+        if (restart := argument_of(args, "RESTART_DIRECTORY", None)) is not None:
+            file.write(f"Continues the training in {restart}\n")
         file.write(f"Model size: {model_size:.3f} MB\n\n")
 
 

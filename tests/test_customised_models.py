@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import pickle
 import threading
 import weakref
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.helpers import evaluating
+from minimagen_fast.Imagen import Imagen
 from minimagen_fast.layers import Attention, Block, ChanLayerNorm, CrossAttention, LayerNorm, ResnetBlock
 from minimagen_fast.Unet import BaseTest, Unet
 
@@ -497,6 +499,34 @@ def test_another_module_in_the_place_of_a_u_net(wrap, cond_scale):
         torch.manual_seed(0)
         losses.append(one(torch.full((2, 3, 16, 16), 0.3), **make_words(), unet_number=2))
     assert distance(*losses) < 1e-5
+
+
+class OwnNetwork(Unet):
+    """A network that is a U-Net for Imagen alone, which asks for one, and has nothing else of the class."""
+
+    def __init__(self, lowres_cond):
+        nn.Module.__init__(self)
+        self.lowres_cond, self.channels, self.channels_out, self.text_embed_dim = lowres_cond, 3, 3, 512
+        self.image, self.text = nn.Conv2d(6 if lowres_cond else 3, 3, 3, padding=1), nn.Linear(512, 3)
+
+    def forward(
+        self, x, time, *, text_embeds, text_mask, lowres_cond_img=None, lowres_noise_times=None, cond_drop_prob=0
+    ):
+        text = self.text(text_embeds.mean(1))[..., None, None] * (1 - cond_drop_prob)
+        return self.image(torch.cat((x, lowres_cond_img), 1) if self.lowres_cond else x) + text
+
+
+def test_a_network_that_is_a_u_net_for_imagen_alone():
+    networks = [OwnNetwork(lowres_cond) for lowres_cond in (False, True)]
+    imagen = Imagen(networks, text_encoder_name="t5_small", image_sizes=(7, 14), timesteps=20).to("cpu")
+    assert list(imagen.unets) == networks
+    for number in (1, 2):
+        imagen(torch.rand(2, 3, 16, 16), **make_words(), unet_number=number).backward()
+    assert all(parameter.grad is not None for parameter in imagen.parameters())
+    other = pickle.loads(pickle.dumps(copy.deepcopy(imagen)))
+    images = [sample(each, **{**RUN, "cond_scale": 2.0}) for each in (imagen, other)]
+    assert torch.equal(*images) and images[0].shape == (2, 3, 14, 14)
+    assert imagen.double().unets[0].image.weight.dtype == torch.float64
 
 
 # Modes

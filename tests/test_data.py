@@ -27,6 +27,7 @@ def _encode(captions, max_length, device):
 
 
 register_text_encoder("word_count", _encode, 5)
+register_text_encoder("seven_wide", lambda *words: (torch.ones(1, words[1], 7), torch.ones(1, words[1]).bool()), 7)
 OPTIONS = dict(encoder_name="word_count", max_length=8, side_length=16)
 
 
@@ -66,6 +67,17 @@ def test_items_are_as_documented(server):
     assert item["encoding"].shape == (1, 4, 5) and item["mask"].shape == (1, 4)
 
 
+def test_transform_and_text_encoder_can_be_used_and_set_as_in_minimagen(server):
+    dataset = web(server, ["rgb"], img_transform=lambda image: image * 0.5)
+    assert torch.equal(dataset.img_transform(picture()), dataset[0]["image"]), "from the PIL image"
+    dataset.img_transform = lambda image: torch.full((3, 4, 4), float(image.mode == "RGB"))
+    assert torch.equal(dataset[0]["image"], torch.ones(3, 4, 4)), "in the place of all"
+    other = copy.copy(dataset)
+    other.max_length, other.encoder_name = 2, "seven_wide"
+    assert (other.max_length, other.encoder_name) == (2, "seven_wide")
+    assert other[0]["encoding"].shape == (1, 2, 7) and dataset[0]["encoding"].shape == (1, 4, 5)
+
+
 def test_a_transform_may_drop_a_picture(server):
     dataset = web(server, ["rgb"], img_transform=lambda image: None)
     assert dataset[0] is None and dataset.failures == {"transform": 1}
@@ -99,6 +111,16 @@ def test_copies_count_for_themselves(server):
 def test_the_columns_can_be_had(server):
     dataset = web(server, ["rgb", "grey"], captions=["one", "two"])
     assert dataset.urls == [server.url + "rgb", server.url + "grey"] and dataset.captions == ["one", "two"]
+
+
+def test_columns_may_be_those_of_a_table(server):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(
+        {"caption": ["none", "a picture"], "image_url": [server.url + "missing", server.url + "rgb"]}
+    )
+    dataset = MinimagenDataset({"train": table[1:]}, **OPTIONS, retries=0)
+    assert len(dataset) == 1 and list(dataset.all_captions()) == ["a picture"]
+    assert dataset[0]["mask"].shape == (1, 3) and dataset[0]["image"].shape == (3, 16, 16)
 
 
 def test_the_columns_can_be_set(server):
@@ -406,7 +428,8 @@ def test_conceptual_captions(conceptual):
     assert (len(train), len(valid)) == (30, 10) and train[0]["image"].shape == (3, 16, 16)
     assert conceptual == ["google-research-datasets/conceptual_captions"]
     again, _ = data.ConceptualCaptions(vars(_args()))
-    assert list(again.indices) == list(train.indices)
+    by_attribute, _ = data.ConceptualCaptions(type("Args", (), vars(_args()))())
+    assert list(again.indices) == list(by_attribute.indices) == list(train.indices)
     small, rest = data.ConceptualCaptions(_args(VALID_NUM=3), smalldata=True)
     assert (len(small), len(rest)) == (12, 3)
     assert len(data.ConceptualCaptions(_args(), testset=True)) == 40

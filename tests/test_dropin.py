@@ -166,6 +166,24 @@ def test_a_module_in_place_of_a_script(tmp_path):
     assert output(*DROPIN, "-m", "program", "-x", cwd=tmp_path) == "minimagen_fast __main__ ['-x']\n"
 
 
+LATE = """
+import atexit, sys, threading
+
+def here():
+    return sys.modules["__main__"].here is here
+
+atexit.register(lambda: print("at exit", here()))
+threading.Timer(0.1, lambda: print("thread", here())).start()
+print(sys.argv, __name__, __spec__.name, type(__builtins__).__name__)
+"""
+
+
+def test_what_a_module_leaves_running_finds_it(tmp_path):
+    script(tmp_path, LATE)
+    plain, ours = (output(*words, "-m", "program", "-x", cwd=tmp_path) for words in ([], DROPIN))
+    assert ours == plain and "thread True\nat exit True\n" in ours
+
+
 def test_modules_by_the_other_name_in_place_of_a_script(tmp_path):
     assert "usage: minimagen-fast" in output(*DROPIN, "-m", "minimagen", "--help", cwd=tmp_path)
     done = run(*DROPIN, "-m", "minimagen.nowhere", cwd=tmp_path)

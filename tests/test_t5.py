@@ -333,6 +333,41 @@ def test_a_model_of_ones_own_in_the_table_is_evaluated(monkeypatch):
     assert torch.equal(t5_encode_text(["a red circle", "a"], "own")[0], encodings)
 
 
+class OwnTokenizer:
+    """All that the original package asks of a tokenizer."""
+
+    def batch_encode_plus(self, text, padding, max_length, truncation, return_tensors):
+        ids = torch.tensor([[len(caption), 1] for caption in text])
+        return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+class OwnCallable:
+    """The same of a model that is no module of torch, on a CPU."""
+
+    def __init__(self):
+        self.model = OwnModel()
+
+    def eval(self):
+        self.model.eval()
+
+    def __call__(self, **inputs):
+        return self.model(**inputs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
+@pytest.mark.parametrize("model", [OwnModel, OwnCallable])
+def test_no_more_is_asked_of_what_is_put_into_the_table_than_the_original_asks(monkeypatch, capfd, model):
+    monkeypatch.setitem(T5_VERSIONS, "own", {"tokenizer": OwnTokenizer(), "model": model(), "dim": 8})
+    encodings, mask = t5_encode_text(["a circle", "a"], "own", device="cpu")
+    assert encodings.shape == (2, 2, 8) and mask.all()
+    with pytest.raises(ValueError, match="'unknown' is no text encoder"):
+        t5_encode_text("a", "unknown")
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and not capfd.readouterr().err
+
+
 def test_a_stray_folder_of_other_dimensions_is_an_error(tmp_path, monkeypatch):
     save_full_t5(tmp_path / "t5-small", dim=16)
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,8 @@ from minimagen_fast.settings import TrainingSettings
 from minimagen_fast.trainer import Trainer
 from minimagen_fast.training import (
     TrainingStep,
+    create_directory,
+    save_training_info,
 )
 from minimagen_fast.Unet import BaseTest
 
@@ -63,6 +65,32 @@ def test_args_may_be_a_dictionary_and_need_only_what_is_used(tmp_path):
     del run.args["ACCUM_ITER"]
     with pytest.raises(ValueError, match="args lacks ACCUM_ITER"):
         run.train()
+
+
+def test_what_only_steps_is_no_optimizer(tmp_path):
+    class Warmed:
+        def __init__(self, optimizer):
+            self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+    run = Run(tmp_path)
+    run.optimizer = Warmed(run.optimizer)
+    with pytest.raises(TypeError, match="Warmed, which has no param_groups.*as lr_scheduler"):
+        run.train()
+
+
+def test_args_may_be_an_object_with_attributes(tmp_path):
+    class Settings:
+        EPOCHS, ACCUM_ITER, CHCKPT_NUM, RESTART_DIRECTORY = 1, 1, 500, None
+
+    run = Run(tmp_path)
+    run.args = Settings()
+    run.train()
+    assert run.file("tmp/unet_0_tmp.pth")
+    Settings.RESTART_DIRECTORY = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match="nowhere"):
+        run.train()
+    save_training_info(Settings(), "2", [{}], {}, 1.0, create_directory(tmp_path))
+    assert f"Continues the training in {tmp_path / 'nowhere'}" in run.log
 
 
 def test_accumulated_gradients_are_averaged_also_in_the_last_partial_group(tmp_path):

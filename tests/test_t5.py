@@ -235,6 +235,16 @@ def test_default_device(monkeypatch):
     assert t5._default_device().type == "cpu"
 
 
+def test_nothing_follows_from_the_callers_default_device():
+    caption = "a red circle on black"
+    plain, _ = t5_encode_text(caption, "t5_tiny", device="cpu")
+    t5._OTHER_T5.clear()
+    with torch.device("meta"):
+        assert t5.token_counts([caption], "t5_tiny", 20) == [plain.shape[1]]
+        encodings, mask = t5_encode_text(caption, "t5_tiny", device="cpu")
+    assert torch.equal(encodings, plain) and mask.all()
+
+
 # Files
 
 

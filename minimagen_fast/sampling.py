@@ -32,7 +32,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .acceleration import Acceleration, autocast_dtype
 from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing, library_settings
-from .kept import Kept, kept_with
+from .kept import Kept, forget_idle_graphs, kept_with
 from .kernels import dispatch
 from .module_watch import has_tensors_in_attributes, is_known
 from .plain import is_untouched, methods_of, overridden
@@ -367,7 +367,8 @@ def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration:
             else:
                 del graphs[key]
                 freed = True
-        return freed
+        # The U-Net before this one in the cascade has left what it captured, too.
+        return freed or forget_idle_graphs()
 
     while len(graphs) >= _MOST_GRAPHS:
         graphs.popitem(last=False)

@@ -236,21 +236,25 @@ class _ReplayedSteps(_Steps):
             self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with capturing(graph, self.x.device, self.find_other()):
-                super().advance(first=False)
-        except RuntimeError as error:
-            if self._required:
-                raise
-            self._may_capture = False
-            warnings.warn(
-                f"a step of sampling could not be captured in a CUDA graph and is launched anew each time: {error}."
-                " To do without: imagen.accelerate(cuda_graphs='off')",
-                stacklevel=2,
-            )
-            return None
-        return graph
+        while True:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with capturing(graph, self.x.device, self.find_other()):
+                    super().advance(first=False)
+                return graph
+            except RuntimeError as error:
+                # What was captured for another U-Net may hold the memory that this takes.
+                if isinstance(error, torch.OutOfMemoryError) and forget_idle_graphs():
+                    continue
+                if self._required:
+                    raise
+                self._may_capture = False
+                warnings.warn(
+                    f"a step of sampling could not be captured in a CUDA graph and is launched anew each time: {error}."
+                    " To do without: imagen.accelerate(cuda_graphs='off')",
+                    stacklevel=2,
+                )
+                return None
 
 
 def _autocast_if_needed(

@@ -396,7 +396,8 @@ class Imagen(nn.Module):
 
         Args:
             images: Floating point, in [0, 1] ([-1, 1] without ``auto_normalize_img``), shape (b, channels, h, w), each
-                side at least the U-Net's image size. They are resized to it, each axis on its own.
+                side at least the U-Net's image size, on this instance's device. They are resized to that size, each
+                axis on its own.
             texts: Captions, one for each image.
             text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions; of batch size 1, the same
                 for all images.
@@ -437,6 +438,11 @@ class Imagen(nn.Module):
                 f" got {images.shape[-2]}x{images.shape[-1]}; enlarge them or choose smaller image_sizes"
             )
         batch, device = images.shape[0], images.device
+        if device != self.device:
+            raise ValueError(
+                f"images must be on the device of this Imagen, {self.device}; they are on {device}: move them there,"
+                " with images.to(imagen.device), or the model, with imagen.to"
+            )
         if exists(seeds) and len(seeds) != batch:
             raise ValueError(f"seeds must hold one whole number for each of the {batch} images, got {len(seeds)}")
         # Infinity, which weighs all alike, is one too.

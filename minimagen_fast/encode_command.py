@@ -45,7 +45,9 @@ def run_encode_captions(args: argparse.Namespace) -> int:
     rank, world_size, local_rank = (
         _from_environment(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    name = args.DEVICE or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    name = args.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":  # to all ranks the same words are said
+        name += f":{local_rank}"
     device = device_for_values(name, "--DEVICE")
     args.T5_NAME = absolute_name(args.T5_NAME)  # as a training keeps it
     report = encode_captions(

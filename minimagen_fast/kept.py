@@ -68,6 +68,8 @@ class Kept(KeptGraphs):
         super().__init__()
         self._copy: WorkingCopy | None = None
         self._graphs_of: tuple = ()
+        with _listing:
+            _all_kept.add(self)
 
     def working_copy(self, unet: "Unet", dtype: torch.dtype, memory_format: torch.memory_format) -> "Unet":
         """The U-Net with the values that its weights have now, in this dtype and layout: a copy, if it is in others."""
@@ -98,13 +100,32 @@ class Kept(KeptGraphs):
             self.graphs.clear()
         self._graphs_of = now
 
-    def forget_graphs(self) -> None:
-        """Drop what was captured, unless it is in use: it holds memory that something else may need."""
-        if self.lock.acquire(blocking=False):
-            try:
-                self.graphs.clear()
-            finally:
-                self.lock.release()
+    def forget_graphs(self) -> bool:
+        """Drop what was captured, unless it is in use: it holds memory that something else may need.
+
+        Returns:
+            Whether there was anything to drop.
+        """
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            had_any = bool(self.graphs)
+            self.graphs.clear()
+            return had_any
+        finally:
+            self.lock.release()
+
+
+# What there is, of all U-Nets; and the lock of whom adds to it or goes through it.
+_all_kept: "weakref.WeakSet[Kept]" = weakref.WeakSet()
+_listing = threading.Lock()
+
+
+def forget_idle_graphs() -> bool:
+    """Drop what was captured for samplings with any U-Net, unless it is in use, and say whether there was anything."""
+    with _listing:
+        everywhere = list(_all_kept)
+    return any([kept.forget_graphs() for kept in everywhere])
 
 
 def kept_with(unet: "Unet") -> Kept:

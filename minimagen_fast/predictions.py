@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from .conditioning import Conditions, SharedConditions
+from .kept import forget_idle_graphs
 from .plain import methods_of, overridden
 from .samplers import Update
 from .Unet import Unet
@@ -75,7 +76,7 @@ class Prediction:
         self,
         task: Task,
         layout: torch.memory_format,
-        make_room: Callable[["Prediction"], bool] = lambda _: False,
+        make_room: Callable[["Prediction"], bool] = lambda _: forget_idle_graphs(),
     ):
         self._task, self._layout, self._make_room = task, layout, make_room
         self._batch = len(task.text_embeds)
@@ -161,7 +162,7 @@ class CachedPrediction(Prediction):
         unet: Unet,
         layout: torch.memory_format,
         dtype: torch.dtype,
-        make_room: Callable[[Prediction], bool] = lambda _: False,
+        make_room: Callable[[Prediction], bool] = lambda _: forget_idle_graphs(),
     ):
         super().__init__(task, layout, make_room)
         self._unet, self._dtype = unet, dtype

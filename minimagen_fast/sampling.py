@@ -32,7 +32,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .acceleration import Acceleration, autocast_dtype
 from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing, library_settings
-from .kept import Kept, kept_with
+from .kept import Kept, forget_idle_graphs, kept_with
 from .kernels import dispatch
 from .module_watch import has_tensors_in_attributes, is_known
 from .plain import is_untouched, methods_of, overridden
@@ -236,21 +236,25 @@ class _ReplayedSteps(_Steps):
             self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with capturing(graph, self.x.device, self.find_other()):
-                super().advance(first=False)
-        except RuntimeError as error:
-            if self._required:
-                raise
-            self._may_capture = False
-            warnings.warn(
-                f"a step of sampling could not be captured in a CUDA graph and is launched anew each time: {error}."
-                " To do without: imagen.accelerate(cuda_graphs='off')",
-                stacklevel=2,
-            )
-            return None
-        return graph
+        while True:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with capturing(graph, self.x.device, self.find_other()):
+                    super().advance(first=False)
+                return graph
+            except RuntimeError as error:
+                # What was captured for another U-Net may hold the memory that this takes.
+                if isinstance(error, torch.OutOfMemoryError) and forget_idle_graphs():
+                    continue
+                if self._required:
+                    raise
+                self._may_capture = False
+                warnings.warn(
+                    f"a step of sampling could not be captured in a CUDA graph and is launched anew each time: {error}."
+                    " To do without: imagen.accelerate(cuda_graphs='off')",
+                    stacklevel=2,
+                )
+                return None
 
 
 def _autocast_if_needed(
@@ -367,7 +371,8 @@ def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration:
             else:
                 del graphs[key]
                 freed = True
-        return freed
+        # The U-Net before this one in the cascade has left what it captured, too.
+        return freed or forget_idle_graphs()
 
     while len(graphs) >= _MOST_GRAPHS:
         graphs.popitem(last=False)

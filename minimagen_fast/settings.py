@@ -31,7 +31,8 @@ class TrainingSettings:
         precision: ``bfloat16`` to run the forward pass under autocast; None for what the model's acceleration chooses.
         min_snr_gamma: Weighs the timesteps, see :meth:`.Imagen.forward`; None to weigh them alike.
         max_seconds: Seconds after which the training ends in good order; None for no limit.
-        batch_seconds: Seconds after which a batch is given up; None or 0 for no limit. Only on one process.
+        batch_seconds: Seconds after which a batch is given up, but for the first of a shape where blocks are compiled
+            for it; None or 0 for no limit. Only on one process.
         max_bad_steps: Optimizer steps in a row that are skipped because a gradient is not finite, after which the
             training is given up (counted after every so many steps, so between this and twice as many). Fused
             optimizers, which Adam and AdamW are unless they were told otherwise, leave a step out themselves. Before

@@ -118,7 +118,8 @@ def t5_encode_text(
 
     if name in _REGISTERED:
         return _encode_registered(name, captions, max_length, device)
-    with _lock:
+    # Of the caller's default device nothing may follow: the tokenizer would put its tensors there.
+    with _lock, torch.device("cpu"):
         return _encode_t5(_entry(name), captions, max_length, device, batch_size)
 
 
@@ -440,8 +441,10 @@ def _read_config(source: str, local_files_only: bool) -> Any:
 def _read_model(source: str, local_files_only: bool) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, T5EncoderModel
 
-    # Some versions of transformers draw random weights before they read the real ones.
-    with _quiet_transformers(hide_bars=local_files_only), torch.random.fork_rng(devices=[]):
+    quiet = _quiet_transformers(hide_bars=local_files_only)
+    # Some versions of transformers draw random weights before they read the real ones; and under a default device
+    # other than the CPU they ask for another package.
+    with quiet, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         config = _read_config(source, local_files_only)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=False)
         model, info = T5EncoderModel.from_pretrained(

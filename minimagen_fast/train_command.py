@@ -83,7 +83,9 @@ def run_train(args: argparse.Namespace) -> int:
     """
     if args.RESTART_DIRECTORY is not None and args.PARAMETERS is not None:
         raise ValueError("give either --RESTART_DIRECTORY or --PARAMETERS, not both")
-    name = args.DEVICE or ("cuda:" + os.environ.get("LOCAL_RANK", "0") if torch.cuda.is_available() else "cpu")
+    name = args.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":  # to all ranks the same words are said
+        name += ":" + os.environ.get("LOCAL_RANK", "0")
     device = device_for_values(name, "--DEVICE")
     check_seed(args.SEED, "--SEED")
     if device.type == "cuda":

@@ -166,6 +166,7 @@ class Trainer:
         self.losses: Tensor | None = None  # of the last batch
         self.group = 0  # batches whose gradients wait for the next optimizer step
         self.exchanged = True  # whether these have been averaged over the ranks
+        self.trained_shapes: set[torch.Size] = set()  # of the images of batches
         self.bad_run = torch.zeros((), dtype=torch.int64, device=imagen.device)
         self.bad_steps = torch.zeros_like(self.bad_run)
         self.recent: deque[Any] = deque(maxlen=2 * settings.max_bad_steps * settings.accumulate)
@@ -396,7 +397,7 @@ class Trainer:
         self.recent.append(batch["id"].tolist() if batch and "id" in batch else f"epoch {epoch + 1}, batch {index + 1}")
         last = self.group + 1 == self.settings.accumulate or index + 1 == self.batches_in_epoch
         try:
-            with time_limit(self.settings.batch_seconds if self._has_time_limit() else None):
+            with time_limit(self._limit_of(batch)):
                 losses = self._backward(batch, images, epoch, exchange=last)
         except TimeLimitExceeded:
             self._drop_gradients()
@@ -406,6 +407,8 @@ class Trainer:
         with uninterrupted():
             self.losses = losses
             self.loss_sums, self.loss_count = self.loss_sums + losses, self.loss_count + 1
+            if batch:
+                self.trained_shapes.add(batch["image"].shape)
             self.group += 1
             self.exchanged = last
             if self.group == self.settings.accumulate:
@@ -417,6 +420,14 @@ class Trainer:
             seconds = time.monotonic() - self.started
             for number, loss in zip(self.numbers, self.ranks.sum_(losses.clone()).tolist(), strict=True):
                 self.callback(TrainingStep(epoch, index, number, loss, seconds))
+
+    def _limit_of(self, batch: dict[str, Tensor] | None) -> float | None:
+        """Seconds after which a batch is given up; None for no limit."""
+        if not self.settings.batch_seconds or not self._has_time_limit():
+            return None
+        # To compile the blocks may take minutes, with the first batch of a shape; cut short, it would begin anew.
+        is_new = batch is not None and batch["image"].shape not in self.trained_shapes
+        return None if is_new and self.imagen.acceleration.compile == "blocks" else self.settings.batch_seconds
 
     def _autocast(self) -> Any:
         if self.settings.precision is None:

@@ -144,7 +144,8 @@ def MinimagenTrain(
             parameters in one launch, unless they were told how (``fused=False``), and a step does not wait for the
             device then; with other optimizers it does, see :class:`.settings.TrainingSettings`.
         timeout: Seconds after which the forward and backward pass of a batch is given up, with the gradients that wait
-            for the next step; None or 0 for no limit. Works in the main thread, and not on Windows.
+            for the next step; None or 0 for no limit. Works in the main thread, and not on Windows. Where the U-Nets'
+            blocks are compiled, as they are on CUDA, the first batch of a shape takes as long as that takes.
         unet_numbers: Numbers, from 1, of the U-Nets to train. By default Imagen's `only_train_unet_number`, or those of
             `unets` whose parameters `optimizer` holds.
         lr_scheduler: Learning rate scheduler, stepped once after each optimizer step, without arguments: not

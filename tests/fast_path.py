@@ -189,7 +189,7 @@ def stand_in_for_cuda_graphs(monkeypatch, kind, capture, *, reason):
     monkeypatch.setattr("minimagen_fast.Imagen.resolve", with_graphs)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", kind)
     monkeypatch.setattr(torch.cuda, "graph", checked)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(cuda_capture, "_stream", lambda device: f"capture on {device}")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"before on {device}")
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)

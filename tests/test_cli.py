@@ -147,6 +147,14 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, words, message):
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
+@pytest.mark.parametrize("command", ["train --DATA built-in", "encode-captions --DATA built-in --OUT store"])
+def test_a_rank_that_is_told_cuda_takes_the_device_of_its_number(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    assert cli.main([*command.split(), "--DEVICE", "cuda"]) == cli.MISUSED
+    assert "--DEVICE 'cuda:99' cannot be used here" in capsys.readouterr().err
+
+
 def test_captions_are_lines_of_utf8(tmp_path):
     file = tmp_path / "captions.txt"
     file.write_bytes("a\u2028b\x0cc\r\n\r\nd".encode())

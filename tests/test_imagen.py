@@ -267,6 +267,11 @@ def test_autocast(words):
         (dict(text_embeds=torch.zeros(3, 4, 512)), ValueError, "one entry for each of the 2 images, got 3"),
         (dict(text_masks=torch.ones(2, 5).bool()), ValueError, "text_masks must have shape"),
         (dict(images=np.zeros((2, 3, 16, 16))), TypeError, "images must be a tensor, got ndarray"),
+        (
+            dict(images=torch.empty(2, 3, 16, 16, device="meta")),
+            ValueError,
+            "images must be on .* cpu; they are on meta",
+        ),
         (dict(text_embeds=np.zeros((2, 4, 512))), TypeError, "text_embeds must be a tensor, got ndarray"),
         (dict(text_masks=[[True] * 4] * 2), TypeError, "text_masks must be a tensor, got list"),
         (dict(min_snr_gamma="5"), TypeError, "min_snr_gamma must be a number"),

@@ -216,6 +216,43 @@ def test_less_memory_than_in_the_last_call_and_other_words(monkeypatch, argument
     assert len(graphs) > 1 or not captures, "the graph of undivided images was replayed"
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_memory_of_another_u_nets_graphs_is_freed_before_the_batch_is_divided(monkeypatch, whole):
+    imagen, words = make_imagen(2), make_words(3)
+    if whole:
+        hooked(imagen.unets[1])
+    expected = run(imagen, words=words, arguments=FEW)
+    fake_cuda_graphs(monkeypatch)
+    base, denoise = imagen.unets[0], Unet.denoise
+
+    def out_of_memory(self, x, *args):
+        if self.lowres_cond and kept_with(base).graphs:
+            raise torch.OutOfMemoryError("no more")
+        return denoise(self, x, *args)
+
+    denoise_by(monkeypatch, out_of_memory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert distance(run(imagen, words=words, arguments=FEW), expected) < FLOAT32
+
+
+def test_memory_of_another_u_nets_graphs_is_freed_for_a_capture(monkeypatch):
+    imagen = make_imagen(2)
+    fake_cuda_graphs(monkeypatch)
+    (base, enlarging), graph = map(kept_with, imagen.unets), torch.cuda.graph
+
+    def out_of_memory(*args, **kwargs):
+        if enlarging.lock.locked() and base.graphs:
+            raise torch.OutOfMemoryError("no more")
+        return graph(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "graph", out_of_memory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(imagen, arguments=FEW)
+    assert [steps.graph is not None for steps in enlarging.graphs.values()] == [True] and not base.graphs
+
+
 def scarce_for_conditions(monkeypatch, most):
     """Memory for predictions under this many conditions at a time."""
     denoise, tried = Unet.denoise, []

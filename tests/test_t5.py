@@ -133,8 +133,8 @@ def test_shapes_types_and_mask():
 
 
 def test_a_string_is_one_caption_and_a_tuple_is_a_list():
-    single, _ = t5_encode_text("a blue cross on gray", "t5_tiny")
-    assert torch.equal(single, t5_encode_text(["a blue cross on gray"], "t5_tiny")[0])
+    single, _ = t5_encode_text("a blue cross on gray", "t5_tiny", device="cpu")
+    assert torch.equal(single, t5_encode_text(["a blue cross on gray"], "t5_tiny", device="cpu")[0])
     assert torch.equal(single, t5_encode_text(("a blue cross on gray",), "t5_tiny", device="cpu")[0])
 
 
@@ -235,6 +235,16 @@ def test_default_device(monkeypatch):
     assert t5._default_device().type == "cpu"
 
 
+def test_nothing_follows_from_the_callers_default_device():
+    caption = "a red circle on black"
+    plain, _ = t5_encode_text(caption, "t5_tiny", device="cpu")
+    t5._OTHER_T5.clear()
+    with torch.device("meta"):
+        assert t5.token_counts([caption], "t5_tiny", 20) == [plain.shape[1]]
+        encodings, mask = t5_encode_text(caption, "t5_tiny", device="cpu")
+    assert torch.equal(encodings, plain) and mask.all()
+
+
 # Files
 
 
@@ -254,7 +264,7 @@ def test_a_documented_name_end_to_end(tmp_path, monkeypatch, capfd, name, handle
     monkeypatch.chdir(tmp_path)
     capfd.readouterr()
     captions = ["a red circle on black", "a cross"]
-    encodings, mask = t5_encode_text(captions, name)
+    encodings, mask = t5_encode_text(captions, name, device="cpu")
     assert "".join(capfd.readouterr()) == ""  # no bars, no notes on the decoder's unused weights
 
     assert encodings.shape == (2, 6, get_encoded_dim(name))

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,14 @@ def test_without_a_time_limit_there_is_no_alarm(tmp_path, timeout):
     imagen = Ringing()
     Run(tmp_path, data=Pictures(2), imagen=imagen, valid=[]).train(timeout=timeout)
     assert imagen.timers == [(True, False)]
+
+
+@needs_alarm
+def test_what_is_compiled_for_the_first_batch_of_a_shape_takes_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(Ringing, "acceleration", SimpleNamespace(compile="blocks"))
+    imagen = Ringing()
+    Run(tmp_path, data=Pictures(5), imagen=imagen, valid=[]).train()
+    assert imagen.timers == [(True, False), (True, True), (True, False)], "two batches of two pictures, one of one"
 
 
 def test_training_outside_the_main_thread_says_that_it_has_no_time_limit(tmp_path):

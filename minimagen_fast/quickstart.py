@@ -19,7 +19,7 @@ from .generate import load_minimagen, sample_and_save
 from .Imagen import Imagen
 from .judge import Scores, score
 from .pictures import captioned_grid, loss_curve
-from .quickstart_training import Losses, Recipe, train_unet
+from .quickstart_training import Losses, Recipe, train_unet, without_compiling
 from .shapes import BACKGROUNDS, COLORS, SHAPES, caption
 from .train_command import DIVERGED
 from .trainer import TrainingDiverged
@@ -80,7 +80,7 @@ def run_quickstart(out: Path, seed: int, minutes: float = DEFAULT_MINUTES, *, re
     pictures = wanted_pictures()
     captions = [caption(*names) for names in pictures]
     print(f"Sampling {len(captions)} pictures.")
-    imagen = load_minimagen(directory)
+    imagen = without_compiling(load_minimagen(directory))
     steps = [min(SAMPLING_STEPS, timesteps) for timesteps in recipe.timesteps]
     sample_and_save(
         captions,

@@ -126,6 +126,7 @@ def train_unet(
     torch.manual_seed(seed)
     imagen, unets_params, imagen_params = recipe.cascade()
     imagen.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    without_compiling(imagen)
     index = number - 1
     steps, batch_size, side = recipe.steps(number, minutes), recipe.batch_sizes[index], recipe.image_sizes[index]
     args = get_minimagen_parser().parse_args([])
@@ -165,6 +166,11 @@ def train_unet(
     if not losses:
         losses.append((len(window), sum(window) / len(window)))
     return losses
+
+
+def without_compiling(imagen: Imagen) -> Imagen:
+    """Have a cascade run uncompiled: its blocks would be compiled for about as long as all of the quickstart takes."""
+    return imagen.accelerate(compile="off")
 
 
 def learning_rate_schedule(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minimagen_fast import cli, quickstart, quickstart_training
+from minimagen_fast import acceleration, cli, quickstart, quickstart_training
 from minimagen_fast.generate import load_minimagen
+from minimagen_fast.Imagen import Imagen
 from minimagen_fast.quickstart_training import Recipe
 from minimagen_fast.shapes import BACKGROUNDS, COLORS, SHAPES
 from minimagen_fast.train_command import DIVERGED
@@ -55,6 +56,28 @@ def test_it_leaves_what_it_says(tmp_path, capsys):
     # The folder's own command line finds the same encoder again.
     images = imagen.sample(["a red circle on black"], progress=False, seed=0)
     assert images.shape == (1, 3, 32, 32)
+
+
+class Seen(Exception):
+    """Enough of the quickstart has run."""
+
+
+def test_nothing_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setitem(acceleration._AUTOMATIC, "compile", lambda *_: ("blocks", "as on CUDA"))
+
+    def run(*args, **kwargs):
+        (imagen,) = (value for value in (*args, kwargs.get("minimagen")) if isinstance(value, Imagen))
+        assert imagen.acceleration.compile == "off"
+        raise Seen
+
+    monkeypatch.setattr(quickstart_training, "MinimagenTrain", run)
+    with pytest.raises(Seen):
+        quickstart_training.train_unet(SHORT, 1, tmp_path / "run", "1", 3, 0.5, time.time() + 9, 1, False)
+    monkeypatch.setattr(quickstart, "_train", lambda *_: {})
+    monkeypatch.setattr(quickstart, "load_minimagen", lambda _: SHORT.cascade()[0])
+    monkeypatch.setattr(quickstart, "sample_and_save", run)
+    with pytest.raises(Seen):
+        quickstart.run_quickstart(tmp_path / "results", seed=3, minutes=0.5, recipe=SHORT)
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):

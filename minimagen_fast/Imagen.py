@@ -53,6 +53,20 @@ _GET_TIMES = methods_of(GaussianDiffusion, "_get_times")
 # Methods of a U-Net that are told which images keep their text, and the argument's name.
 _TOLD_OF_TEXT = {"forward": "keep_text", "_text_condition": "keep"}
 _AS_MADE = methods_of(Unet, *_TOLD_OF_TEXT)
+# Methods of a U-Net that take part in a step of training, and of which a replayed step would call none.
+_IN_TRAINING = methods_of(
+    Unet,
+    "forward",
+    "_check_inputs",
+    "_generate_t_tokens",
+    "_embed_times",
+    "_text_condition",
+    "_text_tokens",
+    "_block_conditions",
+    "denoise",
+    "resnet_blocks",
+    "dtype",
+)
 # Methods that the original package calls, and that there are not here.
 _ONLY_IN_ORIGINAL = (
     "_make_noise_schedulers",
@@ -562,7 +576,7 @@ class Imagen(nn.Module):
         schedulers = noise_scheduler, self.lowres_noise_schedule
         # What users have put in the place of ours is called; and an attribute that cannot be is refused by the U-Net.
         functions_as_made = self.loss_fn in _LOSSES.values() and self.normalize_img in _NORMALIZES
-        as_made = functions_as_made and all(map(_is_plain_scheduler, schedulers))
+        as_made = functions_as_made and all(map(_is_plain_scheduler, schedulers)) and not overridden(unet, _IN_TRAINING)
         if acceleration.cuda_graphs != "on" or not as_made or not 0 <= self.cond_drop_prob <= 1:
             return losses(unet, **inputs)
         schedules = (buffer for scheduler in schedulers for buffer in scheduler.buffers())

@@ -13,8 +13,8 @@ settings. A step runs as it is, without a word, where
   :data:`MOST_MEMORY` of the device's memory, which graphs hold on to;
 - the losses of an earlier one are still there and their backward pass has not run: its activations would be lost;
 - several processes train together: gradients are exchanged while the backward pass goes on;
-- something else has a part in it: hooks of the U-Net, modules of other classes than torch's and ours, hooks of saved
-  tensors, a mode that sees functions or operators, ``torch.func``, another capture.
+- something else has a part in it: hooks or methods of its own of the U-Net, modules of other classes than torch's and
+  ours, hooks of saved tensors, a mode that sees functions or operators, ``torch.func``, another capture.
 """
 
 import copy

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minimagen_fast import captured_training, cuda_capture
 from minimagen_fast.acceleration import ASKED_FOR
 from minimagen_fast.kept import KEPT
+from minimagen_fast.Unet import Unet
 
 BATCH = 3
 
@@ -375,6 +376,21 @@ def with_another_forward_of_a_class(imagen, called):
     return patch.undo
 
 
+def counting(called, method):
+    return lambda *args, **options: called.append(1) or method(*args, **options)
+
+
+def with_a_method(imagen, called):
+    unet = imagen.unets[0]
+    unet.denoise = counting(called, unet.denoise)
+
+
+def with_another_method_of_the_class(imagen, called):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Unet, "_text_tokens", counting(called, Unet._text_tokens))
+    return patch.undo
+
+
 def parametrised(imagen, called):
     class Scaled(torch.nn.Module):
         def forward(self, weight):
@@ -394,6 +410,8 @@ def parametrised(imagen, called):
         with_other_noise,
         with_a_hook_of_all_modules,
         with_another_forward_of_a_class,
+        with_a_method,
+        with_another_method_of_the_class,
         parametrised,
     ],
 )

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from . import checkpoint
 from .checkpoint_index import read_index
-from .files import file_digest, file_fault, replace_file, sync_folder
+from .files import file_digest, file_fault, replace_file, sync_folder, system_error
 from .interrupts import uninterrupted
 from .ranks import Ranks
 
@@ -304,13 +304,7 @@ def _why(error: BaseException | None) -> str:
     if error is None:
         return "see the other ranks"
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    return "; ".join(sorted({str(_system_error(cause) or cause) for cause in causes}))
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+    return "; ".join(sorted({str(system_error(cause) or cause) for cause in causes}))
 
 
 def _remove(path: Path) -> None:

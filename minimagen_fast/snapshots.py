@@ -263,7 +263,9 @@ class Snapshots:
 
     def _candidates(self) -> Iterator[Path]:
         pointer = self.folder / LATEST
-        named = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        # Whatever stands in it: what it names is looked for among those that are there.
+        text = pointer.read_bytes().decode("utf-8", "replace") if pointer.is_file() else ""
+        named = self.folder / text.strip()
         paths = self._all()
         if named in paths:
             paths.remove(named)

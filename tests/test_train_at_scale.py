@@ -255,6 +255,7 @@ def test_a_super_resolution_u_net_alone_enlarges_validation_pictures(data, tmp_p
 @pytest.mark.parametrize(
     "further, message",
     [
+        (["--UNET", ""], "--UNET must be a number from 1 to 2, or all; got ''"),
         (["--UNET", "3"], "--UNET must be a number from 1 to 2, or all; got '3'"),
         (["--UNET_LRS", "1e-3"], "--UNET_LRS must be 2 numbers"),
         (["--CHECKPOINT_LEVELS", "a"], "--CHECKPOINT_LEVELS must be numbers"),

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from .caption_format import (
     DTYPES,
     EncoderIdentity,
+    checked_json,
     encoder_content,
     encoder_name,
     json_or_none,
-    read_json,
     shard_path,
     store_digest,
     write_manifest,
@@ -185,16 +185,17 @@ class _Store:
 
     def records(self) -> list[dict[str, Any]]:
         """Records of the finished shards, in order."""
-        paths = map(self.record_path, range(self.number_of_shards))
-        return [read_json(path) for path in paths if path.is_file()]
+        # Other processes take theirs away, where the shard is damaged, and write them anew.
+        read = {path: json_or_none(path) for path in map(self.record_path, range(self.number_of_shards))}
+        return [checked_json(path, record) for path, record in read.items() if record is not None]
 
     def check_same(self) -> None:
         """See that what is in the folder already belongs to what is to be made."""
         for path in sorted(self.directory.glob("captions-*.json")):
             record = json_or_none(path)
             if record is None:
-                continue  # damaged: `discard_damaged` sees to it
-            record = read_json(path)
+                continue  # damaged: `discard_damaged` sees to it, or of another process, which just did
+            record = checked_json(path, record)
             if record["store"] == self.digest:
                 continue
             there = EncoderIdentity(**record["encoder"])

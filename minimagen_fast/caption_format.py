@@ -183,7 +183,7 @@ def write_manifest(directory: Path, encoder: EncoderIdentity, store: str, shards
     }
     path = directory / MANIFEST
     _remove_unfinished(path)
-    while not path.is_file() or json_or_none(path) != manifest:
+    while json_or_none(path) != manifest:
         try:
             write_json(path, manifest)
         except FileNotFoundError:
@@ -207,7 +207,15 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is damaged, of another format or of a newer version.
     """
-    value = json_or_none(path)
+    return checked_json(path, json_or_none(path))
+
+
+def checked_json(path: Path, value: Any) -> dict[str, Any]:
+    """What was read from a small file of a store, if it can be used.
+
+    Raises:
+        ValueError: as :func:`read_json`.
+    """
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"{path} is damaged or not a file of pre-encoded captions: delete it and encode again")
     if value.get("version") != VERSION:
@@ -219,10 +227,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_or_none(path: Path) -> Any:
-    """What a JSON file says; None if it is none."""
+    """What a JSON file says; None if it is none, or is not there (any more)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError, FileNotFoundError):  # UnicodeDecodeError is a ValueError too
         return None
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from .files import naming_file
+
 __all__ = [
     "capture_rng",
     "isolated_rng",
@@ -37,13 +39,16 @@ def save(value: Any, path: str | os.PathLike) -> None:
     Args:
         value: Tensors, numbers, strings, None, and lists, tuples and dicts of them (such as a ``state_dict``).
         path: File to write. Its folder must exist.
+
+    Raises:
+        OSError: It cannot be written, as when the disk is full.
     """
     path = Path(path)
     # In the same folder, because only a rename within one file system is atomic; with the process id, so that two runs
     # do not share it.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(unfinished, "wb") as file:
+        with naming_file(path), open(unfinished, "wb") as file:
             torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())

@@ -2,9 +2,20 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["file_digest", "file_fault", "lines_of", "replace_file", "size_fault", "sync_folder"]
+__all__ = [
+    "file_digest",
+    "file_fault",
+    "lines_of",
+    "naming_file",
+    "replace_file",
+    "size_fault",
+    "sync_folder",
+    "system_error",
+]
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -13,7 +24,7 @@ def replace_file(path: Path, content: bytes) -> None:
     # do not share it.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(unfinished, "wb") as file:
+        with naming_file(path), open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -21,6 +32,30 @@ def replace_file(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Has an error of the system within the block, such as a full disk, come out as that, with the file's name.
+
+    Raises:
+        OSError: there was one, hidden in whatever error a library made of it or not.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer of archives ends with the latter
+        cause = system_error(error)
+        # Without a number it is somebody else's; with a name it says itself what it is of.
+        if cause is None or cause.errno is None or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The error of the system that an error came from; None if there is none."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def sync_folder(directory: Path) -> None:

@@ -106,7 +106,17 @@ def alone_in(directory: Path, ranks: Ranks) -> Iterator[None]:
     with open(directory / LOCK, "a") if ranks.first else nullcontext() as file:
         if ranks.from_first(file is not None and not _locked(file)):
             raise ValueError(f"another training is under way in {directory}: wait for its end, or name another --OUT")
+        if ranks.first:
+            _remove_unfinished(directory)
         yield
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes what trainings that were killed have left of files that they were writing, which may be whole U-Nets."""
+    for folder in (directory, directory / "checkpoints", directory / "state_dicts", directory / "tmp"):
+        for path in folder.glob(".*.[0-9]*.part"):
+            if path.is_file():  # folders are checkpoints, which are seen to when the next one is written
+                path.unlink()
 
 
 def _locked(file: IO) -> bool:

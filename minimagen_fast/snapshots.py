@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from . import checkpoint
 from .checkpoint_index import read_index
-from .files import file_digest, file_fault, replace_file, sync_folder
+from .files import file_digest, file_fault, replace_file, sync_folder, system_error
 from .interrupts import uninterrupted
 from .ranks import Ranks
 
@@ -263,7 +263,9 @@ class Snapshots:
 
     def _candidates(self) -> Iterator[Path]:
         pointer = self.folder / LATEST
-        named = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        # Whatever stands in it: what it names is looked for among those that are there.
+        text = pointer.read_bytes().decode("utf-8", "replace") if pointer.is_file() else ""
+        named = self.folder / text.strip()
         paths = self._all()
         if named in paths:
             paths.remove(named)
@@ -304,13 +306,7 @@ def _why(error: BaseException | None) -> str:
     if error is None:
         return "see the other ranks"
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    return "; ".join(sorted({str(_system_error(cause) or cause) for cause in causes}))
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+    return "; ".join(sorted({str(system_error(cause) or cause) for cause in causes}))
 
 
 def _remove(path: Path) -> None:

@@ -177,7 +177,8 @@ def unet_numbers(args: argparse.Namespace, available: int, run: Run, ranks: Rank
             and all(type(number) is int and 1 <= number <= available for number in numbers)
         ):
             return numbers
-    chosen = args.UNET or ("all" if ranks.size == 1 else "1")
+    default = "all" if ranks.size == 1 else "1"
+    chosen = default if args.UNET is None else args.UNET
     if chosen == "all":
         return list(range(1, available + 1))
     if not chosen.isdecimal() or not 1 <= int(chosen) <= available:

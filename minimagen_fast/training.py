@@ -27,6 +27,7 @@ from torch import nn
 
 from .arguments import argument_of
 from .data import ConceptualCaptions, MinimagenCollator, MinimagenDataset, get_minimagen_dl_opts
+from .files import lines_of
 from .given_loader import GivenLoader
 from .Imagen import Imagen
 from .settings import TrainingSettings
@@ -285,7 +286,7 @@ def load_restart_training_parameters(
 
     Raises:
         FileNotFoundError: The folder or the file is missing.
-        ValueError: The directory is not given, or a value in the file is not of its argument's type.
+        ValueError: The directory is not given, the file is no text, or a value in it is not of its argument's type.
     """
     values = _values(args)
     source = "PARAMETERS" if justparams else "RESTART_DIRECTORY"
@@ -298,7 +299,7 @@ def load_restart_training_parameters(
         raise FileNotFoundError(f"{folder} has no training_parameters_TIMESTAMP.txt: check {source}")
     [file] = files.values()
     kinds = {"MAX_NUM_WORDS": int, "IMG_SIDE_LEN": int, "T5_NAME": str, "TIMESTEPS": int}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(file):
         name, _, value = line.removeprefix("--").partition("=")
         if name in kinds:
             try:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from . import checkpoint
 from .checkpoint_index import read_index
+from .files import lines_of
 from .ranks import Ranks
 from .snapshots import MANIFEST, Saved, Snapshots
 
@@ -139,8 +140,7 @@ class TrainedFolder:
     def arguments(self) -> dict[str, str]:
         """The arguments of the training by name, as text; empty where none are kept."""
         files = sorted((self.directory / "parameters").glob("training_*.txt"))
-        lines = files[-1].read_text(encoding="utf-8").splitlines() if files else []
-        pairs = [line.removeprefix("--").partition("=") for line in lines]
+        pairs = [line.removeprefix("--").partition("=") for line in (lines_of(files[-1]) if files else [])]
         return {name: value for name, equals, value in pairs if equals}
 
     def trained(self, available: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Checkpoint files, random states, and the order of the data after a restart."""
 
+import errno
 import io
 import pickle
 import random
@@ -22,6 +23,24 @@ def test_save_and_load_keep_everything(tmp_path):
     loaded = checkpoint.load(tmp_path / "a.pth")
     assert torch.equal(loaded["weights"], value["weights"])
     assert loaded["n"] == value["n"] and loaded["nested"] == value["nested"]
+
+
+@pytest.mark.parametrize("room", [1_000, 30_000, 60_000])
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, room):
+    # In the middle of an archive torch's writer makes a RuntimeError about positions of it.
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.pth"
+    checkpoint.save(1, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.pth") as raised:
+            checkpoint.save({name: torch.zeros(5_000) for name in "abcde"}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG
+    assert checkpoint.load(path) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
 
 @pytest.mark.parametrize("ends_with", [OSError("disk full"), KeyboardInterrupt()])

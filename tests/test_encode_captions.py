@@ -250,6 +250,24 @@ def test_processes_make_their_own_shards_only(tmp_path, whole):
     assert contents(tmp_path) == whole
 
 
+@pytest.mark.parametrize("moment", [1, 2])
+def test_another_process_may_take_a_damaged_shard_away_at_any_moment(tmp_path, whole, monkeypatch, moment):
+    encode(tmp_path)
+    record, readings = tmp_path / "captions-00000.json", []
+
+    def read_text(path, *args, real=Path.read_text, **options):
+        if path == record:
+            readings.append(path)
+            if len(readings) == moment:
+                record.unlink()
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    report = encode(tmp_path, rank=1, world_size=2)
+    assert (report.encoded, report.shards_left) == (0, 1) and len(readings) == 2
+    assert encode(tmp_path).encoded == 5 and contents(tmp_path) == whole
+
+
 def test_the_order_of_the_captions_does_not_matter(tmp_path, whole):
     encode(tmp_path, [*all_captions()[::-1], *all_captions()])
     assert contents(tmp_path) == whole

@@ -170,6 +170,8 @@ def test_the_same_step_twice_and_what_a_kill_has_left(snapshots):
     assert snapshots.newest().path.name == "step_000000003_1"
     (snapshots.folder / "latest").unlink()
     assert snapshots.newest().path.name == "step_000000003_1", "without the pointer the newest counts"
+    (snapshots.folder / "latest").write_bytes(b"\xff\0step")
+    assert snapshots.newest().path.name == "step_000000003_1", "nor with one that is damaged"
 
 
 def test_a_copy_of_a_checkpoint_is_let_be(snapshots):

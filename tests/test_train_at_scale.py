@@ -255,6 +255,7 @@ def test_a_super_resolution_u_net_alone_enlarges_validation_pictures(data, tmp_p
 @pytest.mark.parametrize(
     "further, message",
     [
+        (["--UNET", ""], "--UNET must be a number from 1 to 2, or all; got ''"),
         (["--UNET", "3"], "--UNET must be a number from 1 to 2, or all; got '3'"),
         (["--UNET_LRS", "1e-3"], "--UNET_LRS must be 2 numbers"),
         (["--CHECKPOINT_LEVELS", "a"], "--CHECKPOINT_LEVELS must be numbers"),
@@ -563,12 +564,17 @@ def test_one_training_at_a_time(started, tmp_path, capsys):
         "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     )
     words = [sys.executable, "-c", holding, str(tmp_path / "run" / ".lock")]
+    unfinished = [tmp_path / "run" / "tmp" / f".unet_0_tmp.pth.{number}.part" for number in (7, 123456)]
+    for path in unfinished:
+        path.write_bytes(b"half of the weights")
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "1\n"
         assert cli.main(changed(started, e="2")) == cli.MISUSED
         assert f"another training is under way in {tmp_path / 'run'}" in capsys.readouterr().err
+        assert all(path.is_file() for path in unfinished), "they may be the other's"
         other.communicate("\n")
     assert cli.main(changed(started, e="2")) == 0, "a lock goes with its process"
+    assert not any(path.exists() for path in unfinished), "what a kill has left fills no disk"
 
 
 def test_files_say_nothing_of_how_it_was_called(started, tmp_path):

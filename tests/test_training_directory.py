@@ -102,6 +102,9 @@ def test_restart_parameters_that_are_missing_or_wrong_are_named(tmp_path):
     (tmp_path / "training_parameters_1.txt").write_text("--T5_NAME=None\n--TIMESTEPS=2.5")
     with pytest.raises(ValueError, match="TIMESTEPS must be of type int, got '2.5'"):
         load_restart_training_parameters(Namespace(PARAMETERS=str(tmp_path)), justparams=True)
+    (tmp_path / "training_parameters_1.txt").write_bytes(b"--TIMESTEPS=\xff")
+    with pytest.raises(ValueError, match="training_parameters_1.txt is not UTF-8"):
+        load_restart_training_parameters(Namespace(PARAMETERS=str(tmp_path)), justparams=True)
 
 
 def test_default_args_of_classes_and_functions():

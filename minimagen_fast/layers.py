@@ -14,6 +14,7 @@ from .helpers import default, exists, maybe
 from .kernels import (
     channel_layer_norm,
     conv1x1_concat,
+    dispatch,
     group_norm_silu,
     layer_norm,
     linear,
@@ -155,6 +156,11 @@ def _is_plain_conv(module: Any, side: int | None = None) -> bool:
 def _adds_bias_apart(device: torch.device) -> bool:
     """Whether a convolution reads and writes its result once more to add the bias: all but those of a CPU do."""
     return device.type != "cpu"
+
+
+def _reads_apart(device: torch.device) -> bool:
+    """Whether a kernel reads the images apart: on a CPU they are one for the norm, and so for the convolution too."""
+    return device.type != "cpu" or dispatch.implementation() == "triton"
 
 
 class _TakesSkip(nn.Module):
@@ -575,6 +581,8 @@ class ResnetBlock(_TakesSkip):
         """
         if exists(self.time_mlp) and exists(time_emb):
             scale_shift = self.time_mlp(time_emb)
+        if exists(skip) and not _reads_apart(x.device):
+            x, skip = torch.cat((x, skip * skip_scale), dim=1), None
 
         first = self.block1
         handed = isinstance(first, Block) and not exists(self.cross_attn) and first.hands_on_bias(self.block2)

@@ -163,6 +163,18 @@ def resnet_block(**options):
     return block
 
 
+def test_on_a_cpu_images_are_joined_once(monkeypatch):
+    block, t = resnet_block(), torch.randn(2, 8)
+    x, skip = torch.randn(2, 12, 5, 5), torch.randn(2, 4, 5, 5)
+    expected = block(torch.cat((x, 0.7 * skip), dim=1), t)
+
+    def never(*_, **__):
+        raise AssertionError("they are in one tensor already")
+
+    monkeypatch.setattr(layers, "conv1x1_concat", never)
+    assert torch.equal(block(x, t, skip=skip, skip_scale=0.7), expected)
+
+
 @pytest.fixture
 def apart(monkeypatch):
     """As if the bias of a convolution took a pass of its own, as on a GPU."""

@@ -68,6 +68,7 @@ def test_a_library_that_keeps_no_large_blocks(monkeypatch, most, said):
 
     monkeypatch.setattr(host_memory, "obstacle", lambda: None)
     monkeypatch.setattr(host_memory, "_library", Library)
+    monkeypatch.setattr(host_memory, "_huge_page_bytes", lambda: 0)
     monkeypatch.setattr(host_memory, "_kept", False)
     monkeypatch.setattr(host_memory, "_limit", 2**30)
     host_memory.keep_freed(True)
@@ -80,6 +81,88 @@ def test_a_library_that_keeps_no_large_blocks(monkeypatch, most, said):
     asked.clear()
     host_memory.keep_freed(False)
     assert asked == [(MMAP, 2**25), *([(TRIM, 2**26)] if most else []), "trimmed"]
+
+
+IN_HUGE_PAGES = """
+import torch
+from minimagen_fast import host_memory
+
+host_memory.keep_freed(True)
+# Its middle: huge pages begin where they can.
+place = torch.ones(20, 2**20)[10:].data_ptr()
+inside = False
+for line in open("/proc/self/smaps"):
+    first, last = line.split()[0].partition("-")[::2]
+    if last and not first.endswith(":"):
+        inside = int(first, 16) <= place < int(last, 16)
+    elif inside and first == "VmFlags:":
+        print(line)
+"""
+
+
+@pytest.mark.skipif(not host_memory._huge_page_bytes(), reason="the system has no huge pages for programs that ask")
+@pytest.mark.skipif(host_memory.obstacle() is not None, reason=str(host_memory.obstacle()))
+def test_what_is_kept_may_lie_in_huge_pages():
+    done = subprocess.run([sys.executable, "-c", IN_HUGE_PAGES], capture_output=True, text=True, check=True)
+    assert "hg" in done.stdout.split()
+
+
+def test_huge_pages_are_asked_for_again_where_the_first_end(monkeypatch):
+    MIB, huge, advised = 2**20, 2 * 2**20, []
+
+    class Library:
+        end = 7 * MIB + 5
+
+        def mallopt(self, parameter, size):
+            return 1
+
+        def malloc_trim(self, pad):
+            self.end = 9 * MIB
+
+        def sbrk(self, step):
+            return self.end
+
+        def malloc(self, size):
+            assert size == host_memory._AHEAD
+            self.end += size
+
+        def free(self, block):
+            pass
+
+        def madvise(self, begin, size, advice):
+            assert advice == 14 and begin % huge == size % huge == 0
+            advised.append((begin // MIB, (begin + size) // MIB))
+
+    library = Library()
+    monkeypatch.setattr(host_memory, "obstacle", lambda: None)
+    monkeypatch.setattr(host_memory, "_library", lambda: library)
+    monkeypatch.setattr(host_memory, "_huge_page_bytes", lambda: huge)
+    for name, value in (("_kept", False), ("_limit", 2**30), ("_huge_until", 0)):
+        monkeypatch.setattr(host_memory, name, value)
+    host_memory.keep_freed(True)
+    host_memory.keep_freed(True)
+    assert advised == [(8, 518)]
+    library.end = 700 * MIB
+    host_memory.keep_freed(True)
+    assert advised.pop() == (700, 1212)
+    host_memory.keep_freed(False)
+    host_memory.keep_freed(True)
+    assert advised == [(8, 518), (10, 520)]
+
+
+@pytest.mark.parametrize(
+    "said, overcommit, expected",
+    [("always [madvise] never", "0", 2**21), ("always madvise [never]", "0", 0), ("[always] madvise never", "2", 0)],
+)
+def test_where_huge_pages_are_asked_for(tmp_path, monkeypatch, said, overcommit, expected):
+    (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    (tmp_path / "enabled").write_text(said)
+    (tmp_path / "overcommit").write_text(overcommit)
+    monkeypatch.setattr(host_memory, "_HUGE_PAGES", tmp_path)
+    monkeypatch.setattr(host_memory, "_OVERCOMMIT", tmp_path / "overcommit")
+    assert host_memory._huge_page_bytes.__wrapped__() == expected
+    (tmp_path / "enabled").unlink()
+    assert host_memory._huge_page_bytes.__wrapped__() == 0
 
 
 @pytest.mark.parametrize(

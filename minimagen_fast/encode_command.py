@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
-import torch
-
 from .caption_encoding import BATCH_SIZE, SHARD_SIZE, encode_captions
 from .caption_format import DTYPES
 from .data import MinimagenDataset, conceptual_rows
-from .helpers import device_for_values
+from .helpers import device_of_rank
 from .shapes import all_captions
 from .sources import BUILT_IN, CONCEPTUAL, add_source_arguments, check_columns, open_captions
 from .t5 import absolute_name
@@ -45,10 +43,7 @@ def run_encode_captions(args: argparse.Namespace) -> int:
     rank, world_size, local_rank = (
         _from_environment(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    name = args.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":  # to all ranks the same words are said
-        name += f":{local_rank}"
-    device = device_for_values(name, "--DEVICE")
+    device = device_of_rank(args.DEVICE, local_rank)
     args.T5_NAME = absolute_name(args.T5_NAME)  # as a training keeps it
     report = encode_captions(
         _captions(args),

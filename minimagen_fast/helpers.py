@@ -238,6 +238,18 @@ def device_for_values(device: torch.device | str, argument: str = "device") -> t
     return device
 
 
+def device_of_rank(name: str | None, local_rank: int | str) -> torch.device:
+    """What ``--DEVICE`` says to one of the processes of a machine, by its number there: ``cuda`` is its own, to each.
+
+    A CUDA device where there is one, if it says nothing.
+
+    Raises:
+        ValueError: as :func:`device_for_values`.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device_for_values(f"cuda:{local_rank}" if name == "cuda" else name, "--DEVICE")
+
+
 def unnormalize_zero_to_one(normed_img: torch.Tensor) -> torch.Tensor:
     """Map images from [-1, 1] to [0, 1]."""
     return (normed_img + 1) * 0.5

@@ -32,7 +32,8 @@ _huge_until = 0
 def keep_freed(wanted: bool) -> None:
     """Have blocks below one gigabyte stay in this process when they are freed, or, not ``wanted``, go back; at once.
 
-    Older libraries keep smaller ones alone, see :func:`limit`. Does nothing where :func:`obstacle` finds one.
+    Older libraries keep smaller ones alone, see :func:`limit`. Does nothing where :func:`obstacle` finds one. Where
+    the process has taken more since the last call, what it takes next will lie in huge pages, too.
     """
     global _kept, _limit, _huge_until
     if obstacle():

@@ -169,7 +169,7 @@ def train_unet(
 
 
 def without_compiling(imagen: Imagen) -> Imagen:
-    """Have a cascade run uncompiled: its blocks would be compiled for about as long as all of the quickstart takes."""
+    """Have a cascade run uncompiled: to compile its blocks may take longer than to train it so briefly."""
     return imagen.accelerate(compile="off")
 
 

@@ -18,7 +18,7 @@ from .arguments import check_seed
 from .captioned import CaptionedPictures
 from .files import replace_file
 from .generate import build_imagen, checked_params
-from .helpers import device_for_values
+from .helpers import device_of_rank
 from .Imagen import Imagen
 from .loading import ShardedLoader
 from .optimizers import build_optimizer, learning_rate_factor, learning_rate_schedule
@@ -83,10 +83,7 @@ def run_train(args: argparse.Namespace) -> int:
     """
     if args.RESTART_DIRECTORY is not None and args.PARAMETERS is not None:
         raise ValueError("give either --RESTART_DIRECTORY or --PARAMETERS, not both")
-    name = args.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":  # to all ranks the same words are said
-        name += ":" + os.environ.get("LOCAL_RANK", "0")
-    device = device_for_values(name, "--DEVICE")
+    device = device_of_rank(args.DEVICE, os.environ.get("LOCAL_RANK", "0"))
     check_seed(args.SEED, "--SEED")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -487,8 +487,11 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
         inputs = {"x_t": make.picture(b, c, h, w), "pred": pred, **times}
         if third:
             inputs[name] = make.picture(b, c, h, w)
-        if guided:
-            inputs["cond_scale"] = torch.full((1,), 3.0, device=make.device)
+        # As a sampling has them, so that a captured step can be replayed with others.
+        settings = {"percentile": 0.9} | ({"cond_scale": 3.0} if guided else {})
+        if kind == "ddim" and third:
+            settings["eta"] = 1.0
+        inputs |= {key: torch.full((1,), value, device=make.device) for key, value in settings.items()}
         return inputs | make.schedules(*schedules)
 
     inputs = ("pred", name) if third else ("pred",)
@@ -497,7 +500,6 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
     else:
         reads = {"x_t": 2, **dict.fromkeys(inputs, 1), "x_0=x_t": 3}
         floor = Floor(reads, ("x_0=x_t", "output"), why="x_0 is counted three times and then updated")
-    eta = {"eta": 1.0 if third else 0.0} if kind == "ddim" else {}
     return Case(
         f"{kind}_step",
         image_shape(b, c, h, w)
@@ -506,7 +508,6 @@ def sampling_step(kind: str, b: int, c: int, h: int, w: int, *, guided: bool = T
         function,
         make_inputs,
         floor,
-        options={"percentile": 0.9, **eta},
     )
 
 

@@ -28,7 +28,19 @@ def _start_weights(a_ptr, b_ptr, t, KIND: tl.constexpr):
 
 @triton.jit
 def _update_weights(
-    a_ptr, b_ptr, c_ptr, d_ptr, e_ptr, t, t_previous_ptr, t_last_ptr, eta, KIND: tl.constexpr, HAS_EXTRA: tl.constexpr
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    e_ptr,
+    t,
+    t_previous_ptr,
+    t_last_ptr,
+    eta_ptr,
+    eta,
+    stored,
+    KIND: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
 ):
     """The weights of x_0, x_t and the third input in the next image."""
     weight_extra = 0.0
@@ -44,6 +56,7 @@ def _update_weights(
         if KIND == 1:
             # alpha_to^2 - alpha^2 = sigma^2 - sigma_to^2: rounding spoils the one whose squares are near 1.
             by_sigma, by_alpha = (sigma - sigma_to) * (sigma + sigma_to), (alpha_to - alpha) * (alpha_to + alpha)
+            eta = threshold.setting(eta_ptr, eta, stored, 4)
             gap = tl.maximum(tl.where(sigma < alpha, by_sigma, by_alpha), 0.0)
             weight_extra = tl.div_rn(eta * tl.div_rn(sigma_to, sigma) * tl.sqrt_rn(gap), alpha_to)
             direction = tl.maximum(sigma_to * sigma_to - weight_extra * weight_extra, 0.0)
@@ -65,12 +78,6 @@ def _update_weights(
 
 
 @triton.jit
-def _guidance_weight(scale_ptr, scale, weighted):
-    """The one in memory, which a CUDA graph reads anew, or the number."""
-    return tl.load(scale_ptr, mask=weighted != 0, other=scale)
-
-
-@triton.jit
 def _predicted(pred_ptr, null_ptr, offset, swapped, inside, scale, PRED_SAME: tl.constexpr, NULL: tl.constexpr):
     """The noise, guided if there is a null prediction: NULL is 1 for one in the order of x_t, 2 in the other."""
     pred = tl.load(pred_ptr + (offset if PRED_SAME else swapped), mask=inside, other=0.0).to(tl.float32)
@@ -80,7 +87,7 @@ def _predicted(pred_ptr, null_ptr, offset, swapped, inside, scale, PRED_SAME: tl
     return pred
 
 
-@triton.jit(do_not_specialize=["below", "step", "weighted"])
+@triton.jit(do_not_specialize=["stored"])
 def _whole_kernel(
     x_ptr,
     t_ptr,
@@ -99,18 +106,19 @@ def _whole_kernel(
     n,
     inner,
     outer,
-    below,
-    step,
-    weight,
+    q_ptr,
+    q,
     scale_ptr,
     scale,
-    weighted,
+    eta_ptr,
     eta,
+    stored,
     KIND: tl.constexpr,
     PRED_SAME: tl.constexpr,
     NULL: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     EXTRA_SAME: tl.constexpr,
+    ROUNDED: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """The whole step of one image."""
@@ -120,16 +128,15 @@ def _whole_kernel(
     swapped = other_order(offset, inner, outer)
     # Or bfloat16 predictions, 8 in an access, would have all else exchanged between threads before it is stored.
     by_four = tl.max_contiguous(offset, 4)
-    t = tl.load(t_ptr + image)
+    t = tl.load(t_ptr + image).to(tl.int32)
     first, second = _start_weights(a_ptr, b_ptr, t, KIND)
     x = tl.load(x_ptr + image * n + offset, mask=inside, other=0.0)
     if NULL > 0:
-        scale = _guidance_weight(scale_ptr, scale, weighted)
+        scale = threshold.setting(scale_ptr, scale, stored, 2)
     pred = _predicted(pred_ptr + image * n, null_ptr + image * n, by_four, swapped, inside, scale, PRED_SAME, NULL)
-    start = first * x - second * pred
-    start = threshold.clamp_scale(
-        start, threshold.threshold_of_keys(threshold.keys_of(start), inside, below, step, weight)
-    )
+    start = tl.where(inside, first * x - second * pred, float("inf"))
+    s = threshold.threshold_of(start, q_ptr, q, stored, n, ROUNDED, SIZE)
+    start = threshold.clamp_scale(start, s)
     if KIND == 2:
         tl.store(start_ptr + image * n + offset, start, mask=inside)
     weight_start, weight_x, weight_extra = _update_weights(
@@ -141,7 +148,9 @@ def _whole_kernel(
         t,
         t_previous_ptr + image,
         t_last_ptr + image,
+        eta_ptr,
         eta,
+        stored,
         KIND,
         HAS_EXTRA,
     )
@@ -152,7 +161,7 @@ def _whole_kernel(
     tl.store(out_ptr + image * n + offset, out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts", "weighted"])
+@triton.jit(do_not_specialize=["parts", "stored"])
 def _start_kernel(
     x_ptr,
     t_ptr,
@@ -171,7 +180,7 @@ def _start_kernel(
     part_size,
     scale_ptr,
     scale,
-    weighted,
+    stored,
     KIND: tl.constexpr,
     PRED_SAME: tl.constexpr,
     NULL: tl.constexpr,
@@ -185,7 +194,7 @@ def _start_kernel(
     threshold.zero_shared(shared_ptr, image, part, parts, SHARED)
     first, second = _start_weights(a_ptr, b_ptr, tl.load(t_ptr + image), KIND)
     if NULL > 0:
-        scale = _guidance_weight(scale_ptr, scale, weighted)
+        scale = threshold.setting(scale_ptr, scale, stored, 2)
     counts = tl.zeros((ROWS * COLUMNS,), tl.int32)
     largest, largest_up_to_1 = 0, 0
     begin = part * part_size
@@ -207,7 +216,7 @@ def _start_kernel(
     tl.store(extremes_ptr + (image * parts + part) * 2 + 1, largest_up_to_1)
 
 
-@triton.jit(do_not_specialize=["parts", "step"])
+@triton.jit(do_not_specialize=["parts", "stored"])
 def _update_kernel(
     x_ptr,
     t_ptr,
@@ -228,19 +237,22 @@ def _update_kernel(
     outer,
     parts,
     part_size,
-    step,
-    weight,
+    q_ptr,
+    q,
+    eta_ptr,
     eta,
+    stored,
     KIND: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     EXTRA_SAME: tl.constexpr,
     TILE: tl.constexpr,
+    ROUNDED: tl.constexpr,
     SECOND: tl.constexpr,
     SHARED: tl.constexpr,
 ):
     """One part of the next image, from x_0 before its threshold; for the solver that keeps x_0, also after it."""
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-    s = threshold.threshold_of_counts(shared_ptr, state_ptr, image, step, weight, SECOND, SHARED)
+    s = threshold.threshold_of_counts(shared_ptr, state_ptr, image, q_ptr, q, stored, n, ROUNDED, SECOND, SHARED)
     weight_start, weight_x, weight_extra = _update_weights(
         a_ptr,
         b_ptr,
@@ -250,7 +262,9 @@ def _update_kernel(
         tl.load(t_ptr + image),
         t_previous_ptr + image,
         t_last_ptr + image,
+        eta_ptr,
         eta,
+        stored,
         KIND,
         HAS_EXTRA,
     )
@@ -270,18 +284,34 @@ def _update_kernel(
         tl.store(out_ptr + image * n + offset, out, mask=inside)
 
 
-def _fake_step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, percentile, guidance, scale, eta):
+def _fake_step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, *settings):
     out = empty_images(x_t.shape, x_t, x_t.dtype, is_channels_last(x_t))
     return out, torch.empty_like(out) if kind == DPM_SOLVER else x_t.new_empty(0)
 
 
 @launch.define(
     "sampling_step(int kind, Tensor x_t, Tensor t, Tensor t_previous, Tensor t_last, Tensor pred, Tensor? null_pred,"
-    " Tensor? extra, Tensor[] schedules, float percentile, Tensor? guidance, float scale, float eta)"
-    " -> (Tensor, Tensor)",
+    " Tensor? extra, Tensor[] schedules, float q, float scale, float eta, Tensor? stored_q, Tensor? stored_scale,"
+    " Tensor? stored_eta) -> (Tensor, Tensor)",
     _fake_step,
 )
-def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, percentile, guidance, scale, eta):
+def step(
+    kind,
+    x_t,
+    t,
+    t_previous,
+    t_last,
+    pred,
+    null_pred,
+    extra,
+    schedules,
+    q,
+    scale,
+    eta,
+    stored_q,
+    stored_scale,
+    stored_eta,
+):
     x_t, pred = dense(x_t), dense(pred)
     last = is_channels_last(x_t)
     out = empty_images(x_t.shape, x_t, x_t.dtype, last)
@@ -291,9 +321,10 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
     # Where there is none a kernel gets another tensor, and does not look at it.
     null = pred if null_pred is None else dense(null_pred)
     third = x_t if extra is None else dense(extra)
-    weighted = int(guidance is not None)
-    if guidance is None:
-        guidance = x_t
+    settings = stored_q, stored_scale, stored_eta
+    # Bits 1, 2 and 4.
+    stored = sum(1 << place for place, tensor in enumerate(settings) if tensor is not None)
+    stored_q, stored_scale, stored_eta = (x_t if tensor is None else tensor for tensor in settings)
     has_null = 0 if null_pred is None else 1 if is_channels_last(null) == last else 2
     pred_same = is_channels_last(pred) == last
     t, t_previous, t_last = (times.contiguous() for times in (t, t_previous, t_last))
@@ -302,7 +333,6 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
     schedules += schedules[:1] * (5 - len(schedules))
     if whole:
         size = max(launch.next_power_of_2(n), 512)
-        below, following, weight = threshold.rank_of(percentile, n)
         launch.run(
             _whole_kernel,
             (x_t.shape[0],),
@@ -319,24 +349,25 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             n,
             inner,
             outer,
-            below,
-            following,
-            weight,
-            guidance,
+            stored_q,
+            q,
+            stored_scale,
             scale,
-            weighted,
+            stored_eta,
             eta,
+            stored,
             KIND=kind,
             PRED_SAME=pred_same,
             NULL=has_null,
             HAS_EXTRA=extra is not None,
             EXTRA_SAME=is_channels_last(third) == last,
+            ROUNDED=threshold.is_rounded(n),
             SIZE=size,
             # With 8 or 16 warps the compiler spills for one kind of step or another.
             num_warps=32 if size >= 8192 else min(max(size // 512, 4), 8),
         )
     else:
-        selection = threshold.Selection(start, percentile)
+        selection = threshold.Selection(start, (stored_q, q, stored))
         grid = (x_t.shape[0] * selection.parts,)
         launch.run(
             _start_kernel,
@@ -355,16 +386,16 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             outer,
             selection.parts,
             selection.part_size,
-            guidance,
+            stored_scale,
             scale,
-            weighted,
+            stored,
             KIND=kind,
             PRED_SAME=pred_same,
             NULL=has_null,
             TILE=threshold.TILE,
             ROWS=threshold.FIRST_ROWS,
             COLUMNS=threshold.FIRST_COLUMNS,
-            SHARED=selection.sizes["SHARED"],
+            SHARED=selection.constants["SHARED"],
             num_warps=8,
         )
         selection.narrow()
@@ -386,14 +417,16 @@ def step(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, pe
             outer,
             selection.parts,
             selection.part_size,
-            selection.step,
-            selection.weight,
+            stored_q,
+            q,
+            stored_eta,
             eta,
+            stored,
             KIND=kind,
             HAS_EXTRA=extra is not None,
             EXTRA_SAME=is_channels_last(third) == last,
             TILE=threshold.TILE,
-            **selection.sizes,
+            **selection.constants,
             num_warps=16,
         )
     return out, start if kind == DPM_SOLVER else x_t.new_empty(0)

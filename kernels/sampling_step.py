@@ -61,9 +61,11 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
     # Of no images the predictions of both kinds are none, too.
     if null_pred is None and x_t.ndim and pred.ndim == x_t.ndim and pred.shape[0] == 2 * x_t.shape[0]:
         pred, null_pred = pred.chunk(2)
-    weighted = isinstance(cond_scale, torch.Tensor)
-    if weighted:
-        _check_weight(cond_scale, x_t)
+    settings = {"percentile": percentile, "cond_scale": cond_scale, "eta": eta}
+    stored = {key: value for key, value in settings.items() if isinstance(value, torch.Tensor)}
+    for key, value in stored.items():
+        _check_stored(key, value, x_t)
+    weighted = "cond_scale" in stored
     if null_pred is None and (weighted or cond_scale != 1):
         raise ValueError(
             f"cond_scale is {'a tensor' if weighted else cond_scale}, which needs a prediction without text: give"
@@ -76,35 +78,31 @@ def _run(operation, kind, x_t, pred, null_pred, times, schedules, extras, percen
     check_schedule(x_t, times, schedules)
     if not x_t.shape[1:].numel():
         raise ValueError(f"x_t must have values in each image, its shape is {tuple(x_t.shape)}")
-    if not 0 <= percentile <= 1:
+    if "percentile" not in stored and not 0 <= percentile <= 1:
         raise ValueError(f"percentile must lie in [0, 1], got {percentile}")
-    differentiable = (*given.values(), cond_scale) if weighted else given.values()
-    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*given.values(), *stored.values())):
         raise ValueError(f"{operation} is not differentiable: call it under torch.no_grad(), or detach its inputs")
     reasons = dispatch.triton_reasons(*given.values(), *schedules.values()) + too_large(x_t)
     chosen = dispatch.select(operation, {"triton": reasons, "reference": []}, x_t.device, implementation)
     t, t_previous, t_last = (*times.values(), *(times["t"],) * (3 - len(times)))
     schedule = list(schedules.values())
-    common = kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedule, float(percentile)
+    common = kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedule
     if chosen == "reference":
-        return _reference(*common, cond_scale, float(eta))
-    # Either a tensor or a number.
-    guidance = (cond_scale, 1.0) if weighted else (None, float(cond_scale))
-    return sampling_kernels.step(*common, *guidance, float(eta))
+        return _reference(*common, *settings.values())
+    numbers = (0.0 if key in stored else float(value) for key, value in settings.items())
+    return sampling_kernels.step(*common, *numbers, *(stored.get(key) for key in settings))
 
 
-def _check_weight(cond_scale: torch.Tensor, x_t: torch.Tensor) -> None:
-    if cond_scale.dtype not in (torch.float32, x_t.dtype):
-        raise TypeError(f"cond_scale must be a number or float32, got {cond_scale.dtype}; convert it with .float()")
-    if cond_scale.shape != (1,):
+def _check_stored(name: str, value: torch.Tensor, x_t: torch.Tensor) -> None:
+    if value.dtype not in (torch.float32, x_t.dtype):
+        raise TypeError(f"{name} must be a number or float32, got {value.dtype}; convert it with .float()")
+    if value.shape != (1,):
         raise ValueError(
-            f"cond_scale must be a number, or a tensor of shape (1,), the weight of all images; got"
-            f" {tuple(cond_scale.shape)}"
+            f"{name} must be a number, or a tensor of shape (1,), one value for all images; got {tuple(value.shape)}"
         )
-    if cond_scale.device != x_t.device:
+    if value.device != x_t.device:
         raise ValueError(
-            f"cond_scale must be on {x_t.device} like x_t, it is on {cond_scale.device}; move it there, or give a"
-            " number"
+            f"{name} must be on {x_t.device} like x_t, it is on {value.device}; move it there, or give a number"
         )
 
 
@@ -119,7 +117,7 @@ def ancestral_step(
     posterior_mean_coef2: torch.Tensor,
     posterior_log_variance_clipped: torch.Tensor,
     *,
-    percentile: float,
+    percentile: float | torch.Tensor,
     null_pred: torch.Tensor | None = None,
     cond_scale: float | torch.Tensor = 1.0,
     implementation: str | None = None,
@@ -141,10 +139,11 @@ def ancestral_step(
         posterior_mean_coef1: Weight of x_0 in the posterior mean, likewise.
         posterior_mean_coef2: Weight of x_t in it, likewise.
         posterior_log_variance_clipped: Logarithm of the posterior variance, likewise.
-        percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
+        percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1]: a number; or float32 (float64 if
+            ``x_t`` is), shape (1,), on the device of ``x_t``, which a CUDA graph reads anew at every replay. Of what
+            such a tensor holds the nearest in the range is taken.
         null_pred: The prediction without text, if it is not the second half of ``pred``.
-        cond_scale: Guidance weight w in null + (conditional - null) w: a number; or float32 (float64 if ``x_t`` is),
-            shape (1,), on the device of ``x_t``, which a CUDA graph reads anew at every replay.
+        cond_scale: Guidance weight w in null + (conditional - null) w: a number or such a tensor.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:
@@ -185,8 +184,8 @@ def ddim_step(
     sqrt_alphas_cumprod: torch.Tensor,
     sqrt_one_minus_alphas_cumprod: torch.Tensor,
     *,
-    percentile: float,
-    eta: float = 0.0,
+    percentile: float | torch.Tensor,
+    eta: float | torch.Tensor = 0.0,
     noise: torch.Tensor | None = None,
     null_pred: torch.Tensor | None = None,
     cond_scale: float | torch.Tensor = 1.0,
@@ -206,9 +205,10 @@ def ddim_step(
         pred: The predicted noise, see :func:`ancestral_step`.
         sqrt_alphas_cumprod: sqrt(abar_t) for each timestep, float32, shape (T,).
         sqrt_one_minus_alphas_cumprod: sqrt(1 - abar_t), likewise.
-        percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
-        eta: Share of the noise of ancestral sampling that is added anew, in [0, 1]; 0 makes the step deterministic.
-        noise: Fresh standard normal noise, floating point, shape of ``x_t``; needed for ``eta`` above 0.
+        percentile: Quantile of |x_0| at which dynamic thresholding sets in, see :func:`ancestral_step`.
+        eta: Share of the noise of ancestral sampling that is added anew, in [0, 1]; 0 makes the step deterministic. A
+            number, or a tensor as ``percentile`` may be.
+        noise: Fresh standard normal noise, floating point, shape of ``x_t``; needed unless ``eta`` is the number 0.
         null_pred: The prediction without text, if it is not the second half of ``pred``.
         cond_scale: Guidance weight, see :func:`ancestral_step`.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
@@ -219,10 +219,13 @@ def ddim_step(
     Raises:
         TypeError, ValueError: as :func:`ancestral_step`.
     """
-    if not 0 <= eta <= 1:
+    is_stored = isinstance(eta, torch.Tensor)
+    if not is_stored and not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    if eta and noise is None:
-        raise ValueError(f"noise must be given for eta = {eta}; only with eta = 0 is none added")
+    adds_noise = is_stored or eta != 0
+    if adds_noise and noise is None:
+        given = "an eta that is a tensor" if is_stored else f"eta = {eta}"
+        raise ValueError(f"noise must be given for {given}; only with eta = 0 is none added")
     return _run(
         "ddim_step",
         DDIM,
@@ -234,7 +237,7 @@ def ddim_step(
             "sqrt_alphas_cumprod": sqrt_alphas_cumprod,
             "sqrt_one_minus_alphas_cumprod": sqrt_one_minus_alphas_cumprod,
         },
-        {"noise": noise if eta else None},
+        {"noise": noise if adds_noise else None},
         percentile,
         cond_scale,
         eta,
@@ -250,7 +253,7 @@ def dpm_solver_pp_2m_step(
     sqrt_alphas_cumprod: torch.Tensor,
     sqrt_one_minus_alphas_cumprod: torch.Tensor,
     *,
-    percentile: float,
+    percentile: float | torch.Tensor,
     last_x_start: torch.Tensor | None = None,
     t_last: torch.Tensor | None = None,
     null_pred: torch.Tensor | None = None,
@@ -271,7 +274,7 @@ def dpm_solver_pp_2m_step(
         pred: The predicted noise, see :func:`ancestral_step`.
         sqrt_alphas_cumprod: sqrt(abar_t) for each timestep, float32, shape (T,).
         sqrt_one_minus_alphas_cumprod: sqrt(1 - abar_t), likewise.
-        percentile: Quantile of |x_0| at which dynamic thresholding sets in, in [0, 1].
+        percentile: Quantile of |x_0| at which dynamic thresholding sets in, see :func:`ancestral_step`.
         last_x_start: The x_0 that the step before returned, shape of ``x_t``; none in the first step.
         t_last: The ``t`` of that step, greater than ``t``; given together with ``last_x_start``.
         null_pred: The prediction without text, if it is not the second half of ``pred``.

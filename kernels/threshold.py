@@ -44,9 +44,19 @@ def _float32(x: float) -> float:
     return struct.unpack("f", struct.pack("f", x))[0]
 
 
+def is_rounded(n: int) -> bool:
+    """Whether ranks among n float32 are float32, too."""
+    return n <= _TORCH_LIMIT
+
+
 def rank_of(q: float, n: int) -> tuple[int, int, float]:
-    """Rank of the ``q``-quantile among n sorted float32: the whole part, the step to the next, and its weight."""
-    rank = _float32(_float32(q) * (n - 1)) if n <= _TORCH_LIMIT else q * (n - 1)
+    """Rank of the ``q``-quantile among n sorted float32: the whole part, the step to the next, and its weight.
+
+    Of ``q`` it takes what float32 has, as torch.quantile does.
+    """
+    rank = _float32(q) * (n - 1)
+    if is_rounded(n):
+        rank = _float32(rank)
     below = int(rank)
     weight = _float32(rank - below)
     return below, int(weight > 0), weight
@@ -59,20 +69,31 @@ def _rank_in_float64(q: float, n: int) -> tuple[int, int, float]:
     return below, int(rank > below), rank - below
 
 
-def quantile(x: torch.Tensor, q: float) -> torch.Tensor:
+def quantile(x: torch.Tensor, q: float | torch.Tensor) -> torch.Tensor:
     """The ``q``-quantile of each row, interpolated linearly between neighbours, as torch.quantile has it.
 
     Args:
         x: Values, float32 or float64, shape (b, n).
-        q: In [0, 1].
+        q: In [0, 1]: a number, or a tensor of shape (1,) on the device of ``x``, for whose value nothing waits there.
 
     Returns:
         Shape (b,). A row that holds a NaN has NaN.
     """
     if not x.shape[0]:
         return x.new_empty(0)
+    if isinstance(q, torch.Tensor):
+        q = q.to(x.dtype).clamp(0, 1)
     if x.numel() <= _TORCH_LIMIT:
-        return torch.quantile(x, q, dim=-1)
+        return torch.quantile(x, q.reshape(()) if isinstance(q, torch.Tensor) else q, dim=-1)
+    # A CPU has nothing to wait for, and selects faster than it sorts.
+    if isinstance(q, torch.Tensor) and q.device.type != "cpu":
+        found = _quantile_in_memory(x, q)
+    else:
+        found = _quantile(x, float(q))
+    return torch.where(x.isnan().any(dim=-1), torch.nan, found)
+
+
+def _quantile(x: torch.Tensor, q: float) -> torch.Tensor:
     below, step, weight = (_rank_in_float64 if x.dtype == torch.float64 else rank_of)(q, x.shape[-1])
     places = below, below + step
     if torch.are_deterministic_algorithms_enabled():
@@ -81,7 +102,39 @@ def quantile(x: torch.Tensor, q: float) -> torch.Tensor:
         low, high = (ordered[:, place] for place in places)
     else:
         low, high = (torch.kthvalue(x, place + 1, dim=-1).values for place in places)
-    return torch.where(x.isnan().any(dim=-1), torch.nan, torch.lerp(low, high, weight))
+    return torch.lerp(low, high, weight)
+
+
+def _quantile_in_memory(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    rank = q.double() * (x.shape[-1] - 1)
+    if x.dtype == torch.float32 and is_rounded(x.shape[-1]):
+        rank = rank.float().double()
+    below = rank.long()
+    weight = (rank - below).to(x.dtype)
+    ordered = x.sort(dim=-1).values
+    low, high = (ordered.index_select(1, place)[:, 0] for place in (below, below + (weight > 0)))
+    return torch.lerp(low, high, weight)
+
+
+@triton.jit
+def setting(ptr, number, stored, BIT: tl.constexpr):
+    """What lies in memory, where a CUDA graph reads it anew, if this bit of ``stored`` says so; else the number."""
+    return tl.load(ptr, mask=(stored & BIT) != 0, other=number)
+
+
+@triton.jit
+def rank(q_ptr, q, stored, n, ROUNDED: tl.constexpr):
+    """What :func:`rank_of` gives, for a quantile in memory, if bit 1 says so, or a number."""
+    # No rank may lie outside of an image, whatever is in memory.
+    q = tl.minimum(tl.maximum(setting(q_ptr, q, stored, 1), 0.0), 1.0)
+    if ROUNDED:
+        # A product that cannot be fused with the subtraction.
+        exact = tl.fma(q, tl.zeros_like(q) + (n - 1), 0.0)
+    else:
+        exact = q.to(tl.float64) * (n - 1)
+    below = exact.to(tl.int32)
+    weight = (exact - below).to(tl.float32)
+    return below, (weight > 0).to(tl.int32), weight
 
 
 @triton.jit
@@ -97,32 +150,35 @@ def clamp_scale(x, s):
 
 
 @triton.jit
-def _interpolate(low_key, high_key, weight):
+def _interpolate(low, high, weight):
     """max(1, what lies at ``weight`` between two values), in the two formulas of torch.lerp."""
-    low, high = low_key.to(tl.float32, bitcast=True), high_key.to(tl.float32, bitcast=True)
     s = tl.where(weight < 0.5, low + weight * (high - low), high - (high - low) * (1 - weight))
     # Not a maximum, which on some cards drops a NaN, as comes of two infinities.
     return tl.where(s < 1, 1.0, s)
 
 
 @triton.jit
-def threshold_of_keys(keys, inside, below, step, weight):
-    """s of one image whose keys a program holds; ``inside`` says which of them are values."""
-    # No rank reaches the padding.
-    keys = tl.where(inside, keys, 0x7FFFFFFF)
-    invalid = tl.max((inside & (keys > 0x7F800000)).to(tl.int32), 0)
+def threshold_of(x, q_ptr, q, stored, n, ROUNDED: tl.constexpr, SIZE: tl.constexpr):
+    """s of one image of n values that a program holds, infinity in the places beyond, which no rank reaches."""
+    size = tl.abs(x)
+    invalid = tl.max((x != x).to(tl.int32), 0)
     s = tl.where(invalid > 0, float("nan"), 1.0)
+    up_to_1 = tl.sum((size <= 1).to(tl.int32), 0)
+    # Asked for where it is needed, and again further down: in between the values themselves take all registers.
+    below, step, _ = rank(q_ptr, q, stored, n, ROUNDED)
     # Mostly the quantile is below 1, where it does not matter.
-    if (invalid == 0) & (tl.sum((keys <= 0x3F800000).to(tl.int32), 0) <= below + step):
-        # The largest key with no more than `below` keys under it.
+    if (invalid == 0) & (up_to_1 <= below + step):
+        # The bits of the largest value that all but `below` reach. No value reaches those beyond infinity, of a NaN.
         found = 0
         for place in range(31):
             candidate = found | (1 << (30 - place))
-            under = tl.sum((keys < candidate).to(tl.int32), 0)
-            found = tl.where(under <= below, candidate, found)
-        up_to = tl.sum((keys <= found).to(tl.int32), 0)
-        following = tl.min(tl.where(keys > found, keys, 0x7FFFFFFF), 0)
-        s = _interpolate(found, tl.where(up_to > below + step, found, following), weight)
+            reached = tl.sum((size >= candidate.to(tl.float32, bitcast=True)).to(tl.int32), 0)
+            found = tl.where(reached + below >= SIZE, candidate, found)
+        value = found.to(tl.float32, bitcast=True)
+        up_to = tl.sum((size <= value).to(tl.int32), 0)
+        following = tl.min(tl.where(size > value, size, float("inf")), 0)
+        below, step, weight = rank(q_ptr, q, stored, n, ROUNDED)
+        s = _interpolate(value, tl.where(up_to > below + step, value, following), weight)
     return s
 
 
@@ -215,7 +271,7 @@ def _find(counts_ptr, rank, ROWS: tl.constexpr):
     return row * 32 + column, rank, tl.sum(sums, 0)
 
 
-@triton.jit(do_not_specialize=["parts", "below", "step"])
+@triton.jit(do_not_specialize=["parts", "stored"])
 def _narrow_kernel(
     start_ptr,
     counts_ptr,
@@ -226,13 +282,15 @@ def _narrow_kernel(
     n,
     parts,
     part_size,
-    below,
-    step,
+    q_ptr,
+    q,
+    stored,
     LEVEL: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     SECOND: tl.constexpr,
     SHARED: tl.constexpr,
 ):
@@ -248,8 +306,9 @@ def _narrow_kernel(
         extremes_ptr += (image * parts + each) * 2
         largest = tl.max(tl.load(extremes_ptr, mask=each < parts, other=0), 0)
         counts_ptr += image * parts * (ROWS + ROWS * COLUMNS)
-        prefix, rank = _find_first(counts_ptr, largest, below, n, parts, PARTS, ROWS, COLUMNS)
-        settled = tl.where(rank >= 0, 0, tl.where(rank + step < 0, 2, 1))
+        below, step, _ = rank(q_ptr, q, stored, n, ROUNDED)
+        prefix, within = _find_first(counts_ptr, largest, below, n, parts, PARTS, ROWS, COLUMNS)
+        settled = tl.where(within >= 0, 0, tl.where(within + step < 0, 2, 1))
         settled = tl.where(largest > 0x7F800000, 3, settled)
         # Below the first digit of whatever is above 1.
         prefix = tl.where(settled == 0, prefix, -1)
@@ -258,17 +317,17 @@ def _narrow_kernel(
     else:
         settled = tl.load(state_before_ptr)
         prefix = tl.load(state_before_ptr + 1)
-        rank = tl.load(state_before_ptr + 2)
+        within = tl.load(state_before_ptr + 2)
         digit = 1023
         if settled == 0:
-            digit, rank, _ = _find(shared_ptr, rank, 32)
+            digit, within, _ = _find(shared_ptr, within, 32)
         prefix = (prefix << 10) | digit
         if part == 0:
             tl.store(state_ptr + 3, tl.load(state_before_ptr + 3))
     if part == 0:
         tl.store(state_ptr, settled)
         tl.store(state_ptr + 1, prefix)
-        tl.store(state_ptr + 2, rank)
+        tl.store(state_ptr + 2, within)
     if settled < LEVEL - 1:
         DIGITS: tl.constexpr = 1024 if LEVEL == 2 else 2048
         counts = tl.zeros((DIGITS,), tl.int32)
@@ -291,24 +350,36 @@ def _narrow_kernel(
 
 
 @triton.jit
-def threshold_of_counts(shared_ptr, state_ptr, image, step, weight, SECOND: tl.constexpr, SHARED: tl.constexpr):
+def threshold_of_counts(
+    shared_ptr,
+    state_ptr,
+    image,
+    q_ptr,
+    q,
+    stored,
+    n,
+    ROUNDED: tl.constexpr,
+    SECOND: tl.constexpr,
+    SHARED: tl.constexpr,
+):
     """s of one image, from what the launches before have left."""
     shared_ptr += image * SHARED
     state_ptr += image * 4
     settled = tl.load(state_ptr)
     s = tl.where(settled == 3, float("nan"), 1.0)
     if settled < 2:
+        _, step, weight = rank(q_ptr, q, stored, n, ROUNDED)
         low = tl.load(state_ptr + 3)
         high = 0x3F800001 + (0x7FFFFFFF - tl.load(shared_ptr + SHARED - 1))
         if settled == 0:
             prefix = (tl.load(state_ptr + 1) << 11) + 0x3F800001
-            rank = tl.load(state_ptr + 2)
-            digit, _, total = _find(shared_ptr + SECOND, rank, 64)
+            within = tl.load(state_ptr + 2)
+            digit, _, total = _find(shared_ptr + SECOND, within, 64)
             low = prefix + digit
-            if rank + step < total:
-                digit, _, _ = _find(shared_ptr + SECOND, rank + step, 64)
+            if within + step < total:
+                digit, _, _ = _find(shared_ptr + SECOND, within + step, 64)
                 high = prefix + digit
-        s = _interpolate(low, high, weight)
+        s = _interpolate(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True), weight)
     return s
 
 
@@ -330,18 +401,16 @@ class Selection:
         extremes: Of each part the largest key and the largest up to that of 1, for the first launch to write.
         shared: What the parts of an image share, for the first launch to clear with :func:`zero_shared`.
         state: What the third launch found.
-        step: 1 if the next value is needed, too.
-        weight: Its weight.
-        sizes: Of the shared memory, for :func:`threshold_of_counts`.
+        constants: What :func:`threshold_of_counts` must know.
     """
 
-    sizes = {"SECOND": _SECOND, "SHARED": _SHARED}
-
-    def __init__(self, start: torch.Tensor, q: float):
+    def __init__(self, start: torch.Tensor, quantile: tuple[torch.Tensor, float, int]):
+        """``quantile`` is what :func:`rank` takes: where it may be in memory, a number, and whether it is."""
         b, self._n = start.shape[0], start.shape[1:].numel()
         self._start = start
         self.parts, self.part_size = split(b, self._n, launch.target(start.device))
-        self._below, self.step, self.weight = rank_of(q, self._n)
+        self._quantile = quantile
+        self.constants = {"ROUNDED": is_rounded(self._n), "SECOND": _SECOND, "SHARED": _SHARED}
         self.first = start.new_empty((b, self.parts, _FIRST), dtype=torch.int32)
         self.extremes = start.new_empty((b, self.parts, 2), dtype=torch.int32)
         self.shared = start.new_empty((b, _SHARED), dtype=torch.int32)
@@ -362,13 +431,12 @@ class Selection:
                 self._n,
                 self.parts,
                 self.part_size,
-                self._below,
-                self.step,
+                *self._quantile,
                 LEVEL=level,
                 PARTS=max(launch.next_power_of_2(self.parts), 16) if level == 2 else 1,
                 TILE=TILE,
                 ROWS=FIRST_ROWS,
                 COLUMNS=FIRST_COLUMNS,
-                **self.sizes,
+                **self.constants,
                 num_warps=8,
             )

@@ -151,9 +151,11 @@ class Update:
         # The timestep of the step before, which the first step has not.
         self._last = torch.tensor([visited[0], *visited[:-1]], device=device)
         self._visited = tuple(visited)
-        self._kind = "ancestral" if sampler.is_ancestral(scheduler) else sampler.name
-        self._eta = 1.0 if sampler.name == "ddpm" else sampler.eta
-        self.draws = self._kind == "ancestral" or (self._kind in ("ddpm", "ddim") and self._eta > 0)
+        # On fewer timesteps ddpm is ddim with all noise.
+        respaced = "ddim" if sampler.name == "ddpm" else sampler.name
+        self._kind = "ancestral" if sampler.is_ancestral(scheduler) else respaced
+        eta = 1.0 if sampler.name == "ddpm" else sampler.eta
+        self.draws = self._kind == "ancestral" or (self._kind == "ddim" and eta > 0)
         self.is_plain = not overridden(scheduler, _METHODS)
         assert self.is_plain or self._kind == "ancestral", "the sampler was not checked"
         schedules = scheduler.sqrt_alphas_cumprod, scheduler.sqrt_one_minus_alphas_cumprod
@@ -163,28 +165,33 @@ class Update:
             with torch.inference_mode(False):
                 self._schedules = _limited(*self._schedules, *visited[-3:])
             self._last[-2] = scheduler.num_timesteps
-        self._common: dict[str, Any] = {"percentile": percentile}
+        settings = {"percentile": percentile}
         # With a scale of 0 or 1 there is one prediction, and nothing to combine it with.
         if cond_scale not in (0, 1):
-            # In memory, so that a captured step can be replayed with another one.
-            with torch.inference_mode(False):
-                self._common["cond_scale"] = torch.full((1,), cond_scale, dtype=torch.float32, device=device)
+            settings["cond_scale"] = cond_scale
+        if self._kind == "ddim" and self.draws:
+            settings["eta"] = eta
+        # In memory, so that a captured step can be replayed with others.
+        with torch.inference_mode(False):
+            self._settings: dict[str, Any] = {
+                name: torch.full((1,), value, dtype=torch.float32, device=device) for name, value in settings.items()
+            }
 
     def unguided(self) -> "Update":
         """The same for predictions that are guided already."""
         other = copy(self)
-        other._common = {"percentile": self._common["percentile"]}
+        other._settings = {name: value for name, value in self._settings.items() if name != "cond_scale"}
         return other
 
     @property
     def signature(self) -> tuple:
         """Equal for two that do the same with the same tensors."""
         tensors = (value.data_ptr() for value in self._scheduler.buffers())
-        return self._kind, self._eta, self._common["percentile"], "cond_scale" in self._common, self._visited, *tensors
+        return self._kind, tuple(self._settings), self._visited, *tensors
 
     def load(self, other: "Update") -> None:
-        """Take over the values of another of the same signature, in place: guidance weight and what it has worked out
-        of its scheduler's."""
+        """Take over the values of another of the same signature, in place: its settings, and what it has worked out of
+        its scheduler's."""
         for own, new in zip(self._tensors, other._tensors, strict=True):
             if own.data_ptr() != new.data_ptr():
                 own.copy_(new)
@@ -192,7 +199,7 @@ class Update:
     @property
     def _tensors(self) -> list[torch.Tensor]:
         """What :meth:`load` writes to, in an order that the signature settles."""
-        return [*self._schedules, *(value for value in self._common.values() if isinstance(value, torch.Tensor))]
+        return [*self._schedules, *self._settings.values()]
 
     @property
     def multistep(self) -> bool:
@@ -216,7 +223,7 @@ class Update:
             noise: Fresh noise; what is in it does not matter unless :attr:`draws`.
             last_x_start: The x_0 of the step before, if :attr:`multistep` and this is not the first step.
         """
-        scheduler, common = self._scheduler, self._common
+        scheduler, settings = self._scheduler, self._settings
         t = self.times.index_select(0, step).expand(len(x))
         if not self.is_plain:
             return self._by_methods(x, t, pred, noise), None
@@ -231,25 +238,25 @@ class Update:
                 scheduler.posterior_mean_coef1,
                 scheduler.posterior_mean_coef2,
                 scheduler.posterior_log_variance_clipped,
-                **common,
+                **settings,
             )
             return out, None
         following = self._following.index_select(0, step).expand(len(x))
         if self._kind != "dpmpp_2m":
-            return ddim_step(x, t, following, pred, *self._schedules, eta=self._eta, noise=noise, **common), None
+            return ddim_step(x, t, following, pred, *self._schedules, noise=noise, **settings), None
         t_last = None if last_x_start is None else self._last.index_select(0, step).expand(len(x))
         return dpm_solver_pp_2m_step(
-            x, t, following, pred, *self._schedules, last_x_start=last_x_start, t_last=t_last, **common
+            x, t, following, pred, *self._schedules, last_x_start=last_x_start, t_last=t_last, **settings
         )
 
     def _by_methods(self, x: torch.Tensor, t: torch.Tensor, pred: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The ancestral step, for a diffusion process that has methods of its own."""
         pred = pred.to(x.dtype)
-        if "cond_scale" in self._common:
+        if "cond_scale" in self._settings:
             conditional, null = pred.chunk(2)
-            pred = null + (conditional - null) * self._common["cond_scale"]
+            pred = null + (conditional - null) * self._settings["cond_scale"]
         x_start = self._scheduler.predict_start_from_noise(x, t=t, noise=pred)
-        s = quantile(x_start.flatten(1).abs(), self._common["percentile"]).clamp(min=1.0)[:, None, None, None]
+        s = quantile(x_start.flatten(1).abs(), self._settings["percentile"]).clamp(min=1.0)[:, None, None, None]
         mean, _, log_variance = self._scheduler.q_posterior(x_start=x_start.clamp(-s, s) / s, x_t=x, t=t)
         not_last = (t > 0).to(x.dtype)[:, None, None, None]
         return mean + not_last * (0.5 * log_variance).exp() * noise

@@ -5,14 +5,13 @@ images in place. It reads nothing but tensors that stay where they are, the numb
 is captured once, and replayed for all steps of all samplings of its kind. Nothing in it waits for the device.
 
 Samplings are of one kind if they differ in their words, their low-resolution images, the noise level of those, their
-guidance weight, their random numbers, and the values of weights and noise schedules alone. A step is captured anew for
+guidance weight, ``dynamic_thresholding_percentile`` and ``eta``, their random numbers, and the values of weights and
+noise schedules alone. A step is captured anew for
 
 - other shapes: number and size of the images, ``batch_size``, one prediction a step or the two of guidance, and number
   of steps, which sizes the tables of timesteps and their embeddings;
-- another ``dynamic_thresholding_percentile``, ``sampler`` or ``eta``: the kernel that updates the images is handed
-  these by value, and a graph holds on to the values that it was captured with;
-- other operators: another :class:`.Acceleration`, other kernels in force, other settings of torch's precision or
-  determinism;
+- other operators: another ``sampler``, noise added or none (``eta`` = 0), another :class:`.Acceleration`, other kernels
+  in force, other settings of torch's precision or determinism;
 - weights or schedules that lie elsewhere, after a conversion, a move, or the replacement of a tensor or a module;
 - memory that did not suffice: what is captured is given up for it.
 

@@ -1,6 +1,7 @@
 """What only a CUDA device can show of the fast path: graphs, synchronisation, memory, and how far bfloat16 is away."""
 
 import gc
+import itertools
 import threading
 import warnings
 
@@ -110,6 +111,18 @@ def test_all_steps_but_the_first_are_replayed_and_the_next_call_captures_nothing
         < 2e-3
     )
     assert graphs_of(imagen) == [graph] and replays == [graph] * (2 * T - 1)
+
+
+def test_a_captured_step_takes_over_guidance_weight_percentile_and_eta():
+    imagen, plain = on_card(**EXACT), on_card().accelerate("reference")
+    seen = []
+    for cond_scale, percentile, eta in ((3.0, 0.95, 0.5), (1.5, 0.95, 0.5), (1.5, 0.6, 0.5), (1.5, 0.6, 0.9)):
+        imagen.dynamic_thresholding_percentile = plain.dynamic_thresholding_percentile = percentile
+        arguments = {"sampler": "ddim", "steps": 6, "cond_scale": cond_scale, "eta": eta}
+        seen.append(sample(imagen, **arguments))
+        assert distance(seen[-1], sample(plain, **arguments)) < 2e-3
+    assert len(graphs_of(imagen)) == 1
+    assert all(distance(before, after) > 1e-2 for before, after in itertools.pairwise(seen))
 
 
 def test_other_shapes_are_captured_anew_and_few_are_kept():

@@ -24,6 +24,7 @@ ANCESTRAL = (
     "posterior_log_variance_clipped",
 )
 OTHERS = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+SETTINGS = ("percentile", "cond_scale", "eta")
 STEPS = pytest.mark.parametrize("step", ["ancestral", "ddim", "ddim without noise", "dpm_solver", "first dpm_solver"])
 
 
@@ -41,7 +42,7 @@ def take(step, x_t, t, pred, third, *, percentile=0.9, **options):
     options |= schedules(OTHERS, x_t)
     if step.startswith("ddim"):
         noise = {} if step.endswith("without noise") else {"noise": third, "eta": 0.7}
-        return (sampling_step.ddim_step(x_t, t, t_previous, pred, **noise, **options),)
+        return (sampling_step.ddim_step(x_t, t, t_previous, pred, **(noise | options)),)
     before = {} if step.startswith("first") else {"last_x_start": third, "t_last": (t + 5).clamp(max=99)}
     return sampling_step.dpm_solver_pp_2m_step(x_t, t, t_previous, pred, **before, **options)
 
@@ -51,7 +52,7 @@ def images(shape, dtype=torch.float32):
     return x_t, torch.tensor([3, 50, 90, 20], device=DEVICE)[: shape[0]], pred, third
 
 
-def weight(value):
+def stored(value):
     return torch.tensor([value], device=DEVICE)
 
 
@@ -74,7 +75,7 @@ def check(step, x_t, t, pred, third, **options):
     outs, expected = (
         take(step, x_t, t, pred, third, **options, implementation=name) for name in ("triton", "reference")
     )
-    wide = {key: x.double() if key == "cond_scale" and isinstance(x, torch.Tensor) else x for key, x in options.items()}
+    wide = {key: x.double() if key in SETTINGS and isinstance(x, torch.Tensor) else x for key, x in options.items()}
     exact = take(step, x_t.double(), t, pred, third, **wide, implementation="reference")
     for out, same, far in zip(outs, expected, exact, strict=True):
         assert out.dtype == torch.float32 and out.shape == x_t.shape
@@ -164,11 +165,31 @@ def test_guidance_from_one_doubled_tensor(way, step, memory_format):
     x_t, t, pred, third = images((3, 3, 6, 4))
     doubled = torch.cat((pred, randn("null", 3, 3, 6, 4))).to(memory_format=memory_format)
     outs = check(step, x_t, t, doubled, third, cond_scale=3.0)
-    for out, same in zip(check(step, x_t, t, doubled, third, cond_scale=weight(3.0)), outs, strict=True):
+    for out, same in zip(check(step, x_t, t, doubled, third, cond_scale=stored(3.0)), outs, strict=True):
         assert torch.equal(out, same)
     guided = doubled[3:] + (doubled[:3] - doubled[3:]) * 3.0
     for out, same in zip(outs, take(step, x_t, t, guided, third, implementation="reference"), strict=True):
         assert_near(out, same, dtype="a sampling step")
+
+
+@STEPS
+def test_settings_in_memory(way, step):
+    x_t, t, pred, third = images((3, 3, 6, 4))
+    settings = {"percentile": 0.83, "cond_scale": 3.0} | ({"eta": 0.3} if step == "ddim" else {})
+    outs = check(step, x_t, t, pred, third, null_pred=third * 0.1, **settings)
+    # Each alone, and all together.
+    for names in (*([name] for name in settings), list(settings)):
+        some = settings | {name: stored(settings[name]) for name in names}
+        for out, same in zip(check(step, x_t, t, pred, third, null_pred=third * 0.1, **some), outs, strict=True):
+            assert torch.equal(out, same), names
+
+
+def test_a_percentile_in_memory_that_is_none(way):
+    x = torch.stack([VALUES["normal"], VALUES["large"]])
+    for value, nearest in ((-0.5, 0.0), (1.5, 1.0), (math.inf, 1.0), (-math.inf, 0.0)):
+        for implementation in ("triton", "reference"):
+            found = thresholded(x, stored(value), implementation)
+            assert torch.equal(found, thresholded(x, nearest, implementation))
 
 
 def thresholded(x, percentile, implementation):
@@ -186,6 +207,8 @@ def check_threshold(x, percentile):
     assert torch.equal(torch.nan_to_num(expected, 7.0), torch.nan_to_num(thresholded(x, percentile, "reference"), 7.0))
     actual = thresholded(x, percentile, "triton")
     assert torch.equal(actual.isnan(), expected.isnan())
+    in_memory = thresholded(x, stored(percentile), "triton")
+    assert torch.equal(torch.nan_to_num(actual, 7.0), torch.nan_to_num(in_memory, 7.0))
     # Torch rounds the interpolation's product and sum once on some processors, and twice on others.
     exact = threshold.rank_of(percentile, x.shape[-1])[1] == 0
     torch.testing.assert_close(actual, expected, rtol=0.0 if exact else 2.5e-7, atol=0.0, equal_nan=True)
@@ -298,14 +321,27 @@ def test_quantile_beyond_the_limit_of_torch(dtype, deterministic, monkeypatch):
     other = "kthvalue" if deterministic else "sort"
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     x = torch.stack((spread(1000), spread(1000, math.nan))).to(dtype)
-    expected = [threshold.quantile(x, q) for q in (0.0, 0.9, 1.0)]
+    places = 0.0, 0.9, 1.0
+    expected = [threshold.quantile(x, q) for q in places]
     monkeypatch.setattr(torch, other, lambda *args, **kwargs: pytest.fail(other))
     monkeypatch.setattr(torch.Tensor, other, lambda *args, **kwargs: pytest.fail(other))
     # Fewer than a row has, and than all rows have.
     for limit in (10, 1000):
         monkeypatch.setattr(threshold, "_TORCH_LIMIT", limit)
-        for q, value in zip((0.0, 0.9, 1.0), expected, strict=True):
+        for q, value in zip(places, expected, strict=True):
             torch.testing.assert_close(threshold.quantile(x, q), value, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("limit", [10, 1000])
+def test_a_quantile_in_memory_beyond_the_limit_of_torch(dtype, limit, monkeypatch):
+    monkeypatch.setattr(threshold, "_TORCH_LIMIT", limit)
+    x = torch.stack((spread(300), spread(300) * 0.5)).to(dtype)
+    for q in (0.0, 0.25, 0.9, 0.903, 1.0):
+        expected = torch.quantile(x, stored(q).item(), dim=-1)
+        torch.testing.assert_close(threshold.quantile(x, stored(q)), expected)
+        # On a card nothing waits for a rank.
+        torch.testing.assert_close(threshold._quantile_in_memory(x, stored(q).to(dtype)), expected)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -363,7 +399,7 @@ def test_launches(step, batch):
 
 
 @STEPS
-def test_a_weight_that_is_a_number_takes_no_operator_more(step):
+def test_a_setting_that_is_a_number_takes_no_operator_more(step):
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             names.append(func.name())
@@ -371,10 +407,10 @@ def test_a_weight_that_is_a_number_takes_no_operator_more(step):
 
     x, t, pred = (torch.empty(shape, device="meta") for shape in ((2, 3, 128, 128), (2,), (4, 3, 128, 128)))
     seen = []
-    for cond_scale in (3.0, torch.empty(1, device="meta")):
-        names = []
+    for value in (0.5, torch.empty(1, device="meta")):
+        names, settings = [], {name: value for name in SETTINGS if name != "eta" or step == "ddim"}
         with launch.record(), Operators():
-            take(step, x, t.long(), pred, x, cond_scale=cond_scale, implementation="triton")
+            take(step, x, t.long(), pred, x, **settings, implementation="triton")
         seen.append(names)
     assert seen[0] == seen[1] and seen[0].count("minimagen_fast::sampling_step") == 1
 
@@ -434,19 +470,25 @@ def test_wrong_arguments():
     refused(ValueError, r"percentile must lie in \[0, 1\], got 1.5", percentile=1.5)
     refused(ValueError, "percentile", percentile=math.nan)
     refused(ValueError, "cond_scale is 3.0, which needs a prediction without text", cond_scale=3.0)
-    refused(ValueError, "cond_scale is a tensor, which needs a prediction without text", cond_scale=weight(1.0))
-    refused(TypeError, "cond_scale must be a number or float32, got torch.float64", cond_scale=weight(1.0).double())
+    refused(ValueError, "cond_scale is a tensor, which needs a prediction without text", cond_scale=stored(1.0))
+    refused(TypeError, "cond_scale must be a number or float32, got torch.float64", cond_scale=stored(1.0).double())
     refused(ValueError, r"cond_scale must be .* of shape \(1,\).*got \(3,\)", cond_scale=torch.ones(3))
-    refused(ValueError, "cond_scale must be on .* it is on meta", cond_scale=weight(1.0).to("meta"))
+    refused(ValueError, "cond_scale must be on .* it is on meta", cond_scale=stored(1.0).to("meta"))
     refused(ValueError, "pred must be on .* it is on meta", pred=pred.to("meta"))
     refused(ValueError, "is not differentiable", pred=pred.clone().requires_grad_())
-    refused(ValueError, "is not differentiable", null_pred=pred, cond_scale=weight(3.0).requires_grad_())
+    refused(ValueError, "is not differentiable", null_pred=pred, cond_scale=stored(3.0).requires_grad_())
+    refused(ValueError, "is not differentiable", percentile=stored(0.9).requires_grad_())
+    refused(TypeError, "percentile must be a number or float32, got torch.int64", percentile=stored(1))
+    refused(ValueError, r"eta must be .* of shape \(1,\).*got \(\)", step="ddim", eta=stored(0.9)[0])
+    refused(ValueError, "eta must be on .* it is on meta", step="ddim", eta=stored(0.9).to("meta"))
     refused(ValueError, "must have values in each image", x_t=x_t[:, :0], pred=pred[:, :0], third=noise[:, :0])
     other = dict(schedules(OTHERS, x_t), percentile=0.9)
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], got 2"):
         sampling_step.ddim_step(x_t, t, t - 1, pred, eta=2, noise=noise, **other)
     with pytest.raises(ValueError, match="noise must be given for eta = 0.5"):
         sampling_step.ddim_step(x_t, t, t - 1, pred, eta=0.5, **other)
+    with pytest.raises(ValueError, match="noise must be given for an eta that is a tensor"):
+        sampling_step.ddim_step(x_t, t, t - 1, pred, eta=stored(0.0), **other)
     with pytest.raises(ValueError, match="given together"):
         sampling_step.dpm_solver_pp_2m_step(x_t, t, t - 1, pred, t_last=t, **other)
     with pytest.raises(ValueError, match="t_previous must hold one timestep"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import threading
 import warnings
 import weakref
@@ -537,17 +538,42 @@ def test_a_noise_level_and_a_start_image_are_taken_over(graphs, monkeypatch):
     assert len(graphs) == 2
 
 
+def check_taken_over(graphs, monkeypatch, imagen, first, *others):
+    """That settings, each functions that set one and give arguments of a sampling, share one captured step."""
+    seen = []
+    for change in (first, *others, first):
+        arguments = change(imagen)
+        images = run(imagen, arguments=arguments)
+        with nothing_replayed(monkeypatch):
+            assert torch.equal(images, run(imagen, arguments=arguments))
+        seen.append(images)
+    assert len(graphs) == 1 and torch.equal(seen[0], seen[-1])
+    assert all(distance(before, after) > 1e-3 for before, after in itertools.pairwise(seen))
+
+
 @every_sampler
 def test_another_guidance_weight_is_taken_over(graphs, monkeypatch, arguments):
-    imagen = make_imagen()
-    seen = []
-    for cond_scale in (3.0, 1.5, -2.0, 3.0):
-        images = run(imagen, arguments={**arguments, "cond_scale": cond_scale})
-        with nothing_replayed(monkeypatch):
-            assert torch.equal(images, run(imagen, arguments={**arguments, "cond_scale": cond_scale}))
-        seen.append(images)
-    assert len(graphs) == 1 and torch.equal(seen[0], seen[3])
-    assert distance(seen[0], seen[1]) > 1e-3 and distance(seen[1], seen[2]) > 1e-3
+    scales = (lambda imagen, scale=scale: {**arguments, "cond_scale": scale} for scale in (3.0, 1.5, -2.0))
+    check_taken_over(graphs, monkeypatch, make_imagen(), *scales)
+
+
+@every_sampler
+def test_another_percentile_is_taken_over(graphs, monkeypatch, arguments):
+    def setter(percentile):
+        def change(imagen):
+            imagen.dynamic_thresholding_percentile = percentile
+            return {**arguments, "cond_scale": 3.0}
+
+        return change
+
+    check_taken_over(graphs, monkeypatch, make_imagen(), *map(setter, (0.95, 0.5, 0.8)))
+
+
+def test_another_eta_is_taken_over(graphs, monkeypatch):
+    steps = {"steps": 5, "cond_scale": 3.0}
+    # Respaced ddpm is ddim with all noise.
+    ways = {"sampler": "ddim", "eta": 0.3}, {"sampler": "ddim", "eta": 0.9}, {"sampler": "ddpm"}
+    check_taken_over(graphs, monkeypatch, make_imagen(), *(lambda imagen, way=way: {**steps, **way} for way in ways))
 
 
 @pytest.mark.parametrize(
@@ -558,6 +584,7 @@ def test_another_guidance_weight_is_taken_over(graphs, monkeypatch, arguments):
         {"arguments": {**FEW, "cond_scale": 0.0}},
         {"arguments": {**FEW, "steps": 5}},
         {"arguments": {**FEW, "sampler": "ddim"}},
+        {"arguments": {**FEW, "sampler": "ddim", "eta": 0.5}},
         {"arguments": {**FEW, "batch_size": 1}},
         {"precision": "bfloat16"},
         {"memory_format": "contiguous"},
@@ -574,12 +601,17 @@ def test_what_is_captured_anew(graphs, change):
     assert len(graphs) == 1, "the captured step of another task was taken"
 
 
-def test_another_percentile_and_other_kernels_are_captured_anew(graphs):
+def test_noise_where_there_was_none_is_captured_anew(graphs):
+    imagen, without = make_imagen(), {"sampler": "ddim", "steps": 5}
+    for eta in (0.0, 0.5):
+        expected = run(make_imagen(), arguments={**without, "eta": eta})
+        graphs.clear()
+        assert torch.equal(run(imagen, arguments={**without, "eta": eta}), expected) and len(graphs) == 1
+
+
+def test_other_kernels_are_captured_anew(graphs):
     imagen = make_imagen()
     run(imagen)
-    imagen.dynamic_thresholding_percentile = 0.5
-    expected = run(make_imagen(dynamic_thresholding_percentile=0.5))
-    assert torch.equal(run(imagen), expected)
     graphs.clear()
     with use_implementation("reference"):
         run(imagen)

@@ -144,6 +144,12 @@ def keys_of(x):
 
 
 @triton.jit
+def _of_bits(bits):
+    """The float that they are."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def clamp_scale(x, s):
     """x clamped to [-s, s], over s. NaN where s is."""
     return tl.div_rn(tl.minimum(tl.maximum(x, -s), s), s)
@@ -172,9 +178,9 @@ def threshold_of(x, q_ptr, q, stored, n, ROUNDED: tl.constexpr, SIZE: tl.constex
         found = 0
         for place in range(31):
             candidate = found | (1 << (30 - place))
-            reached = tl.sum((size >= candidate.to(tl.float32, bitcast=True)).to(tl.int32), 0)
+            reached = tl.sum((size >= _of_bits(candidate)).to(tl.int32), 0)
             found = tl.where(reached + below >= SIZE, candidate, found)
-        value = found.to(tl.float32, bitcast=True)
+        value = _of_bits(found)
         up_to = tl.sum((size <= value).to(tl.int32), 0)
         following = tl.min(tl.where(size > value, size, float("inf")), 0)
         below, step, weight = rank(q_ptr, q, stored, n, ROUNDED)
@@ -379,7 +385,7 @@ def threshold_of_counts(
             if within + step < total:
                 digit, _, _ = _find(shared_ptr + SECOND, within + step, 64)
                 high = prefix + digit
-        s = _interpolate(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True), weight)
+        s = _interpolate(_of_bits(low), _of_bits(high), weight)
     return s
 
 

@@ -7,7 +7,7 @@ the pictures are drawn with it, and a judge that looks for shapes can match agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -177,19 +177,6 @@ class ShapesDataset(torch.utils.data.Dataset):
         """
         combination, pixels = self._pixels(index)
         return Image.fromarray(pixels), caption(*_COMBINATIONS[combination])
-
-    def images_and_captions(self, indices: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
-        """Returns several pictures at once.
-
-        Args:
-            indices: Item numbers, at least one.
-
-        Returns:
-            Images of shape (len(indices), 3, side_length, side_length), float32 in [0, 1], and their captions.
-        """
-        drawn = [self._pixels(index) for index in indices]
-        images = torch.stack([_to_tensor(pixels) for _, pixels in drawn])
-        return images, [caption(*_COMBINATIONS[combination]) for combination, _ in drawn]
 
     def _pixels(self, index: int) -> tuple[int, np.ndarray]:
         index = int(index)

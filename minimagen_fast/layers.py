@@ -148,8 +148,10 @@ def _is_plain_conv(module: Any, side: int | None = None) -> bool:
     if not is_plain(module, nn.Conv2d):
         return False
     side = default(side, module.kernel_size[0])
-    return (module.kernel_size, module.padding, module.padding_mode) == ((side,) * 2, (side // 2,) * 2, "zeros") and (
-        (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
+    return (
+        side % 2 == 1
+        and (module.kernel_size, module.padding, module.padding_mode) == ((side,) * 2, (side // 2,) * 2, "zeros")
+        and (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
     )
 
 

@@ -44,7 +44,8 @@ def conv1x1_concat(
         return in_format_of(x, F.conv2d(torch.cat((x, skip * skip_scale), dim=1), weight, bias))
     if not is_channels_last(x):
         to_x, to_skip = weight.split((c1, skip.shape[1]), dim=1)
-        return torch.add(F.conv2d(x, to_x, bias), F.conv2d(skip, to_skip), alpha=skip_scale)
+        # torch's convolutions follow the weight, too.
+        return in_format_of(x, torch.add(F.conv2d(x, to_x, bias), F.conv2d(skip, to_skip), alpha=skip_scale))
     to_x, to_skip = weight.flatten(1).split((c1, skip.shape[1]), dim=1)
     first = linear(_rows(x), to_x, bias)
     # Autocast does not reach what works in place: the first product has the dtype that it chose.

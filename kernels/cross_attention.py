@@ -57,6 +57,8 @@ def null_key_cross_attention(
     if (
         dispatch.implementation(implementation) == "auto"
         and x.device.type == "cpu"
+        # Sparse weights are multiplied with tokens alone.
+        and all(weight.layout == torch.strided for weight in (to_q, to_kv, to_out))
         and _fewer_with_products(x, context, to_q, heads)
     ):
         return _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask)

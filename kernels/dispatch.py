@@ -97,10 +97,11 @@ def is_eager_float32_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether torch runs float32 on a CPU, one operator after the other, and each may be left to what is faster there.
 
     Not so under autocast, nor where torch transforms or traces what is run, counts it, or computes derivatives in
-    forward mode, nor for tensors of other classes than torch's own, such as quantised weights: they know its operators.
+    forward mode, nor for tensors of other classes than torch's own, such as quantised weights, or sparse ones: they
+    know its operators.
     """
     return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        all(x.device.type == "cpu" and x.dtype == torch.float32 and x.layout == torch.strided for x in tensors)
         and launch.nothing_looks(tensors)
         and not launch.in_forward_mode()
         and implementation() == "auto"

@@ -258,7 +258,9 @@ def group_norm_silu(
         if choice == "reference" or skip is not None or trained:
             x, x_bias = x + x_bias[:, None, None], None
     if choice == "reference":
-        return _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu)
+        # torch's norm may take a single image in channels_last memory for a contiguous one, and does so on meta; and
+        # transposed scales and shifts lead to a third order.
+        return in_format_of(x, _reference(x, skip, weight, bias, groups, eps, scale, shift, skip_scale, silu))
     if skip is not None and x.shape[1] == 0:
         # The kernels take the first image to have channels.
         x, skip = torch.cat((x, skip * skip_scale), dim=1), None

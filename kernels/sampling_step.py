@@ -14,8 +14,9 @@ from .sampling_kernels import ANCESTRAL, DDIM, DPM_SOLVER
 
 
 def _reference(kind, x_t, t, t_previous, t_last, pred, null_pred, extra, schedules, percentile, cond_scale, eta):
+    # All in the dtype of the images, which the result has, too.
     schedules = [schedule.to(x_t.dtype) for schedule in schedules]
-    pred = pred.to(x_t.dtype)
+    pred, extra = pred.to(x_t.dtype), None if extra is None else extra.to(x_t.dtype)
     if null_pred is not None:
         null_pred = null_pred.to(x_t.dtype)
         pred = null_pred + (pred - null_pred) * cond_scale

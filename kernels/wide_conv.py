@@ -36,8 +36,16 @@ def wide_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
     Returns:
         Images of shape (b, c_out, h, w).
+
+    Raises:
+        ValueError: if the weight is of another shape.
     """
-    side = weight.shape[-1]
+    side = weight.shape[-1] if weight.ndim == 4 else 0
+    if side % 2 == 0 or weight.shape[2] != side:
+        raise ValueError(
+            "weight must have shape (c_out, c, side, side), the side length odd, so that images keep their size; got"
+            f" {tuple(weight.shape)}: call torch.nn.functional.conv2d for others"
+        )
     # Asked first, so that torch.compile, for which it is a convolution like others, traces none of the rest.
     if not torch.compiler.is_compiling() and side >= _WIDE and _is_gradient_slow(x, weight, bias):
         return _WideConv.apply(x, weight, bias)

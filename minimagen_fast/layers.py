@@ -148,8 +148,10 @@ def _is_plain_conv(module: Any, side: int | None = None) -> bool:
     if not is_plain(module, nn.Conv2d):
         return False
     side = default(side, module.kernel_size[0])
-    return (module.kernel_size, module.padding, module.padding_mode) == ((side,) * 2, (side // 2,) * 2, "zeros") and (
-        (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
+    return (
+        side % 2 == 1
+        and (module.kernel_size, module.padding, module.padding_mode) == ((side,) * 2, (side // 2,) * 2, "zeros")
+        and (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
     )
 
 
@@ -614,7 +616,9 @@ def has_plain_time_mlp(block: Any) -> bool:
     """Whether others may make a block's ``scale_shift`` of its ``time_mlp``'s weights: not if anything was replaced."""
     if not is_plain(block, ResnetBlock) or not is_plain_sequence(block.time_mlp, nn.SiLU, nn.Linear):
         return False
-    return exists(block.time_mlp[1].bias)
+    last = block.time_mlp[1]
+    # Sparse weights cannot be put side by side.
+    return exists(last.bias) and last.weight.layout == torch.strided
 
 
 class SinusoidalPosEmb(nn.Module):

@@ -108,7 +108,10 @@ class Signature:
             for tensor in (*part._parameters.values(), *part._buffers.values()):
                 if tensor is not None:
                     self._objects.append(tensor)
-                    self._values += (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.stride())
+                    self._values += (tensor.dtype, tensor.device, tensor.layout)
+                    # Sparse ones have neither.
+                    if tensor.layout == torch.strided:
+                        self._values += (tensor.data_ptr(), tensor.stride())
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -180,6 +180,18 @@ def test_cross_attentions_of_several_sizes(settings):
     assert_followed(make_imagen(unets=[unet]))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_sparse_weights():
+    imagen = make_imagen()
+    layers = [layer for layer in imagen.unets[0].modules() if type(layer) is nn.Linear]
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.detach().relu(), requires_grad=False)
+    expected = sample(imagen, **RUN)
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+    assert distance(sample(imagen, **RUN), expected) < ROUNDING
+
+
 def test_no_cross_attention():
     unet = make_unet()
     for block in unet.resnet_blocks:

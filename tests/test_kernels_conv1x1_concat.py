@@ -67,6 +67,14 @@ def test_layouts(one, other):
     check_parity(ours, reference, inputs, dtype=torch.float32, cotangent=lambda out: row.to(out).expand(out.shape))
 
 
+@pytest.mark.parametrize("one, other", [(NCHW, NHWC), (NHWC, NCHW)])
+def test_the_result_is_laid_out_like_the_images(one, other):
+    inputs = case(2, 8, 6, 4, 3, 5, memory_format=one)
+    inputs["weight"] = inputs["weight"].contiguous(memory_format=other)
+    inputs["skip"] = inputs["skip"].contiguous(memory_format=other)
+    assert ours(**inputs).is_contiguous(memory_format=one)
+
+
 @FORMATS
 def test_a_gradient_that_is_nan_stays_in_its_pixel_and_channel(memory_format):
     def cotangent(out):

@@ -284,6 +284,16 @@ def test_where_oneDNN_is_not_asked(faster, monkeypatch):
     assert not faster
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_sparse_weights():
+    x, context, null = torch.randn(2, 40, 16), torch.randn(2, 3, 16), torch.randn(16)
+    weights = [torch.randn(rows, 16).relu() for rows in (16, 32, 16)]
+    sparse = [weight.to_sparse_csr() for weight in weights]
+    close(linear(x, sparse[0]), linear(x.double(), weights[0].double()))
+    out, expected = (null_key_cross_attention(x, context, *w, null, null, heads=1) for w in (sparse, weights))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_more_scores_than_may_be_kept_are_left_to_the_library(faster, monkeypatch):
     q, kv, null = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 7, 16), torch.randn(16)
     monkeypatch.setattr(grouped_attention, "_MOST_KEPT", 2 * 5 * 2 * 8 - 1)

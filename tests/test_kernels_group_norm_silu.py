@@ -112,6 +112,20 @@ def test_parity(shape, memory_format, dtype, plan):
     assert out.dtype == dtype and out.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("transposed", [False, True])
+@FORMATS
+def test_the_result_is_laid_out_like_the_images(memory_format, transposed, implementation):
+    for b, device, choice in ((1, DEVICE, implementation), (2, DEVICE, implementation), (2, "meta", None)):
+        inputs = {k: v for k, v in case(b, 8, 3, 5, memory_format=memory_format).items() if v is not None}
+        if transposed:
+            inputs["shift"] = inputs["shift"].t().contiguous().t()
+        for trained in (False, True):
+            leaves = {k: v.detach().to(device).requires_grad_(trained) for k, v in inputs.items()}
+            out = group_norm_silu(**leaves, groups=2, implementation=choice)
+            assert out.is_contiguous(memory_format=memory_format)
+
+
 @pytest.mark.parametrize(
     "names, silu", [("", True), ("weight", False), ("bias", True), ("weight bias", False), ("bias scale shift", True)]
 )

@@ -127,6 +127,14 @@ def check_formats_and_dtypes(dtype, formats, guided):
             assert out.stride() == x_t.stride()
 
 
+@STEPS
+def test_inputs_wider_than_the_images_leave_these_as_they_are(step):
+    x_t, t, pred, third = images((3, 3, 6, 4))
+    wide = take(step, x_t, t, pred.double(), third.double(), implementation="reference")
+    for out, same in zip(wide, take(step, x_t, t, pred, third, implementation="reference"), strict=True):
+        assert out.dtype == torch.float32 and torch.equal(out, same)
+
+
 # Not shrunk, which would take hours here.
 @settings(derandomize=True, max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(

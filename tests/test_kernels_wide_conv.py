@@ -1,6 +1,7 @@
 """Convolutions with wide kernels, whose weight's gradient is a convolution on a CPU, against torch's own in float64."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -147,3 +148,16 @@ def test_a_convolution_that_someone_touched_is_called():
     assert called == ["class", "hook"]
     layer.convs[0] = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1))
     assert layer(x).shape == (1, 8, 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 10, 10), (4, 3, 9, 15), (4, 3, 15, 9), (3, 9, 9), (9,)])
+def test_kernels_that_would_change_the_size_of_images_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"weight must have shape \(c_out, c, side, side\).*{re.escape(str(shape))}"):
+        wide_conv2d(torch.randn(2, 3, 16, 16), torch.randn(shape))
+
+
+def test_a_convolution_of_even_side_is_called():
+    layer, x = CrossEmbedLayer(3, (3, 15), 16, stride=1), torch.randn(2, 3, 8, 8)
+    convolution = torch.nn.Conv2d(3, 8, 10, padding=5)
+    layer.convs = torch.nn.ModuleList([convolution])
+    assert torch.equal(layer(x), convolution(x))

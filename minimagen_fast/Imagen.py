@@ -715,6 +715,8 @@ class Imagen(nn.Module):
                 f"cond_scale must be 1, got {cond_scale}: this Imagen was made with cond_drop_prob=0, so its U-Nets do"
                 " not know images without text"
             )
+        # An attribute, which may have been set since it was checked.
+        percentile = _checked_share("dynamic_thresholding_percentile", self.dynamic_thresholding_percentile)
         samplers = self._checked_samplers(sampler, steps, eta)
         if exists(batch_size):
             batch_size = whole_number("batch_size", batch_size, least=1, else_=" or None")
@@ -765,7 +767,7 @@ class Imagen(nn.Module):
                     update=Update(
                         samplers[unet_number - 1],
                         scheduler,
-                        percentile=self.dynamic_thresholding_percentile,
+                        percentile=percentile,
                         cond_scale=cond_scale,
                     ),
                     cond_scale=cond_scale,
@@ -822,7 +824,8 @@ class Imagen(nn.Module):
                 raise ValueError("give either seed or generator, not both")
             seed = whole_number("seed", seed, else_=" or None")
             check_seed(seed, "seed")
-            return torch.Generator(device).manual_seed(seed)
+            # On meta nothing is drawn, and torch has no generator.
+            return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
         if not isinstance(generator, torch.Generator | None):
             raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}: a number is a seed=")
         if exists(generator) and generator.device.type != device.type:

@@ -717,7 +717,10 @@ class Imagen(nn.Module):
             )
         # An attribute, which may have been set since it was checked.
         percentile = _checked_share("dynamic_thresholding_percentile", self.dynamic_thresholding_percentile)
-        samplers = self._checked_samplers(sampler, steps, eta)
+        values = (
+            _one_for_each(name, value, number) for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta))
+        )
+        samplers = [Sampler(*each) for each in zip(*values, strict=True)]
         if exists(batch_size):
             batch_size = whole_number("batch_size", batch_size, least=1, else_=" or None")
         level = finite_number(
@@ -733,6 +736,7 @@ class Imagen(nn.Module):
         generator = self._checked_generator(generator, seed, device)
         first, img = self._checked_start(start_image, last, device)
         for unet_number in range(first, last + 1):
+            samplers[unet_number - 1].check(self.noise_schedulers[unet_number - 1])
             where = module_device(self.unets[unet_number - 1])
             if (device.type == "meta") != (where.type == "meta"):
                 raise ValueError(
@@ -804,16 +808,6 @@ class Imagen(nn.Module):
         if not exists(callback):
             return None
         return lambda step, images: callback(unet_number, step, self._finished(images))
-
-    def _checked_samplers(self, sampler, steps, eta) -> list[Sampler]:
-        number = len(self.unets)
-        values = (
-            _one_for_each(name, value, number) for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta))
-        )
-        samplers = [Sampler(*each) for each in zip(*values, strict=True)]
-        for one, scheduler in zip(samplers, self.noise_schedulers, strict=True):
-            one.check(scheduler)
-        return samplers
 
     @staticmethod
     def _checked_generator(

@@ -99,6 +99,16 @@ def test_one_value_for_each_u_net():
     assert seen == [(1, step) for step in range(3)] + [(2, step) for step in range(T)]
 
 
+def test_a_u_net_that_does_not_run_limits_no_steps():
+    imagen = make_imagen(stages=2, timesteps=(T, T + 9))
+    with pytest.raises(ValueError, match=f"steps is {T + 9}, but the U-Net was made with {T} timesteps"):
+        sample(imagen, steps=T + 9)
+    start = torch.rand(2, 3, 8, 8)
+    assert torch.equal(sample(imagen, start_image=start, steps=T + 9), sample(imagen, start_image=start))
+    imagen = make_imagen(stages=2, timesteps=(T + 9, T))
+    assert sample(imagen, stop_at_unet_number=1, sampler="ddim", steps=T + 1).shape == (2, 3, 8, 8)
+
+
 def test_values_for_each_u_net_go_to_their_own():
     imagen, words = make_imagen(stages=2), make_words()
 

@@ -67,6 +67,7 @@ def test_more_steps_than_timesteps():
         ({"cond_scale": None}, TypeError, "cond_scale must be a number, got None"),
         ({"cond_scale": [1.0, "3"]}, TypeError, "cond_scale must be a number, got '3'"),
         ({"cond_scale": math.inf}, ValueError, "cond_scale must be finite, got inf"),
+        ({"cond_scale": -1e39}, ValueError, "cond_scale must be finite as float32, got -1e\\+39"),
         ({"lowres_sample_noise_level": "0.1"}, TypeError, "lowres_sample_noise_level must be a number, got '0.1'"),
         ({"eta": 0.5}, ValueError, "eta is for the sampler 'ddim', got eta=0.5 with sampler='ddpm'"),
         ({"sampler": "dpmpp_2m", "eta": 0.5}, ValueError, "eta is for the sampler 'ddim'"),

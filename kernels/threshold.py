@@ -85,8 +85,10 @@ def quantile(x: torch.Tensor, q: float | torch.Tensor) -> torch.Tensor:
         q = q.to(x.dtype).clamp(0, 1)
     if x.numel() <= _TORCH_LIMIT:
         return torch.quantile(x, q.reshape(()) if isinstance(q, torch.Tensor) else q, dim=-1)
-    # A CPU has nothing to wait for, and selects faster than it sorts.
-    if isinstance(q, torch.Tensor) and q.device.type != "cpu":
+    # A CPU has nothing to wait for, and selects faster than it sorts; but in a trace, or under torch.func, a tensor may
+    # have no value.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if isinstance(q, torch.Tensor) and (q.device.type != "cpu" or traced):
         found = _quantile_in_memory(x, q)
     else:
         found = _quantile(x, float(q))

@@ -715,7 +715,12 @@ class Imagen(nn.Module):
                 f"cond_scale must be 1, got {cond_scale}: this Imagen was made with cond_drop_prob=0, so its U-Nets do"
                 " not know images without text"
             )
-        samplers = self._checked_samplers(sampler, steps, eta)
+        # An attribute, which may have been set since it was checked.
+        percentile = _checked_share("dynamic_thresholding_percentile", self.dynamic_thresholding_percentile)
+        values = (
+            _one_for_each(name, value, number) for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta))
+        )
+        samplers = [Sampler(*each) for each in zip(*values, strict=True)]
         if exists(batch_size):
             batch_size = whole_number("batch_size", batch_size, least=1, else_=" or None")
         level = finite_number(
@@ -731,6 +736,7 @@ class Imagen(nn.Module):
         generator = self._checked_generator(generator, seed, device)
         first, img = self._checked_start(start_image, last, device)
         for unet_number in range(first, last + 1):
+            samplers[unet_number - 1].check(self.noise_schedulers[unet_number - 1])
             where = module_device(self.unets[unet_number - 1])
             if (device.type == "meta") != (where.type == "meta"):
                 raise ValueError(
@@ -765,7 +771,7 @@ class Imagen(nn.Module):
                     update=Update(
                         samplers[unet_number - 1],
                         scheduler,
-                        percentile=self.dynamic_thresholding_percentile,
+                        percentile=percentile,
                         cond_scale=cond_scale,
                     ),
                     cond_scale=cond_scale,
@@ -803,16 +809,6 @@ class Imagen(nn.Module):
             return None
         return lambda step, images: callback(unet_number, step, self._finished(images))
 
-    def _checked_samplers(self, sampler, steps, eta) -> list[Sampler]:
-        number = len(self.unets)
-        values = (
-            _one_for_each(name, value, number) for name, value in (("sampler", sampler), ("steps", steps), ("eta", eta))
-        )
-        samplers = [Sampler(*each) for each in zip(*values, strict=True)]
-        for one, scheduler in zip(samplers, self.noise_schedulers, strict=True):
-            one.check(scheduler)
-        return samplers
-
     @staticmethod
     def _checked_generator(
         generator: torch.Generator | None, seed: int | None, device: torch.device
@@ -822,7 +818,8 @@ class Imagen(nn.Module):
                 raise ValueError("give either seed or generator, not both")
             seed = whole_number("seed", seed, else_=" or None")
             check_seed(seed, "seed")
-            return torch.Generator(device).manual_seed(seed)
+            # On meta nothing is drawn, and torch has no generator.
+            return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
         if not isinstance(generator, torch.Generator | None):
             raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}: a number is a seed=")
         if exists(generator) and generator.device.type != device.type:

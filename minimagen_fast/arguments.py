@@ -23,7 +23,7 @@ def finite_number(name: str, value: Any) -> float:
 
     Raises:
         TypeError: if it is none: True and text are none, a numpy number or a tensor of one element is.
-        ValueError: if it is infinite or NaN.
+        ValueError: if it is infinite, also as float32, in which it is used, or NaN.
     """
     try:
         if isinstance(value, bool | str | bytes):
@@ -33,6 +33,8 @@ def finite_number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
+    if abs(number) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be finite as float32, got {value!r}")
     return number
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .arguments import finite_number
 from .generate import checked_params
 from .optimizers import SCHEDULES
 from .parallel import CHOICES
@@ -144,8 +145,7 @@ def training_settings(args: argparse.Namespace, numbers: list[int]) -> TrainingS
         raise ValueError(f"TOTAL_STEPS must be at least 1, got {args.TOTAL_STEPS}")
     if args.PEAK_TFLOPS is not None and not 0 < args.PEAK_TFLOPS < math.inf:
         raise ValueError(f"PEAK_TFLOPS must be positive and finite, got {args.PEAK_TFLOPS}")
-    if not math.isfinite(args.SAMPLE_COND_SCALE):
-        raise ValueError(f"SAMPLE_COND_SCALE must be a finite number, got {args.SAMPLE_COND_SCALE}")
+    finite_number("SAMPLE_COND_SCALE", args.SAMPLE_COND_SCALE)
     if args.TENSORBOARD and importlib.util.find_spec("tensorboard") is None:
         raise ImportError("--TENSORBOARD needs the package tensorboard: pip install 'minimagen_fast[tensorboard]'")
     return TrainingSettings(

@@ -1,6 +1,7 @@
 """Imagen: the faults of the original that are fixed here, and what is new in sampling."""
 
 import copy
+import math
 import warnings
 from pathlib import Path
 
@@ -509,6 +510,7 @@ def test_progress_is_one_bar_for_each_unet_and_can_be_silenced(imagen, words, ca
         (dict(text_embeds=np.zeros((2, 4, 512))), TypeError, "text_embeds must be a tensor, got ndarray"),
         (dict(text_masks=[[True] * 4] * 2), TypeError, "text_masks must be a tensor, got list"),
         (dict(device="meta"), ValueError, "device 'meta' cannot be used here: U-Net 1 is on cpu"),
+        (dict(device="meta", seed=1), ValueError, "device 'meta' cannot be used here: U-Net 1 is on cpu"),
         (dict(text_embeds=torch.zeros(0, 4, 512), text_masks=None), ValueError, "at least one caption, got none"),
         (dict(lowres_sample_noise_level=-0.1), ValueError, "lowres_sample_noise_level must lie in"),
         (dict(seed=1, generator=torch.Generator()), ValueError, "either seed or generator"),
@@ -523,6 +525,13 @@ def test_progress_is_one_bar_for_each_unet_and_can_be_silenced(imagen, words, ca
 def test_sampling_arguments_that_cannot_be(imagen, words, change, error, message):
     with pytest.raises(error, match=message):
         imagen.sample(**{**words, "progress": False, **change})
+
+
+@pytest.mark.parametrize("share", [95, -0.1, math.nan, "0.9"])
+def test_a_percentile_that_was_set_later_is_checked(imagen, words, monkeypatch, share):
+    monkeypatch.setattr(imagen, "dynamic_thresholding_percentile", share)
+    with pytest.raises((TypeError, ValueError), match=f"dynamic_thresholding_percentile must .*{share}"):
+        imagen.sample(**words, progress=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

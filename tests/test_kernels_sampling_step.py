@@ -352,6 +352,17 @@ def test_a_quantile_in_memory_beyond_the_limit_of_torch(dtype, limit, monkeypatc
         torch.testing.assert_close(threshold._quantile_in_memory(x, stored(q).to(dtype)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_quantile_in_memory_beyond_the_limit_of_torch_in_a_trace(dtype, monkeypatch):
+    monkeypatch.setattr(threshold, "_TORCH_LIMIT", 10)
+    x, places = torch.stack((spread(300), spread(300) * 0.5)).to(dtype), torch.cat((stored(0.25), stored(0.9)))
+    expected = torch.stack([threshold.quantile(x, q[None]) for q in places])
+    traced = torch.compile(threshold.quantile, backend="eager", fullgraph=True)
+    torch.testing.assert_close(torch.stack([traced(x, q[None]) for q in places]), expected)
+    mapped = torch.func.vmap(lambda q: threshold.quantile(x, q[None]))(places)
+    torch.testing.assert_close(mapped, expected)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @STEPS
 def test_a_nan_spoils_its_image_alone(way, step):

@@ -67,6 +67,7 @@ def test_more_steps_than_timesteps():
         ({"cond_scale": None}, TypeError, "cond_scale must be a number, got None"),
         ({"cond_scale": [1.0, "3"]}, TypeError, "cond_scale must be a number, got '3'"),
         ({"cond_scale": math.inf}, ValueError, "cond_scale must be finite, got inf"),
+        ({"cond_scale": -1e39}, ValueError, "cond_scale must be finite as float32, got -1e\\+39"),
         ({"lowres_sample_noise_level": "0.1"}, TypeError, "lowres_sample_noise_level must be a number, got '0.1'"),
         ({"eta": 0.5}, ValueError, "eta is for the sampler 'ddim', got eta=0.5 with sampler='ddpm'"),
         ({"sampler": "dpmpp_2m", "eta": 0.5}, ValueError, "eta is for the sampler 'ddim'"),
@@ -97,6 +98,16 @@ def test_one_value_for_each_u_net():
     several = {"sampler": ["ddim", "dpmpp_2m"], "steps": (3, None), "eta": (0.5, 0.0)}
     sample(imagen, callback=lambda unet, step, images: seen.append((unet, step)), **several)
     assert seen == [(1, step) for step in range(3)] + [(2, step) for step in range(T)]
+
+
+def test_a_u_net_that_does_not_run_limits_no_steps():
+    imagen = make_imagen(stages=2, timesteps=(T, T + 9))
+    with pytest.raises(ValueError, match=f"steps is {T + 9}, but the U-Net was made with {T} timesteps"):
+        sample(imagen, steps=T + 9)
+    start = torch.rand(2, 3, 8, 8)
+    assert torch.equal(sample(imagen, start_image=start, steps=T + 9), sample(imagen, start_image=start))
+    imagen = make_imagen(stages=2, timesteps=(T + 9, T))
+    assert sample(imagen, stop_at_unet_number=1, sampler="ddim", steps=T + 1).shape == (2, 3, 8, 8)
 
 
 def test_values_for_each_u_net_go_to_their_own():

@@ -212,6 +212,7 @@ def test_a_cascade_to_1024_pixels_waits_for_nothing(cascade):
             cond_scale=3.0,
             sampler="ddim",
             steps=2,
+            seed=0,
             progress=False,
         )
     assert images.shape == (1, 3, 1024, 1024) and seen.waits() == []

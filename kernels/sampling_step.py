@@ -208,7 +208,7 @@ def ddim_step(
         sqrt_one_minus_alphas_cumprod: sqrt(1 - abar_t), likewise.
         percentile: Quantile of |x_0| at which dynamic thresholding sets in, see :func:`ancestral_step`.
         eta: Share of the noise of ancestral sampling that is added anew, in [0, 1]; 0 makes the step deterministic. A
-            number, or a tensor as ``percentile`` may be.
+            number, or such a tensor as ``percentile`` may be, but which must hold a value in the range.
         noise: Fresh standard normal noise, floating point, shape of ``x_t``; needed unless ``eta`` is the number 0.
         null_pred: The prediction without text, if it is not the second half of ``pred``.
         cond_scale: Guidance weight, see :func:`ancestral_step`.

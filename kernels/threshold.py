@@ -82,16 +82,11 @@ def quantile(x: torch.Tensor, q: float | torch.Tensor) -> torch.Tensor:
     if not x.shape[0]:
         return x.new_empty(0)
     if isinstance(q, torch.Tensor):
-        q = q.to(x.dtype).clamp(0, 1)
+        # As the kernels have it, in which no number is one outside of the range, too.
+        q = q.to(x.dtype).nan_to_num(0.0).clamp(0, 1)
     if x.numel() <= _TORCH_LIMIT:
         return torch.quantile(x, q.reshape(()) if isinstance(q, torch.Tensor) else q, dim=-1)
-    # A CPU has nothing to wait for, and selects faster than it sorts; but in a trace, or under torch.func, a tensor may
-    # have no value.
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if isinstance(q, torch.Tensor) and (q.device.type != "cpu" or traced):
-        found = _quantile_in_memory(x, q)
-    else:
-        found = _quantile(x, float(q))
+    found = _quantile_in_memory(x, q) if isinstance(q, torch.Tensor) else _quantile(x, q)
     return torch.where(x.isnan().any(dim=-1), torch.nan, found)
 
 
@@ -108,6 +103,7 @@ def _quantile(x: torch.Tensor, q: float) -> torch.Tensor:
 
 
 def _quantile_in_memory(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    # A rank that is not waited for can be looked up in a sorted row, and not selected.
     rank = q.double() * (x.shape[-1] - 1)
     if x.dtype == torch.float32 and is_rounded(x.shape[-1]):
         rank = rank.float().double()
@@ -127,8 +123,9 @@ def setting(ptr, number, stored, BIT: tl.constexpr):
 @triton.jit
 def rank(q_ptr, q, stored, n, ROUNDED: tl.constexpr):
     """What :func:`rank_of` gives, for a quantile in memory, if bit 1 says so, or a number."""
-    # No rank may lie outside of an image, whatever is in memory.
-    q = tl.minimum(tl.maximum(setting(q_ptr, q, stored, 1), 0.0), 1.0)
+    q = setting(q_ptr, q, stored, 1)
+    # No rank may lie outside of an image, whatever is in memory, NaN too.
+    q = tl.where(q > 0, tl.minimum(q, 1.0), 0.0)
     if ROUNDED:
         # A product that cannot be fused with the subtraction.
         exact = tl.fma(q, tl.zeros_like(q) + (n - 1), 0.0)

@@ -346,6 +346,13 @@ def test_pictures_of_a_table_are_ours_to_decode(tmp_path):
     assert dataset.rows.column_names == ["image", "caption"], "others are not read with every row"
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "I;16"])
+def test_a_picture_that_is_decoded_already_is_as_that_of_its_file(mode):
+    image = picture(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert picture_from(image).tobytes() == picture_from(encoded(image, kind)).tobytes()
+
+
 def test_cells_that_hold_no_picture(tmp_path):
     for cell in (b"no picture", None, 5, {"bytes": None, "path": str(tmp_path)}, {"bytes": None, "path": None}, {}):
         with pytest.raises(ImageError) as caught:

@@ -459,7 +459,8 @@ def get_model_params(parameters_dir: str | os.PathLike) -> tuple[list[dict[str, 
         raise FileNotFoundError(f"{folder} has no {missing}: it is not the parameters folder of a training directory")
     if gaps := set(range(max(unet_files))) - set(unet_files):
         raise FileNotFoundError(
-            f"{folder} lacks the parameters of U-Net {min(gaps)}, but has those of {max(unet_files)}"
+            f"{folder} has no unet_{min(gaps)}_params_TIMESTAMP.json, but has {unet_files[max(unet_files)].name}:"
+            " restore the file that is missing"
         )
     return [_read_json(unet_files[index]) for index in sorted(unet_files)], _read_json(imagen_files["imagen"])
 

@@ -486,7 +486,7 @@ def test_where_there_is_no_checkpoint_the_weights_are_taken(started, data, tmp_p
     for folder in ("tmp", "state_dicts"):
         shutil.rmtree(first / folder)
     assert cli.main([*without(words, "--OUT"), "--OUT", str(tmp_path / "third")]) == cli.MISUSED
-    assert f"{first} has no weights of U-Net 0" in capsys.readouterr().err
+    assert f"{first} has no weights of U-Net 1" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
 
 

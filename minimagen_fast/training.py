@@ -119,10 +119,10 @@ def MinimagenTrain(
     of their gradients; what is left at the end of an epoch makes a smaller group. Batches without images are passed
     over and counted.
 
-    After every `CHCKPT_NUM` batches of an epoch, and at its end, the latest weights and the state of the training go to
-    ``tmp/``; the validation loss is computed (with the same timesteps and noise every time, and no text dropped), and a
-    U-Net that has improved is saved to ``state_dicts/``; ``training_progess.txt`` is told. Whatever ends the training,
-    Ctrl-C included, the weights and the state are saved before the exception goes on.
+    After every `CHCKPT_NUM` batches of an epoch, and at its end, the latest weights go to ``tmp/`` and the state of the
+    training to ``checkpoints/``; the validation loss is computed (with the same timesteps and noise every time, and no
+    text dropped), and a U-Net that has improved is saved to ``state_dicts/``; ``training_progess.txt`` is told.
+    Whatever ends the training, Ctrl-C included, the weights and the state are saved before the exception goes on.
 
     With `RESTART_DIRECTORY` in `args` the training of that directory is continued where its state was saved: weights,
     optimizer and its learning rate, schedule, averages, best losses, epoch, place in the epoch's order, random numbers.

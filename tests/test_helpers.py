@@ -126,6 +126,7 @@ def test_the_resize_matrices_used_last_are_kept_and_no_more():
     "arguments, error, message",
     [
         ((torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4), TypeError, "must be floating point"),
+        ((torch.zeros(1, 3, 8, 8).numpy(), 4), TypeError, "image must be a tensor, got ndarray"),
         ((torch.zeros(8, 8), 4), ValueError, r"must have shape \(b, c, h, w\) or \(c, h, w\)"),
         ((torch.zeros(1, 3, 8, 0), 4), ValueError, "with pixels in it"),
         ((torch.zeros(1, 3, 8, 8), 0), ValueError, "target_image_size"),

@@ -353,7 +353,8 @@ def _streamable(found: _Found) -> _Found:
 
 def _stream(found: _Found, args: argparse.Namespace, pictures: bool = True) -> Any:
     if found.kind == "tar":
-        fields = CAPTION_FIELDS if args.CAPTION_COLUMN is None else (args.CAPTION_COLUMN,)
-        arguments = {"files": list(found.files), "fields": fields, "pictures": pictures}
+        named = args.CAPTION_COLUMN is not None
+        fields = (args.CAPTION_COLUMN,) if named else CAPTION_FIELDS
+        arguments = {"files": list(found.files), "fields": fields, "pictures": pictures, "json_first": named}
         return import_datasets().IterableDataset.from_generator(tar_examples, gen_kwargs=arguments)
     return open_tables(found.kind, found.files, streaming=True, **_columns(found, args))

@@ -308,6 +308,11 @@ def started(data, tmp_path):
     return words
 
 
+def test_of_one_u_net_it_is_said_how_to_come_to_a_cascade(capsys, started, tmp_path):
+    said = capsys.readouterr().out
+    assert f"minimagen-fast export {tmp_path / 'run'} DIR --OUT FOLDER" in said and "minimagen-fast sample" not in said
+
+
 def changed(words, **flags):
     words = list(words)
     for flag, value in flags.items():

@@ -1,6 +1,8 @@
 """From the bytes of an image file to an RGB picture, or to the reason why not."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -57,14 +59,24 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: 'not_an_image', also for other formats that PIL reads, 'truncated' or 'too_large'.
     """
+    with _faults_named(), Image.open(io.BytesIO(data), formats=_formats()) as image:
+        return _checked_rgb(image, max_pixels)
+
+
+def rgb_of(image: Image.Image) -> Image.Image:
+    """A picture that PIL has opened already, as :func:`decode_image` makes it of a file.
+
+    Raises:
+        ImageError: 'truncated' or 'too_large'.
+    """
+    with _faults_named():
+        return _checked_rgb(image, MAX_PIXELS)
+
+
+@contextmanager
+def _faults_named() -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError("too_large", f"{image.width}x{image.height} pixels, at most {max_pixels} are allowed")
-            if max(image.size) > MAX_SIDE:
-                raise ImageError("too_large", f"{image.width}x{image.height} pixels, a side has at most {MAX_SIDE}")
-            image.load()
-            return _as_rgb(_upright(image))
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
@@ -74,6 +86,15 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:
         # PIL's decoders raise anything at all on files that end early or contradict themselves.
         raise ImageError("truncated", f"the picture is damaged: {error}") from error
+
+
+def _checked_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    if image.width * image.height > max_pixels:
+        raise ImageError("too_large", f"{image.width}x{image.height} pixels, at most {max_pixels} are allowed")
+    if max(image.size) > MAX_SIDE:
+        raise ImageError("too_large", f"{image.width}x{image.height} pixels, a side has at most {MAX_SIDE}")
+    image.load()
+    return _as_rgb(_upright(image))
 
 
 @lru_cache

@@ -27,7 +27,7 @@ REQUIRED = (
     "huggingface_hub",
 )
 OPTIONAL = {
-    "datasets": "Conceptual Captions; pip install 'minimagen_fast[data]'",
+    "datasets": "Parquet, Arrow and saved data, streams, Conceptual Captions; pip install 'minimagen_fast[data]'",
     "xformers": "its attention, on CUDA; pip install 'minimagen_fast[xformers]'",
     "matplotlib": "plots of reports; pip install 'minimagen_fast[report]'",
     "tensorboard": "train --TENSORBOARD; pip install 'minimagen_fast[tensorboard]'",
@@ -59,7 +59,7 @@ def diagnosis() -> str:
 def _or_why_not(section: Callable[[], list[str]]) -> list[str]:
     try:
         return section()
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # what a variable of the environment asks for may be none of the choices
         name = section.__name__.strip("_").replace("_", " ").capitalize()
         return ["", f"{name}: cannot be looked into: {error}"]
 
@@ -74,7 +74,8 @@ def _devices() -> list[str]:
 def _kernels() -> list[str]:
     from .kernels import dispatch, implementation
 
-    return ["", f"Kernels: {implementation()}, from {dispatch.ENVIRONMENT_VARIABLE}: {', '.join(dispatch.CHOICES)}"]
+    asked, choices = os.environ.get(dispatch.ENVIRONMENT_VARIABLE), ", ".join(dispatch.CHOICES)
+    return ["", f"Kernels: {implementation()} (of {choices}); {dispatch.ENVIRONMENT_VARIABLE}: {asked or 'not set'}"]
 
 
 def _acceleration() -> list[str]:

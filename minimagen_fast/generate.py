@@ -56,7 +56,7 @@ def checked_params(
         ValueError: A file is not valid JSON, or does not hold parameters.
     """
     unets_params, imagen_params = get_model_params(folder)
-    owners = [(f"U-Net {index}", params, ["dim"]) for index, params in enumerate(unets_params)]
+    owners = [(f"U-Net {number}", params, ["dim"]) for number, params in enumerate(unets_params, start=1)]
     for owner, params, names in (*owners, ("the Imagen", imagen_params, needed)):
         if not isinstance(params, dict) or not set(names) <= set(params):
             raise ValueError(
@@ -96,7 +96,7 @@ def load_minimagen(directory: str | os.PathLike, *, device: torch.device | str |
         weights = folder.weights(index + 1)
         if weights.kind != "best":
             warnings.warn(
-                f"{directory / 'state_dicts'} has no weights of U-Net {index}: the latest, {weights.path}, are used"
+                f"{directory / 'state_dicts'} has no weights of U-Net {index + 1}: the latest, {weights.path}, are used"
                 " instead of the best. If only other U-Nets were trained here, they are as the training began: put"
                 " several trainings together with `minimagen-fast export`",
                 stacklevel=2,

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .arguments import check_not_meta
+from .arguments import check_not_meta, check_tensor
 from .resize import PAD_MODES, resize
 
 T = TypeVar("T")
@@ -189,6 +189,7 @@ def resize_image_to(
         TypeError: if the image is not a floating point tensor.
         ValueError: for another number of dimensions, an empty or unknown size, or an unknown ``pad_mode``.
     """
+    check_tensor("image", image)
     if not image.is_floating_point():
         raise TypeError(f"image must be floating point, got {image.dtype}; convert it first, e.g. image / 255")
     if image.ndim not in (3, 4) or 0 in image.shape[-2:]:

@@ -137,6 +137,8 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     else:
         dataset = _by_index(_found(args), args, options)
         train, valid = split_train_valid(dataset, args.TRAIN_VALID_FRAC, args.VALID_NUM)
+        if args.TESTING:
+            train, valid = (Subset(part.dataset, part.indices[: TESTING_PICTURES // 2]) for part in (train, valid))
     assert isinstance(valid.dataset, CaptionedPictures)
     return train, Subset(valid.dataset.unaugmented(), valid.indices)
 
@@ -308,7 +310,8 @@ def _streamed(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Datase
             " --STREAMING"
         )
     first, last = (_Found(found.kind, part) for part in (found.files[:-for_validation], found.files[-for_validation:]))
-    train = StreamedPictures(_stream(first, args), **columns, **options)
+    stream = _stream(first, args)
+    train = StreamedPictures(stream.take(TESTING_PICTURES // 2) if args.TESTING else stream, **columns, **options)
     if not any("://" in file for file in last.files):
         valid = _by_index(last, args, options).unaugmented()
     elif args.VALID_NUM is None:
@@ -320,7 +323,8 @@ def _streamed(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Datase
         rows = list(islice(undecoded(_stream(last, args)), args.VALID_NUM))
         valid = TableDataset(import_datasets().Dataset.from_list(rows), **columns, **options).unaugmented()
     length: int = len(valid)  # type: ignore[arg-type]
-    return train, Subset(valid, range(min(length, args.VALID_NUM or length)))
+    most = TESTING_PICTURES // 2 if args.TESTING else length
+    return train, Subset(valid, range(min(length, most, args.VALID_NUM or length)))
 
 
 class _StreamedConceptual(StreamedPictures):
@@ -349,7 +353,8 @@ def _streamable(found: _Found) -> _Found:
 
 def _stream(found: _Found, args: argparse.Namespace, pictures: bool = True) -> Any:
     if found.kind == "tar":
-        fields = CAPTION_FIELDS if args.CAPTION_COLUMN is None else (args.CAPTION_COLUMN,)
-        arguments = {"files": list(found.files), "fields": fields, "pictures": pictures}
+        named = args.CAPTION_COLUMN is not None
+        fields = (args.CAPTION_COLUMN,) if named else CAPTION_FIELDS
+        arguments = {"files": list(found.files), "fields": fields, "pictures": pictures, "json_first": named}
         return import_datasets().IterableDataset.from_generator(tar_examples, gen_kwargs=arguments)
     return open_tables(found.kind, found.files, streaming=True, **_columns(found, args))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from .caption_store import CaptionStore
 from .captioned import CaptionedPictures
-from .decode import ImageError, decode_image
+from .decode import ImageError, decode_image, rgb_of
 from .fetch import fetch_image
 from .t5 import MAX_LENGTH
 
@@ -59,7 +59,7 @@ def picture_from(value: Any) -> Image.Image:
         ImageError, OSError: if it cannot be had.
     """
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
+        return rgb_of(value)
     if isinstance(value, Mapping):
         path = value.get("path")
         value = value.get("bytes")

@@ -42,7 +42,8 @@ class TarDataset(CaptionedPictures):
         captions: Pre-encoded captions. Those that are not among them are encoded when they are needed.
         crop: 'center' (the default) or 'random': which of the largest squares of a picture to take.
         flip: Whether to mirror every second picture, left to right, at random.
-        caption_field: The field of ``x.json`` that holds the caption; 'caption' or 'text' if not given.
+        caption_field: The field of ``x.json`` that holds the caption, also where there is ``x.txt``, too; if not given,
+            'caption' or 'text', where there is none.
 
     Raises:
         FileNotFoundError: if a file is not there.
@@ -72,7 +73,7 @@ class TarDataset(CaptionedPictures):
         )
         self.files = [Path(file).absolute() for file in files]
         self.caption_fields = CAPTION_FIELDS if caption_field is None else (caption_field,)
-        read = [_index(file) for file in self.files]
+        read = [_index(file, json_first=caption_field is not None) for file in self.files]
         self._indices = [rows for rows, _ in read]
         self._ends = np.cumsum([len(rows) for rows in self._indices])
         left_out = LeftOut(sum(left.alone for _, left in read), sum(left.dotted for _, left in read))
@@ -122,11 +123,12 @@ def _read_from(path: Path, member: Member) -> bytes:
         return read_member(file, member)
 
 
-def _index(path: Path) -> tuple[np.ndarray, LeftOut]:
+def _index(path: Path, *, json_first: bool) -> tuple[np.ndarray, LeftOut]:
     """(offset and size of a picture, those of its caption, whether that is JSON) of each item, and what is in none."""
     state = os.stat(path)
     signature = [INDEX_VERSION, state.st_size, state.st_mtime_ns]
-    kept = cache_root() / "tar_index" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.npz"
+    name = f"{path}\njson first" if json_first else f"{path}"
+    kept = cache_root() / "tar_index" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
     try:
         with open(kept, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays["signature"].tolist() == signature:
@@ -134,7 +136,7 @@ def _index(path: Path) -> tuple[np.ndarray, LeftOut]:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there, or not whole: it is made anew
     with open(path, "rb") as file:
-        pairs, left_out = captioned_members(file, str(path))
+        pairs, left_out = captioned_members(file, str(path), json_first=json_first)
     rows = np.array(
         [(*pair.picture, *pair.caption, pair.is_json) for pair in pairs],
         dtype=np.int64,

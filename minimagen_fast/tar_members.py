@@ -70,12 +70,13 @@ class LeftOut(NamedTuple):
         return "; ".join(told)
 
 
-def captioned_members(file: IO[bytes], name: str) -> tuple[list[Pair], LeftOut]:
+def captioned_members(file: IO[bytes], name: str, *, json_first: bool = False) -> tuple[list[Pair], LeftOut]:
     """What a tar file holds, its members' contents unread.
 
     Args:
         file: The tar file, not compressed, in which one can seek.
         name: Its name, for errors.
+        json_first: Whether of two captions of an item that in JSON is taken, as where a field of it was asked for.
 
     Returns:
         The items, in the order of their first members, and how many pictures and captions are in none.
@@ -93,7 +94,7 @@ def captioned_members(file: IO[bytes], name: str) -> tuple[list[Pair], LeftOut]:
             dotted[key] += 1
             continue
         member = Member(info.offset_data, info.size)
-        _take(items.setdefault(key, {}), info.name, suffix, member, problems)
+        _take(items.setdefault(key, {}), info.name, suffix, member, problems, json_first)
     _refuse(name, problems)
     whole = {key: item for key, item in items.items() if len(item) == 2}
     pairs = [Pair(item[_PICTURE][1], item[_CAPTION][1], item[_CAPTION][0] == ".json") for item in whole.values()]
@@ -102,7 +103,7 @@ def captioned_members(file: IO[bytes], name: str) -> tuple[list[Pair], LeftOut]:
 
 
 def tar_examples(
-    files: Iterable[str], fields: Sequence[str] = CAPTION_FIELDS, pictures: bool = True
+    files: Iterable[str], fields: Sequence[str] = CAPTION_FIELDS, pictures: bool = True, json_first: bool = False
 ) -> Iterator[dict[str, Any]]:
     """The items of tar files one after the other, for streaming; the members of an item must follow one another.
 
@@ -110,6 +111,7 @@ def tar_examples(
         files: Paths, or addresses that ``fsspec`` can open and seek in.
         fields: Names of the fields of JSON files that hold captions.
         pictures: Whether to read the pictures; they are empty otherwise.
+        json_first: See :func:`captioned_members`.
 
     Yields:
         'image', the bytes of the picture, and 'caption', None where it is in no shape to be read.
@@ -122,7 +124,7 @@ def tar_examples(
     for name in files:
         alone = dotted = 0
         with fsspec.open(name, "rb") as file:
-            for item, others in _items_in_turn(file, name, pictures):
+            for item, others in _items_in_turn(file, name, pictures, json_first):
                 if len(item) == 2:
                     suffix, content = item[_CAPTION]
                     try:
@@ -137,7 +139,9 @@ def tar_examples(
             warnings.warn(told, stacklevel=2)
 
 
-def _items_in_turn(file: IO[bytes], name: str, pictures: bool) -> Iterator[tuple[dict[str, tuple[str, bytes]], int]]:
+def _items_in_turn(
+    file: IO[bytes], name: str, pictures: bool, json_first: bool
+) -> Iterator[tuple[dict[str, tuple[str, bytes]], int]]:
     """The members of each item that are taken, and how many others of its name there are, which may be all."""
     current, item, others = None, dict[str, tuple[str, bytes]](), 0
     problems: list[str] = []
@@ -151,7 +155,7 @@ def _items_in_turn(file: IO[bytes], name: str, pictures: bool) -> Iterator[tuple
             continue
         wanted = pictures or suffix in _CAPTION_SUFFIXES
         content = read_member(file, Member(info.offset_data, info.size)) if wanted else b""
-        _take(item, info.name, suffix, content, problems)
+        _take(item, info.name, suffix, content, problems, json_first)
         _refuse(name, problems)
     _refuse(name, problems)
     if item or others:
@@ -238,12 +242,17 @@ def _fault(member: tarfile.TarInfo) -> str | None:
     return None if member.isreg() or member.isdir() else "is no file but a device or the like"
 
 
-def _take(item: dict[str, tuple[str, T]], name: str, suffix: str, value: T, problems: list[str]) -> None:
-    """Add a member to its item. Of two captions the text is taken: JSON stands beside it with everything else."""
+def _take(
+    item: dict[str, tuple[str, T]], name: str, suffix: str, value: T, problems: list[str], json_first: bool
+) -> None:
+    """Add a member to its item.
+
+    Of two captions the text is taken, since JSON stands beside it with everything else, unless ``json_first``.
+    """
     kind = _PICTURE if suffix in IMAGE_SUFFIXES else _CAPTION
     if kind in item and (kind == _PICTURE or item[kind][0] == suffix):
         problems.append(f"{name!r} is the second {kind} of its item")
-    elif kind not in item or suffix == ".txt":
+    elif kind not in item or suffix == (".json" if json_first else ".txt"):
         item[kind] = (suffix, value)
 
 

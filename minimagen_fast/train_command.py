@@ -253,7 +253,12 @@ def _train(args: argparse.Namespace, device: torch.device, ranks: Ranks, stop: S
     if ranks.first:
         ended = {"why": why, "step": trainer.position.step, "epoch": trainer.position.epoch}
         replace_file(run.directory / ENDED, (json.dumps(ended) + "\n").encode())
-        if why == "done":
+        if why == "done" and len(numbers) < len(imagen.unets):
+            say(
+                "Done. To sample, put it together with the trainings of the other U-Nets: minimagen-fast export"
+                f" {shell_word(run.directory)} DIR --OUT FOLDER"
+            )
+        elif why == "done":
             say(f'Done. Try: minimagen-fast sample -d {shell_word(run.directory)} -c "a caption"')
         else:
             say(f"Saved in {run.directory}. To go on: the same command with --OUT {shell_word(run.directory)}")

@@ -743,7 +743,8 @@ class Trainer:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(
                 f"the training in RESTART_DIRECTORY {directory} cannot be continued: {reason}. Use the U-Nets, "
-                "optimizer and arguments of that training, or leave it out and start from its weights (load_minimagen)"
+                "optimizer and arguments of that training, or begin another one elsewhere, with its weights if you like"
+                " (load_minimagen)"
             ) from error
         if saved is None:
             warnings.warn(

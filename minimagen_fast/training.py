@@ -119,10 +119,10 @@ def MinimagenTrain(
     of their gradients; what is left at the end of an epoch makes a smaller group. Batches without images are passed
     over and counted.
 
-    After every `CHCKPT_NUM` batches of an epoch, and at its end, the latest weights and the state of the training go to
-    ``tmp/``; the validation loss is computed (with the same timesteps and noise every time, and no text dropped), and a
-    U-Net that has improved is saved to ``state_dicts/``; ``training_progess.txt`` is told. Whatever ends the training,
-    Ctrl-C included, the weights and the state are saved before the exception goes on.
+    After every `CHCKPT_NUM` batches of an epoch, and at its end, the latest weights go to ``tmp/`` and the state of the
+    training to ``checkpoints/``; the validation loss is computed (with the same timesteps and noise every time, and no
+    text dropped), and a U-Net that has improved is saved to ``state_dicts/``; ``training_progess.txt`` is told.
+    Whatever ends the training, Ctrl-C included, the weights and the state are saved before the exception goes on.
 
     With `RESTART_DIRECTORY` in `args` the training of that directory is continued where its state was saved: weights,
     optimizer and its learning rate, schedule, averages, best losses, epoch, place in the epoch's order, random numbers.
@@ -459,7 +459,8 @@ def get_model_params(parameters_dir: str | os.PathLike) -> tuple[list[dict[str, 
         raise FileNotFoundError(f"{folder} has no {missing}: it is not the parameters folder of a training directory")
     if gaps := set(range(max(unet_files))) - set(unet_files):
         raise FileNotFoundError(
-            f"{folder} lacks the parameters of U-Net {min(gaps)}, but has those of {max(unet_files)}"
+            f"{folder} has no unet_{min(gaps)}_params_TIMESTAMP.json, but has {unet_files[max(unet_files)].name}:"
+            " restore the file that is missing"
         )
     return [_read_json(unet_files[index]) for index in sorted(unet_files)], _read_json(imagen_files["imagen"])
 

@@ -227,7 +227,7 @@ class TrainedFolder:
             return Weights(number, "latest", file)
         if saved is None or number > saved.values["unets"]:
             raise ValueError(
-                f"{self.directory} has no weights of U-Net {number - 1}, neither state_dicts/unet_{number - 1}_state_"
+                f"{self.directory} has no weights of U-Net {number}, neither state_dicts/unet_{number - 1}_state_"
                 f"TIMESTAMP.pth nor tmp/{file.name} nor a checkpoint: train the model first"
             )
         return Weights(number, "latest", saved.path, saved)

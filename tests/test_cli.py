@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minimagen_fast import cli, train_command
+from minimagen_fast import cli, kernels, train_command
 from minimagen_fast.acceleration import CHOICES, ENVIRONMENT_VARIABLE, resolve
 from minimagen_fast.doctor import REQUIRED
 from minimagen_fast.generate import load_minimagen
@@ -259,6 +259,16 @@ def test_the_doctor_says_what_can_be_said_where_something_is_missing(monkeypatch
     assert cli.main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert "Kernels: " in report and f"Text encoders: cannot be looked into: import of {missing} halted" in report
+
+
+def test_the_doctor_goes_on_where_the_choice_of_kernels_is_none(monkeypatch, capsys):
+    def refuse():
+        raise ValueError("the environment variable must be one of these")
+
+    monkeypatch.setattr(kernels, "implementation", refuse)
+    assert cli.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert "Kernels: cannot be looked into: the environment variable must be" in report and "Text encoders" in report
 
 
 def acceleration_on_cpu(capsys):

@@ -227,7 +227,7 @@ def test_a_training_with_nothing_but_checkpoints(run, tmp_path):
     for name in ("tmp", "state_dicts"):
         shutil.rmtree(tmp_path / "run" / name)
     saved = [tensors_of(run, f"unets.{index}.") for index in (0, 1)]
-    with pytest.warns(UserWarning, match="no weights of U-Net 0: the latest, .*step_0") as said:
+    with pytest.warns(UserWarning, match="no weights of U-Net 1: the latest, .*step_0") as said:
         assert identical(unets_of(tmp_path / "run"), saved)
     own = [warning for warning in said if "no weights" in str(warning.message)]
     assert [Path(warning.filename).name for warning in own] == ["test_export.py"] * 2

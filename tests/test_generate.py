@@ -108,7 +108,7 @@ def test_files_that_hold_no_parameters_are_named(tmp_path, content):
         load_params(tmp_path)
     write_directory(tmp_path)
     (folder / "unet_1_params_1.json").write_text(content)
-    with pytest.raises(ValueError, match="U-Net 1 in .*parameters must be an object with dim"):
+    with pytest.raises(ValueError, match="U-Net 2 in .*parameters must be an object with dim"):
         load_params(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_unet_10_is_not_unet_1_and_each_unet_falls_back_on_its_own(tmp_path):
     write_weights(directory, best, "state_dicts/unet_0_state_1.pth")
     write_weights(directory, best, None, "state_dicts/unet_10_state_1.pth")
     write_weights(directory, latest, "tmp/unet_0_tmp.pth", "tmp/unet_1_tmp.pth")
-    with pytest.warns(UserWarning, match="no weights of U-Net 1: the latest, .*unet_1_tmp.pth, are used") as said:
+    with pytest.warns(UserWarning, match="no weights of U-Net 2: the latest, .*unet_1_tmp.pth, are used") as said:
         loaded = load_minimagen(directory, device="cpu")
     assert len(said) == 1 and Path(said[0].filename).name == "test_generate.py"
     assert same_weights(loaded.unets[0], best.unets[0]) and same_weights(loaded.unets[1], latest.unets[1])
@@ -140,7 +140,7 @@ def test_weights_by_other_names_are_loaded_where_there_is_one_file_of_each(tmp_p
         warnings.simplefilter("error" if "best" in names else "ignore")
         assert all(map(same_weights, load_minimagen(directory, device="cpu").unets, imagen.unets))
     write_weights(directory, imagen, names.format("0_later"))
-    with pytest.raises(ValueError, match="has no weights of U-Net 0"):
+    with pytest.raises(ValueError, match="has no weights of U-Net 1"):
         load_minimagen(directory)
     write_weights(directory, imagen, "state_dicts/unet_0_state_1.pth", "state_dicts/unet_1_state_1.pth")
     assert same_weights(load_minimagen(directory, device="cpu").unets[0], imagen.unets[0])
@@ -157,7 +157,7 @@ def test_missing_damaged_and_foreign_weights_are_named(trained):
     with pytest.raises(ValueError, match=r"unet_1_state_1\.pth do not fit this Unet"):
         load_minimagen(directory)
     file.unlink()
-    with pytest.raises(ValueError, match="no weights of U-Net 1, neither .*train the model first"):
+    with pytest.raises(ValueError, match="no weights of U-Net 2, neither .*train the model first"):
         load_minimagen(directory)
 
 

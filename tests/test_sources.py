@@ -10,7 +10,7 @@ from captioned_files import number_of, pairs, rows, shade, tar_bytes, write_tars
 from picture_server import encoded, picture, serving
 from torch.utils.data import Subset
 
-from minimagen_fast import cli, data
+from minimagen_fast import cli, data, sources
 from minimagen_fast.caption_store import CaptionStore
 from minimagen_fast.decode import ImageError
 from minimagen_fast.loading import ShardedLoader
@@ -133,6 +133,19 @@ def test_files_can_be_streamed(tmp_path, layout):
     batches = list(StreamedLoader(train, 5, seed=0).epoch(0))
     assert sorted(number_of(image) for batch in batches for image in batch["image"]) == list(range(15))
     assert list(open_captions(args)) == [f"picture {number}" for number in range(COUNT)]
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "parquet", "saved"])
+def test_testing_takes_a_small_part_of_any_data(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(sources, "TESTING_PICTURES", 6)
+    path = LAYOUTS[layout](tmp_path / "data")
+    train, valid = open_data(parse(path, "--TESTING"))
+    assert len({*numbers(train), *numbers(valid)}) == 6 and len(train) == 3
+    assert len(open_data(parse(path, "--TESTING", "-vn", "2"))[1]) == 2
+    if layout in FILES:
+        train, valid = open_data(parse(path, "--TESTING", "--STREAMING"))
+        [batch] = StreamedLoader(train, 3, seed=0).epoch(0)
+        assert {number_of(image) for image in batch["image"]} == {0, 1, 2} and numbers(valid) == [15, 16, 17]
 
 
 @pytest.mark.parametrize("words", ["{0}", "{0}/*.tar", "{0}/000.tar,{0}/00[1-3].tar", "{0}/000.tar"])
@@ -344,6 +357,13 @@ def test_pictures_of_a_table_are_ours_to_decode(tmp_path):
     assert number_of(dataset[0]["image"]) == 1 and dataset[1] is None and number_of(dataset[2]["image"]) == 2
     assert dataset.failures == {"not_an_image": 1}
     assert dataset.rows.column_names == ["image", "caption"], "others are not read with every row"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "I;16"])
+def test_a_picture_that_is_decoded_already_is_as_that_of_its_file(mode):
+    image = picture(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert picture_from(image).tobytes() == picture_from(encoded(image, kind)).tobytes()
 
 
 def test_cells_that_hold_no_picture(tmp_path):

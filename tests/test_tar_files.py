@@ -1,5 +1,6 @@
 """Tar files of captioned pictures: what is read, what is refused, and that nothing is lost in silence."""
 
+import argparse
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from picture_server import GOOD
 
 from minimagen_fast import tar_files
 from minimagen_fast.data import MinimagenCollator
+from minimagen_fast.sources import open_captions
 from minimagen_fast.tar_files import TarDataset
 from minimagen_fast.tar_members import tar_examples
 
@@ -81,6 +83,17 @@ def test_text_is_taken_before_json_and_fields_can_be_named(tmp_path):
     only_json = [tar(tmp_path, members[:2])]
     assert list(TarDataset(only_json, **OPTIONS).all_captions()) == ["from caption"]
     assert list(TarDataset(only_json, **OPTIONS, caption_field="alt").all_captions()) == ["from alt"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_field_that_is_named_is_taken_before_text(tmp_path, order):
+    members = [("a.json", b'{"alt": "from alt"}'), ("a.png", shade(1)), ("a.txt", b"text"), ("b.png", shade(2))]
+    path = tar(tmp_path, [*members[:3][::order], members[3], ("b.txt", b"text alone")])
+    # In either order: what is kept of where members lie is of the one or the other.
+    for field, expected in ((None, "text"), ("alt", "from alt"), (None, "text")):
+        assert list(TarDataset([path], **OPTIONS, caption_field=field).all_captions()) == [expected, "text alone"]
+    args = argparse.Namespace(DATA=str(path), STREAMING=True, IMAGE_COLUMN=None, CAPTION_COLUMN="alt")
+    assert list(open_captions(args)) == ["from alt", "text alone"]
 
 
 def test_bad_samples_are_counted(tmp_path):
@@ -196,7 +209,12 @@ def test_an_index_is_kept_until_the_file_changes(tmp_path, monkeypatch, cache):
     expected = contents(TarDataset(files, **OPTIONS))
     read = []
     original = tar_files.captioned_members
-    monkeypatch.setattr(tar_files, "captioned_members", lambda file, name: read.append(name) or original(file, name))
+
+    def noted(file, name, **options):
+        read.append(name)
+        return original(file, name, **options)
+
+    monkeypatch.setattr(tar_files, "captioned_members", noted)
     assert contents(TarDataset(files, **OPTIONS)) == expected and not read
     (tmp_path / "001.tar").write_bytes(tar_bytes(pairs([50, 51])))
     assert contents(TarDataset(files, **OPTIONS))[3:] == [(50, "picture 50"), (51, "picture 51")]

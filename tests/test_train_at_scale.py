@@ -309,6 +309,11 @@ def started(data, tmp_path):
     return words
 
 
+def test_of_one_u_net_it_is_said_how_to_come_to_a_cascade(capsys, started, tmp_path):
+    said = capsys.readouterr().out
+    assert f"minimagen-fast export {tmp_path / 'run'} DIR --OUT FOLDER" in said and "minimagen-fast sample" not in said
+
+
 def changed(words, **flags):
     words = list(words)
     for flag, value in flags.items():
@@ -487,7 +492,7 @@ def test_where_there_is_no_checkpoint_the_weights_are_taken(started, data, tmp_p
     for folder in ("tmp", "state_dicts"):
         shutil.rmtree(first / folder)
     assert cli.main([*without(words, "--OUT"), "--OUT", str(tmp_path / "third")]) == cli.MISUSED
-    assert f"{first} has no weights of U-Net 0" in capsys.readouterr().err
+    assert f"{first} has no weights of U-Net 1" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
 
 

@@ -216,7 +216,7 @@ def test_missing_parameters_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no unet_0_params_TIMESTAMP.json"):
         get_model_params(tmp_path)
     (tmp_path / "unet_1_params_1.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="lacks the parameters of U-Net 0, but has those of 1"):
+    with pytest.raises(FileNotFoundError, match="has no unet_0_params_TIMESTAMP.json, but has unet_1_params_1.json"):
         get_model_params(tmp_path)
     (tmp_path / "unet_0_params_1.json").write_text('{"dim": ')
     with pytest.raises(ValueError, match=r"unet_0_params_1\.json is not valid JSON"):

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from minimagen_fast.cuda_capture import capturing
+
 Subject = Callable[[int], Any]
 
 # A sample is at least so long: far more than what starting and stopping a clock takes.
@@ -147,7 +149,8 @@ class Timer:
         self._next = 0
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            # What cannot be captured must not spoil the cases after it.
+            with capturing(graph, self._device, stream=stream):
                 for _ in range(self._calls_each):
                     self._call()
         except RuntimeError as error:

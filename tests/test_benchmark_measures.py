@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import kernel_cases
 from benchmarks.floors import count_flops, floor_of
-from benchmarks.measure import MAX_COPIES, Timer, copies_needed, launches, peak_bytes
+from benchmarks.measure import MAX_COPIES, NotCapturable, Timer, copies_needed, launches, peak_bytes
 from benchmarks.parity import difference, relative_distance
 from minimagen_fast.kernels.group_norm_silu import group_norm_silu
 
@@ -170,3 +170,16 @@ def test_timing_and_counting_on_a_gpu():
         assert 1e-6 < eager.sample() < 1e-1 and len(seen) > calls
         assert launches(subject, device) == 2
         assert 2 * inputs[0].nbytes <= peak_bytes(subject, device) < 2.1 * inputs[0].nbytes
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_spoils_no_later_case():
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def waiting(index):
+        torch.cuda.synchronize(device)
+
+    with torch.cuda.stream(torch.cuda.Stream(device)), pytest.raises(NotCapturable):
+        Timer(waiting, device, graph=True)
+    # torch refused all random numbers until the next capture.
+    assert torch.rand(1, device=device).isfinite()

@@ -208,7 +208,10 @@ def saved_bytes(function: Callable[[], Any], module: torch.nn.Module) -> int:
 
 
 def launches(subject: Subject, device: torch.device) -> int | None:
-    """How many kernels a call starts, copies and fills by the driver aside; None on a CPU."""
+    """How many kernels a call starts, copies and fills by the driver aside; None on a CPU.
+
+    Also None where nothing at all was seen on the device, as where a container is not allowed to trace it.
+    """
     if device.type != "cuda":
         return None
     subject(0)
@@ -217,4 +220,6 @@ def launches(subject: Subject, device: torch.device) -> int | None:
         subject(0)
         torch.cuda.synchronize(device)
     on_device = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    if not on_device:
+        return None
     return sum(not e.name.startswith(("Memcpy", "Memset")) and not e.is_user_annotation for e in on_device)

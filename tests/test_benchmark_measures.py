@@ -1,13 +1,15 @@
 """What the benchmark suite says of a call: floors, distances, times and memory."""
 
+import contextlib
 import functools
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import kernel_cases
+from benchmarks import kernel_cases, measure
 from benchmarks.floors import count_flops, floor_of
 from benchmarks.measure import MAX_COPIES, NotCapturable, Timer, copies_needed, launches, peak_bytes
 from benchmarks.parity import difference, relative_distance
@@ -149,6 +151,19 @@ def test_peak_memory_of_a_call():
 
     assert 2 * x.nbytes <= peak_bytes(subject, CPU) < 2.1 * x.nbytes
     assert launches(subject, CPU) is None
+
+
+@pytest.mark.parametrize(
+    "names, expected", [(["kernel", "Memset (Device)", "kernel"], 2), (["Memset (Device)"], 0), ([], None)]
+)
+def test_launches_are_those_that_were_seen_and_none_where_nothing_is_seen(names, expected, monkeypatch):
+    cuda = torch.autograd.DeviceType.CUDA
+    events = [SimpleNamespace(device_type=cuda, name=name, is_user_annotation=False) for name in names]
+    events.append(SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, name="aten::add"))
+    recorded = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(measure, "profile", lambda **_: contextlib.nullcontext(recorded))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert launches(lambda index: None, torch.device("cuda")) == expected
 
 
 @pytest.mark.gpu

@@ -110,6 +110,10 @@ def _refusable(implementation: str) -> Callable[[Case], Run]:
     return make
 
 
+# What SDPA says of inputs that a backend does not take: torch itself, and cuDNN, which torch asks only when it runs.
+_REFUSALS = ("No available kernel", "cuDNN Frontend error")
+
+
 def _sdpa(backend) -> Callable[[Case], Run]:
     from torch.nn.attention import sdpa_kernel
 
@@ -123,7 +127,7 @@ def _sdpa(backend) -> Callable[[Case], Run]:
                 try:
                     return run(inputs)
                 except RuntimeError as error:
-                    if "No available kernel" not in str(error):
+                    if not any(words in str(error) for words in _REFUSALS):
                         raise
                     raise Unavailable(f"this SDPA backend does not take these inputs: {error}") from error
 

@@ -306,6 +306,17 @@ def test_what_libraries_do_passes_the_check(harness, case, direction):
         record = harness.run(Plan(replace(IDENTITY, variant=str(memory_format)), prepare), Benchmark())
         assert record.status == "ok" and record.flops > 0 and record.floor_seconds > 0
         assert {*record.floor_by_family} <= {"convolution", "linear", "attention"}
+        assert record.extra["computes_in"] == "float32"
+
+
+def test_convolutions_alone_reach_the_rate_of_tf32_on_a_card(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    found = {
+        case.operation: test_kernels._rate(case, torch.float32, torch.device("cuda"))
+        for case in library_cases.LIBRARY_CASES.values()
+    }
+    assert found.pop("linear") == found.pop("null_key_cross_attention") == "float32"
+    assert {*found.values()} == {"tf32"}
 
 
 def test_what_cannot_be_measured_is_listed_with_its_reason(harness):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import math
 import time
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import kernel_cases, measure
+from benchmarks.ceilings import ceilings
 from benchmarks.floors import count_flops, floor_of
 from benchmarks.measure import MAX_COPIES, NotCapturable, Timer, copies_needed, launches, peak_bytes
 from benchmarks.parity import difference, relative_distance
@@ -130,6 +132,15 @@ def test_copies_of_inputs_are_more_than_the_cache_holds():
     assert copies_needed(10**9, 5000) == 2
     assert copies_needed(1, 10**9) == MAX_COPIES
     assert copies_needed(1000, 0) == 1
+
+
+def test_what_was_copied_to_measure_the_ceilings_is_not_kept():
+    gc.disable()
+    try:
+        ceilings(CPU, copy_mib=3, matrix_side=8)
+        assert not any(type(each) is torch.Tensor and each.nbytes == 3 * 2**20 for each in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_a_graph_on_the_default_stream_is_the_callers_mistake(monkeypatch):

@@ -110,8 +110,12 @@ def _refusable(implementation: str) -> Callable[[Case], Run]:
     return make
 
 
-# What SDPA says of inputs that a backend does not take: torch itself, and cuDNN, which torch asks only when it runs.
-_REFUSALS = ("No available kernel", "cuDNN Frontend error")
+def refused_by_sdpa(error: BaseException) -> bool:
+    """Whether it says that a backend of SDPA does not take its inputs.
+
+    Torch says so itself, or cuDNN does, which torch asks only when it runs.
+    """
+    return any(words in str(error) for words in ("No available kernel", "cuDNN Frontend error"))
 
 
 def _sdpa(backend) -> Callable[[Case], Run]:
@@ -127,7 +131,7 @@ def _sdpa(backend) -> Callable[[Case], Run]:
                 try:
                     return run(inputs)
                 except RuntimeError as error:
-                    if not any(words in str(error) for words in _REFUSALS):
+                    if not refused_by_sdpa(error):
                         raise
                     raise Unavailable(f"this SDPA backend does not take these inputs: {error}") from error
 

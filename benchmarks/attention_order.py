@@ -20,6 +20,7 @@ from minimagen_fast.kernels.attention_table import Key, Order, key_of
 from .kernel_cases import HEADS, Case, attention
 from .machine import ROOT, machine_info, software_info
 from .measure import NotCapturable, Subject, Timer, settle
+from .peers import refused_by_sdpa
 
 TABLE = ROOT / "kernels" / "attention_table.py"
 # Of those that are compared in the benchmarks the ones that the dispatch can choose; ``sdpa`` lets torch choose.
@@ -117,8 +118,10 @@ def _seconds(case: Case, name: str) -> float | None:
             inputs = case.inputs(device, attention_table.DTYPE)
             timer = _timer(lambda _: case.run(inputs, name), device, f"{case.name}, {name}")
             return median(timer.sample() for _ in range(SAMPLES))
-    # What an implementation cannot do it says with a ValueError.
-    except (ValueError, torch.OutOfMemoryError) as error:
+    # What an implementation cannot do it says with a ValueError, but for libraries.
+    except (ValueError, RuntimeError) as error:
+        if not isinstance(error, ValueError | torch.OutOfMemoryError) and not refused_by_sdpa(error):
+            raise
         print(f"{case.name}, {name}: {error}", file=sys.stderr)
         return None
 

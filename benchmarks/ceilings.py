@@ -7,7 +7,7 @@ import torch
 
 from minimagen_fast.kernels import linear
 
-from .measure import Timer
+from .measure import Timer, settle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SECONDS = 0.3
@@ -38,6 +38,8 @@ def ceilings(device: torch.device, *, copy_mib: int, matrix_side: int) -> dict[s
             flops["tf32"] = _matrix_rate(device, torch.float32, matrix_side)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
+    # Gigabytes, which the first case may need.
+    settle(device)
     return {"copy_bytes_per_second": bandwidth, "flops_per_second": flops}
 
 

@@ -68,8 +68,10 @@ class Harness:
         The test fails where parity does or something goes wrong, and is skipped where a case cannot be measured. In
         every case there is a record, but for an interruption.
         """
-        record = Record(plan.identity)
+        record, refusal = Record(plan.identity), self._refusal(plan)
         try:
+            if refusal:
+                raise Unavailable(refusal)
             self._measure(plan, record, benchmark)
         except Unavailable as reason:
             record.status, record.reason = "unavailable", str(reason)
@@ -86,7 +88,9 @@ class Harness:
             if record.samples or record.status != "ok":
                 self.results.add(record, self.seconds)
                 self.last_summary = summary(record)
-            settle(self.context.device)
+            if not refusal:
+                # There may be hundreds that are not begun, when no time is left.
+                settle(self.context.device)
         if record.status == "unavailable":
             pytest.skip(record.reason)
         if record.status == "parity_failed":
@@ -98,13 +102,18 @@ class Harness:
         """Time since the run began."""
         return time.monotonic() - self._started
 
-    def _measure(self, plan: Plan, record: Record, benchmark) -> None:
-        context, profile = self.context, self.context.profile
+    def _refusal(self, plan: Plan) -> str | None:
+        """Why a case is not begun; None if it is."""
+        profile = self.context.profile
         if self.seconds + plan.seconds > profile.seconds:
             left = f", but for less than the {plan.seconds:.0f} s that it may take" if plan.seconds else ""
-            raise Unavailable(f"the {profile.seconds:.0f} s of profile {profile.name} were used up{left}")
-        if plan.identity.graph and context.device.type != "cuda":
-            raise Unavailable("CUDA graphs need a CUDA device")
+            return f"the {profile.seconds:.0f} s of profile {profile.name} were used up{left}"
+        if plan.identity.graph and self.context.device.type != "cuda":
+            return "CUDA graphs need a CUDA device"
+        return None
+
+    def _measure(self, plan: Plan, record: Record, benchmark) -> None:
+        context = self.context
         with ExitStack() as stack:
             if context.device.type == "cuda":
                 # What autograd recorded on one stream it also runs there, and the default one cannot be captured.

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from minimagen_fast.cuda_capture import capturing
+
 Subject = Callable[[int], Any]
 
 # A sample is at least so long: far more than what starting and stopping a clock takes.
@@ -147,7 +149,8 @@ class Timer:
         self._next = 0
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            # What cannot be captured must not spoil the cases after it.
+            with capturing(graph, self._device, stream=stream):
                 for _ in range(self._calls_each):
                     self._call()
         except RuntimeError as error:
@@ -205,7 +208,10 @@ def saved_bytes(function: Callable[[], Any], module: torch.nn.Module) -> int:
 
 
 def launches(subject: Subject, device: torch.device) -> int | None:
-    """How many kernels a call starts, copies and fills by the driver aside; None on a CPU."""
+    """How many kernels a call starts, copies and fills by the driver aside; None on a CPU.
+
+    Also None where nothing at all was seen on the device, as where a container is not allowed to trace it.
+    """
     if device.type != "cuda":
         return None
     subject(0)
@@ -214,4 +220,6 @@ def launches(subject: Subject, device: torch.device) -> int | None:
         subject(0)
         torch.cuda.synchronize(device)
     on_device = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    if not on_device:
+        return None
     return sum(not e.name.startswith(("Memcpy", "Memset")) and not e.is_user_annotation for e in on_device)

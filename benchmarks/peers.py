@@ -110,6 +110,14 @@ def _refusable(implementation: str) -> Callable[[Case], Run]:
     return make
 
 
+def refused_by_sdpa(error: BaseException) -> bool:
+    """Whether it says that a backend of SDPA does not take its inputs.
+
+    Torch says so itself, or cuDNN does, which torch asks only when it runs.
+    """
+    return any(words in str(error) for words in ("No available kernel", "cuDNN Frontend error"))
+
+
 def _sdpa(backend) -> Callable[[Case], Run]:
     from torch.nn.attention import sdpa_kernel
 
@@ -123,7 +131,7 @@ def _sdpa(backend) -> Callable[[Case], Run]:
                 try:
                     return run(inputs)
                 except RuntimeError as error:
-                    if "No available kernel" not in str(error):
+                    if not refused_by_sdpa(error):
                         raise
                     raise Unavailable(f"this SDPA backend does not take these inputs: {error}") from error
 

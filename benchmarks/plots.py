@@ -296,12 +296,13 @@ def _bandwidth_panel(ax: Axes, run: Run, cases: Sequence[Case]) -> None:
 
 def _roof_panel(ax: Axes, run: Run, cases: Sequence[Case]) -> None:
     """Operations with matrix products."""
-    names, dtypes = (in_order([getattr(case, key) for case in cases]) for key in ("name", "dtype"))
+    names, dtypes = (in_order([getattr(case, key) for case in cases]) for key in ("name", "computes_in"))
     limit = run.ceilings["copy_bytes_per_second"]
     roofs = {dtype: run.ceilings["flops_per_second"].get(RATE_OF.get(dtype, dtype)) for dtype in dtypes}
     points = [(case.flops / case.bytes, case.flops / case.seconds.median) for case in cases]
     for case, (intensity, rate) in zip(cases, points, strict=True):
-        _point(ax, intensity, rate, _color(dtypes, case.dtype), MARKERS[names.index(case.name) % len(MARKERS)], case)
+        color, marker = _color(dtypes, case.computes_in), MARKERS[names.index(case.name) % len(MARKERS)]
+        _point(ax, intensity, rate, color, marker, case)
     known = {dtype: roof for dtype, roof in roofs.items() if roof}
     left, right = _log_room([*(x for x, _ in points), *(roof / limit for roof in known.values())], 3, 3)
     for dtype, roof in known.items():

@@ -103,6 +103,11 @@ class Case:
         return self.seconds.median / self.floor_seconds if self.seconds and self.floor_seconds else None
 
     @property
+    def computes_in(self) -> str:
+        """What most of it is computed in: that sets the matrix rate that it can reach."""
+        return str(self.extra.get("computes_in", self.dtype))
+
+    @property
     def question(self) -> tuple:
         """The same for all cases that differ in the variant alone."""
         return self.section, self.name, self.direction, self.shape, self.dtype, self.graph
@@ -189,8 +194,7 @@ class Run:
         shares = []
         if case.seconds and case.bytes:
             shares.append((case.bytes / case.seconds.median / self.ceilings["copy_bytes_per_second"], "bandwidth"))
-        computes_in = str(case.extra.get("computes_in", case.dtype))
-        rate = self.ceilings["flops_per_second"].get(RATE_OF.get(computes_in, computes_in))
+        rate = self.ceilings["flops_per_second"].get(RATE_OF.get(case.computes_in, case.computes_in))
         if case.seconds and case.flops and rate:
             shares.append((case.flops / case.seconds.median / rate, "matrix rate"))
         return max(shares, default=None)

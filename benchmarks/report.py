@@ -272,8 +272,7 @@ def _denoiser_tables(run: Run) -> list[str]:
     for question in run.questions("denoiser"):
         for case in question.cases:
             if case.floor_by_family:
-                dtype = str(case.extra.get("computes_in", case.dtype))
-                floors[case.name, case.direction or "", case.shape, dtype] = case
+                floors[case.name, case.direction or "", case.shape, case.computes_in] = case
     if floors:
         families = in_order([family for case in floors.values() for family in case.floor_by_family])
         rows = [

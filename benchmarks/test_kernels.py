@@ -9,7 +9,7 @@ import torch
 
 from minimagen_fast.Unet import Base, Super
 
-from .floors import convolution_rate, count_flops, family_of, floor_of_operation
+from .floors import RATE_NAMES, convolution_rate, count_flops, family_of, floor_of_operation
 from .harness import CLOCK, Plan
 from .kernel_cases import CASES, Case, unet_cases
 from .library_cases import LIBRARY_CASES
@@ -141,7 +141,7 @@ def _preparer(
             bytes=size,
             flops=flops or None,
             floor=floor_of_operation(size, flops, dtype, family_of(case.operation), context.ceilings),
-            extra={"copies_of_inputs": copies},
+            extra={"copies_of_inputs": copies, "computes_in": _rate(case, dtype, context.device)},
         )
 
     return prepare
@@ -164,10 +164,16 @@ def _backward_subject(case: Case, run: Run, sets: list[dict[str, Any]]) -> Calla
     return lambda index: calls[index]()
 
 
+def _rate(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+    """Which of the matrix rates it can reach, by its name."""
+    if family_of(case.operation) == "convolution":
+        return convolution_rate(dtype, device.type == "cuda")
+    return RATE_NAMES[dtype]
+
+
 def _rounded_to(case: Case, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to whose digits it is computed: TF32, in which convolutions may be, has those of float16."""
-    rate = convolution_rate(dtype, device.type == "cuda")
-    return torch.float16 if rate == "tf32" and family_of(case.operation) == "convolution" else dtype
+    return torch.float16 if _rate(case, dtype, device) == "tf32" else dtype
 
 
 def _gradients(case: Case, inputs: dict[str, Any], out: torch.Tensor) -> Callable[[], Any]:

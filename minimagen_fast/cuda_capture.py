@@ -51,7 +51,11 @@ def _have_numbers_drawn_again(device: torch.device) -> None:
 
 @contextmanager
 def capturing(
-    graph: torch.cuda.CUDAGraph, device: torch.device, beside: torch.cuda.CUDAGraph | None = None
+    graph: torch.cuda.CUDAGraph,
+    device: torch.device,
+    beside: torch.cuda.CUDAGraph | None = None,
+    *,
+    stream: torch.cuda.Stream | None = None,
 ) -> Iterator[None]:
     """Capture what a block of code launches on a device.
 
@@ -63,6 +67,7 @@ def capturing(
         device: The device.
         beside: A graph whose memory this one may use too. Then neither may run while the other does, nor leave
             anything in that memory for later.
+        stream: On which stream, and not the default one; on one for captures alone, if not given.
 
     Raises:
         RuntimeError: if it cannot be captured. The current stream is then what it was before.
@@ -72,7 +77,8 @@ def capturing(
         try:
             pool = None if beside is None else beside.pool()
             # Other threads may do meanwhile what must not be captured: one that loads pictures pins memory.
-            with torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
+            on = _stream(device) if stream is None else stream
+            with torch.cuda.graph(graph, pool=pool, stream=on, capture_error_mode="thread_local"):
                 yield
         except BaseException:
             # It may have ended all the same, and hold what it allocated.

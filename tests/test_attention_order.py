@@ -124,6 +124,21 @@ def test_graphs_are_captured_on_a_stream_of_their_own_or_it_is_said(monkeypatch,
         assert "attention/b2, sdpa: timed with the host's work" in said and "it waits" in said
 
 
+@pytest.mark.parametrize("words, stops", [("cuDNN Frontend error: No execution plans", False), ("broken", True)])
+def test_what_a_library_refuses_is_left_out_and_what_is_broken_is_not(monkeypatch, capsys, words, stops):
+    def run(inputs, name):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(attention_order, "settle", lambda device: None)
+    monkeypatch.setattr(attention_order, "_timer", lambda call, device, what: call(0))
+    case = SimpleNamespace(name="attention/b2", inputs=lambda device, dtype: {}, run=run)
+    with pytest.raises(RuntimeError, match=words) if stops else contextlib.nullcontext():
+        assert attention_order._seconds(case, "sdpa") is None
+        assert f"attention/b2, sdpa: {words}" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_the_clock_times_what_can_be_done():
     case = attention_order.attention(1, 64, 64, shared=True)

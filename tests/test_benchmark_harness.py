@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases_apart import process_number
 
+from benchmarks import harness as benchmark_harness
 from benchmarks import kernel_cases, library_cases, test_kernels
 from benchmarks.harness import CLOCK, Harness, Plan
 from benchmarks.places import Here
@@ -306,6 +307,17 @@ def test_what_libraries_do_passes_the_check(harness, case, direction):
         record = harness.run(Plan(replace(IDENTITY, variant=str(memory_format)), prepare), Benchmark())
         assert record.status == "ok" and record.flops > 0 and record.floor_seconds > 0
         assert {*record.floor_by_family} <= {"convolution", "linear", "attention"}
+        assert record.extra["computes_in"] == "float32"
+
+
+def test_convolutions_alone_reach_the_rate_of_tf32_on_a_card(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    found = {
+        case.operation: test_kernels._rate(case, torch.float32, torch.device("cuda"))
+        for case in library_cases.LIBRARY_CASES.values()
+    }
+    assert found.pop("linear") == found.pop("null_key_cross_attention") == "float32"
+    assert {*found.values()} == {"tf32"}
 
 
 def test_what_cannot_be_measured_is_listed_with_its_reason(harness):
@@ -331,7 +343,9 @@ def test_an_error_is_recorded_and_raised(harness):
     assert (case["status"], case["reason"]) == ("error", "RuntimeError: broken")
 
 
-def test_no_case_is_begun_when_the_time_is_used_up(tmp_path):
+def test_no_case_is_begun_when_the_time_is_used_up(tmp_path, monkeypatch):
+    # Hundreds may be left, and a collection of cycles for each would take a minute more.
+    monkeypatch.setattr(benchmark_harness, "settle", lambda device: pytest.fail("there is nothing to give back"))
     context = Context(CPU, PROFILES["smoke"], CEILINGS, cache_bytes=1024, scratch=tmp_path)
     started = time.monotonic() - PROFILES["smoke"].seconds - 1
     late = Harness(context, ResultFile(tmp_path / "result.json", {}), started)

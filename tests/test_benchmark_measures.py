@@ -1,15 +1,19 @@
 """What the benchmark suite says of a call: floors, distances, times and memory."""
 
+import contextlib
 import functools
+import gc
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import kernel_cases
+from benchmarks import kernel_cases, measure
+from benchmarks.ceilings import ceilings
 from benchmarks.floors import count_flops, floor_of
-from benchmarks.measure import MAX_COPIES, Timer, copies_needed, launches, peak_bytes
+from benchmarks.measure import MAX_COPIES, NotCapturable, Timer, copies_needed, launches, peak_bytes
 from benchmarks.parity import difference, relative_distance
 from minimagen_fast.kernels.group_norm_silu import group_norm_silu
 
@@ -130,6 +134,15 @@ def test_copies_of_inputs_are_more_than_the_cache_holds():
     assert copies_needed(1000, 0) == 1
 
 
+def test_what_was_copied_to_measure_the_ceilings_is_not_kept():
+    gc.disable()
+    try:
+        ceilings(CPU, copy_mib=3, matrix_side=8)
+        assert not any(type(each) is torch.Tensor and each.nbytes == 3 * 2**20 for each in gc.get_objects())
+    finally:
+        gc.enable()
+
+
 def test_a_graph_on_the_default_stream_is_the_callers_mistake(monkeypatch):
     # And not NotCapturable, after which a subject is timed otherwise.
     for name in ("current_stream", "default_stream"):
@@ -151,6 +164,19 @@ def test_peak_memory_of_a_call():
     assert launches(subject, CPU) is None
 
 
+@pytest.mark.parametrize(
+    "names, expected", [(["kernel", "Memset (Device)", "kernel"], 2), (["Memset (Device)"], 0), ([], None)]
+)
+def test_launches_are_those_that_were_seen_and_none_where_nothing_is_seen(names, expected, monkeypatch):
+    cuda = torch.autograd.DeviceType.CUDA
+    events = [SimpleNamespace(device_type=cuda, name=name, is_user_annotation=False) for name in names]
+    events.append(SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, name="aten::add"))
+    recorded = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(measure, "profile", lambda **_: contextlib.nullcontext(recorded))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert launches(lambda index: None, torch.device("cuda")) == expected
+
+
 @pytest.mark.gpu
 def test_timing_and_counting_on_a_gpu():
     device = torch.device("cuda", torch.cuda.current_device())
@@ -170,3 +196,16 @@ def test_timing_and_counting_on_a_gpu():
         assert 1e-6 < eager.sample() < 1e-1 and len(seen) > calls
         assert launches(subject, device) == 2
         assert 2 * inputs[0].nbytes <= peak_bytes(subject, device) < 2.1 * inputs[0].nbytes
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_spoils_no_later_case():
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def waiting(index):
+        torch.cuda.synchronize(device)
+
+    with torch.cuda.stream(torch.cuda.Stream(device)), pytest.raises(NotCapturable):
+        Timer(waiting, device, graph=True)
+    # torch refused all random numbers until the next capture.
+    assert torch.rand(1, device=device).isfinite()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -354,6 +355,17 @@ def test_every_kernel_is_on_the_roofline(gpu):
     (left, right) = PICTURES["roofline"](run).axes
     points = [line for ax in (left, right) for line in ax.get_lines() if line.get_linestyle() == "None"]
     assert len(points) == len([q for q in run.questions("kernels") if q.first.graph])
+
+
+def test_what_is_computed_in_tf32_is_held_to_its_rate(gpu):
+    run = read(gpu)
+    rates = run.ceilings["flops_per_second"] | {"tf32": 8e11}
+    found = next(case for case in run.cases if case.flops and case.seconds and case.dtype == "float32" and case.graph)
+    case = replace(found, extra={"computes_in": "tf32"}, bytes=1)
+    run = replace(run, cases=(case,), ceilings={**run.ceilings, "flops_per_second": rates})
+    assert run.limit_share(case) == (pytest.approx(case.flops / case.seconds.median / 8e11), "matrix rate")
+    words = [text.get_text() for text in texts_of(PICTURES["roofline"](run))]
+    assert {"tf32: 800 GFLOP/s", "tf32"} <= {*words} and not any("float32" in word for word in words)
 
 
 @pytest.mark.parametrize("name", PICTURES)

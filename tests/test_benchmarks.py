@@ -5,17 +5,21 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from benchmarks import machine, peers
+from benchmarks.prepared import Unavailable
 from benchmarks.profiles import PROFILES
 from benchmarks.results import SECTIONS, STATUSES, Identity, Record, ResultFile, file_name, spread
 
@@ -148,6 +152,22 @@ def test_a_peer_that_cannot_be_imported_has_no_version(monkeypatch):
         assert peers.original_package() is None and "peer minimagen" in dict(peers.missing_peers())
     finally:
         peers.why_not.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "No available kernel. Aborting execution.",
+        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.",
+    ],
+)
+def test_a_backend_of_sdpa_that_refuses_its_inputs_is_unavailable(words):
+    def refuse(inputs, implementation):
+        raise RuntimeError(words)
+
+    run = peers._sdpa(SDPBackend.MATH)(SimpleNamespace(run=refuse))
+    with pytest.raises(Unavailable, match=re.escape(words)):
+        run({})
 
 
 def test_the_sections_and_statuses_are_those_of_the_format():

@@ -169,7 +169,7 @@ def test_again_there_is_nothing_to_do(tmp_path, capsys):
 
 def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "captions.md").read_text(encoding="utf-8")
-    command = "minimagen-fast encode-captions --DATA built-in --OUT captions --T5_NAME t5_tiny"
+    command = "minimagen-fast encode-captions --DATA built-in --OUT shapes --T5_NAME t5_tiny"
     assert command in page
     monkeypatch.chdir(tmp_path)
     assert cli.main([*command.split()[1:], "--DEVICE", "cpu"]) == 0

@@ -65,7 +65,7 @@ class Recipe:
         dict(dim=32, dim_mults=(1, 1, 2), num_resnet_blocks=0, layer_attns=False, layer_cross_attns=False),
     )
     batch_sizes: tuple[int, int] = (16, 6)
-    steps_per_minute: tuple[int, int] = (520, 300)
+    steps_per_minute: tuple[int, int] = (680, 390)
 
     def steps(self, number: int, minutes: float) -> int:
         """Optimizer steps of U-Net ``number`` (from 1) in a quickstart of so many minutes."""

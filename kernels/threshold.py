@@ -82,7 +82,7 @@ def quantile(x: torch.Tensor, q: float | torch.Tensor) -> torch.Tensor:
     if not x.shape[0]:
         return x.new_empty(0)
     if isinstance(q, torch.Tensor):
-        # As the kernels have it, in which no number is one outside of the range, too.
+        # As the kernels do: the nearest in the range, and 0 for NaN.
         q = q.to(x.dtype).nan_to_num(0.0).clamp(0, 1)
     if x.numel() <= _TORCH_LIMIT:
         return torch.quantile(x, q.reshape(()) if isinstance(q, torch.Tensor) else q, dim=-1)

@@ -196,8 +196,9 @@ def _found(args: argparse.Namespace) -> _Found:
 
 
 def _find(data: str) -> _Found:
-    path = Path(data).expanduser()
-    if path.is_dir():
+    # Not Path's methods: names with commas between may be longer together than a name can be, which is an error there.
+    path = Path(os.path.expanduser(data))
+    if os.path.isdir(path):
         if any(all((path / name).is_file() for name in names) for names in _SAVED):
             return _Found("saved", (str(path),))
         inside = visible_files(path)
@@ -216,14 +217,14 @@ def _find(data: str) -> _Found:
                 f" pattern, such as '{path}/*{Path(files[0]).suffix}'"
             )
         return _of_one_kind(data, files)
-    if path.is_file():
+    if os.path.isfile(path):
         return _of_one_kind(data, [str(path)])
     files = []
     for part in data.split(","):
         if "://" in part:
             files.append(part)
             continue
-        named = Path(part).expanduser()
+        named = Path(os.path.expanduser(part))
         matching = [str(named)]
         if not named.is_file():
             matching = _without_caches(sorted(glob.glob(str(named), recursive=True)))

@@ -154,6 +154,13 @@ def test_files_are_named_in_many_ways(tmp_path, words):
     assert len(train) + len(valid) == (5 if words.endswith("000.tar") else COUNT)
 
 
+def test_names_may_be_long_together(tmp_path, monkeypatch):
+    write_tars(tmp_path, 60, 1)
+    monkeypatch.chdir(tmp_path)
+    words = ",".join(f"{number:03d}.tar" for number in range(60))  # no name of a file has more than 255 characters
+    assert len(list(open_captions(parse(words)))) == 60
+
+
 def test_patterns_reach_folders_within_and_name_each_file_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, path in enumerate(("t", "t/within", "t/within/deep")):
@@ -424,6 +431,7 @@ def test_conceptual_captions(conceptual):
     "where, words, error, message",
     [
         ("nowhere", [], FileNotFoundError, "there is no folder"),
+        ("~no_such_user/x", [], FileNotFoundError, "there is no folder ~no_such_user/x"),
         ("tars/*.gz", [], FileNotFoundError, "no file or pattern"),
         ("tars/000.tar,nowhere.tar", [], FileNotFoundError, "there is no folder nowhere.tar"),
         ("tars/000.tar,table/0.parquet", [], ValueError, "files of one kind"),

@@ -83,11 +83,22 @@ def embedded_t5_directory() -> Path:
 
 
 def cache_root() -> Path:
+    """The cache folder, which need not be there.
+
+    Raises:
+        OSError: If it lies in a home folder, and there is none, as for users that are only a number.
+    """
     own = os.environ.get("MINIMAGEN_FAST_CACHE")
-    if own:
-        return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "minimagen_fast"
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(shared) if shared else Path.home() / ".cache") / "minimagen_fast"
+    except RuntimeError as error:
+        raise OSError(
+            f"the cache folder lies in a home folder, which is nowhere to be found ({error}). Set the environment "
+            "variable MINIMAGEN_FAST_CACHE to a folder that can be written."
+        ) from error
 
 
 def _captions() -> list[str]:

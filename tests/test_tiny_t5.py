@@ -145,6 +145,12 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path, monkeypatch):
         embedded_t5_directory()
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    monkeypatch.setenv("MINIMAGEN_FAST_CACHE", "~no_such_user/cache")
+    with pytest.raises(OSError, match="nowhere to be found.*Set the environment variable MINIMAGEN_FAST_CACHE"):
+        embedded_t5_directory()
+
+
 def test_processes_building_at_once_get_one_whole_folder_and_print_nothing(folder, tmp_path):
     program = (
         "from minimagen_fast.t5 import t5_encode_text\n"

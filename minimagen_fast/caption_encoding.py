@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .caption_format import (
     DTYPES,
+    MANIFEST,
     EncoderIdentity,
     checked_json,
     encoder_content,
@@ -191,6 +192,9 @@ class _Store:
 
     def check_same(self) -> None:
         """See that what is in the folder already belongs to what is to be made."""
+        # Others have files of this name too, which would be written over when all is encoded.
+        if (manifest := json_or_none(self.directory / MANIFEST)) is not None:
+            checked_json(self.directory / MANIFEST, manifest)
         for path in sorted(self.directory.glob("captions-*.json")):
             record = json_or_none(path)
             if record is None:

@@ -217,7 +217,10 @@ def checked_json(path: Path, value: Any) -> dict[str, Any]:
         ValueError: as :func:`read_json`.
     """
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ValueError(f"{path} is damaged or not a file of pre-encoded captions: delete it and encode again")
+        raise ValueError(
+            f"{path} is damaged or not a file of pre-encoded captions: delete it, or name another folder, and encode"
+            " again"
+        )
     if value.get("version") != VERSION:
         raise ValueError(
             f"{path} is of version {value.get('version')!r} of the format, but this package reads version {VERSION}:"

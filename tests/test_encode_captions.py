@@ -137,6 +137,16 @@ def test_stopped_between_any_two_steps_of_a_shard(tmp_path, whole, monkeypatch, 
     assert report.encoded == (48 if stop_at == 0 else 43) and contents(tmp_path) == whole
 
 
+@pytest.mark.parametrize(
+    "content, message", [('{"name": "a web app"}', "not a file of pre-encoded captions"), ("[]", "not a file")]
+)
+def test_a_manifest_of_something_else_is_not_written_over(tmp_path, content, message):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        encode(tmp_path)
+    assert contents(tmp_path) == {"manifest.json": content.encode()}
+
+
 def test_processes_that_end_at_once_do_not_take_each_others_manifest(tmp_path, whole, monkeypatch):
     replace, cleared = os.replace, []
 

@@ -5,6 +5,7 @@ gets in; no path of the machine that it ran on.
 """
 
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -163,8 +164,13 @@ def unknown_to_the_original(imagen_params: Mapping[str, Any]) -> list[str]:
         reasons.append("it takes `image_sizes` as a list")
     encoder = imagen_params["text_encoder_name"]
     if encoder not in T5_VERSIONS:
-        reasons.append(f"it has no text encoder `{encoder}`")
+        reasons.append(f"it has no text encoder `{_without_folders(encoder)}`")
     return reasons
+
+
+def _without_folders(encoder: str) -> str:
+    """The name of a text encoder; of one in a folder, which goes by its absolute path, that folder's name alone."""
+    return os.path.basename(encoder) if os.path.isabs(encoder) else encoder
 
 
 def model_card(
@@ -208,8 +214,8 @@ def model_card(
                 for unet in exported
             ],
         ),
-        f"Text encoder: `{imagen.text_encoder_name}`, embeddings {imagen.text_embed_dim} wide. It is not part of this"
-        " folder.\n",
+        f"Text encoder: `{_without_folders(imagen.text_encoder_name)}`, embeddings {imagen.text_embed_dim} wide. It is"
+        " not part of this folder.\n",
         USE.format(cond_scale=3.0 if imagen.can_classifier_guidance else 1.0),
         original,
         "## Training\n",

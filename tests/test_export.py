@@ -149,6 +149,7 @@ def test_the_original_can_read_the_parameters(tmp_path):
         ({"lowres_max_noise_level": 0.1}, "it has no `lowres_max_noise_level`"),
         ({"timesteps": (25, 20)}, "it takes one number of `timesteps` for all U-Nets"),
         ({"text_encoder_name": "t5_tiny"}, "it has no text encoder `t5_tiny`"),
+        ({"text_encoder_name": "/home/me/my_t5"}, "it has no text encoder `my_t5`"),
     ],
 )
 def test_the_model_card_says_whether_the_original_can_load_it(tmp_path, settings, reason):
@@ -168,6 +169,13 @@ def test_paths_of_the_machine_are_not_handed_on(tmp_path):
                 assert b"/home/me" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
         (arguments,) = (tmp_path / format / "parameters").glob("training_*.txt")
         assert "--MAX_NUM_WORDS=7\n" in arguments.read_text()
+
+
+def test_the_model_card_names_a_text_encoder_without_its_folders():
+    imagen = make_imagen(1)
+    for name, shown in (("/home/me/my_t5", "my_t5"), ("google/flan-t5-base", "google/flan-t5-base")):
+        imagen.text_encoder_name = name
+        assert f"Text encoder: `{shown}`," in model_card("painter", imagen, [], SETTINGS, pth=False)
 
 
 # Which weights

@@ -21,6 +21,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 # At the root of a disk, and for nobody else to read than the system's administrator.
 LOST_FOUND = "lost+found"
+# In every training directory, and in no other folder. Its texts and sampled pictures are no data.
+TRAINING = "training_progess.txt"
 
 
 class FolderDataset(CaptionedPictures):
@@ -28,8 +30,8 @@ class FolderDataset(CaptionedPictures):
 
     The captions stand in ``metadata.jsonl`` or ``metadata.csv`` with the fields ``file_name`` (relative to the folder)
     and ``text``; without such a file, beside each picture ``x.jpg`` in a file ``x.txt``. Folders within are searched
-    too, also those that links lead to, each once; not ``lost+found``, nor files and folders whose name starts with a
-    dot. Every picture must have a caption, and every caption a picture. Items are like those of
+    too, also those that links lead to, each once; not ``lost+found``, training directories, nor files and folders whose
+    name starts with a dot. Every picture must have a caption, and every caption a picture. Items are like those of
     :class:`.data.MinimagenDataset`, but a picture is cropped to its middle square before it is scaled, and its values
     are left as they are.
 
@@ -128,6 +130,7 @@ def _entries(directory: Path, caption_field: str | None) -> list[tuple[str, str]
 def visible_files(directory: Path) -> list[PurePosixPath]:
     """Every file below a folder, relative to it; systems leave hidden ones that only look like pictures.
 
+    What is in training directories within is left out, so that a training may be kept beside its data and go on.
     Links to folders are followed where they lead to one that has not been searched by then: a loop has an end, and what
     has a name without links goes by it.
 
@@ -139,7 +142,7 @@ def visible_files(directory: Path) -> list[PurePosixPath]:
     for start in links:  # which grows
         for parent, folders, names in os.walk(start, onerror=_raise):
             real = os.path.realpath(parent)
-            if real in searched:
+            if real in searched or (TRAINING in names and parent != str(directory)):
                 folders.clear()
                 continue
             searched.add(real)

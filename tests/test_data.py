@@ -290,6 +290,18 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     assert len(FolderDataset(folder, side_length=16, encoder_name="word_count")) == 1
 
 
+def test_a_training_may_be_kept_beside_its_data(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_text("a caption")
+    (tmp_path / "run" / "parameters").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "run" / "grid.png")
+    for name in ("training_progess.txt", "parameters/training_parameters.txt"):
+        (tmp_path / "run" / name).write_text("--BATCH_SIZE=2")
+    assert len(FolderDataset(tmp_path, side_length=16, encoder_name="word_count")) == 1
+    with pytest.raises(ValueError, match="grid.png has no caption file"):
+        FolderDataset(tmp_path / "run", side_length=16, encoder_name="word_count")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
 def test_pipes_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "x.png")

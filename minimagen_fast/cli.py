@@ -1,6 +1,7 @@
 """The command line: ``minimagen-fast`` and ``python -m minimagen_fast``."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after a user's error, 130 after Ctrl-C, 141 if nobody was left to read what it prints.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    # A letter of a path that the output's encoding lacks is written as its code, as on stderr: it would be an error,
+    # after all that was asked for had been done.
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(words)
     finally:

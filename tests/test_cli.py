@@ -218,6 +218,14 @@ def test_a_reader_that_has_gone_is_no_error(monkeypatch, capsys, gone):
     assert capsys.readouterr().err == "minimagen-fast: error: a worker has gone\n"
 
 
+def test_letters_that_the_output_cannot_show_are_no_error(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(cli, "_doctor", lambda args: print("bücher/漢") or 0)
+    assert cli.main(["doctor"]) == 0
+    assert shown.buffer.getvalue() == b"b\\xfccher/\\u6f22\n"
+
+
 def test_a_grid_of_others_is_not_written_over(tmp_path, capsys):
     (tmp_path / "grid.png").write_text("mine")
     assert cli.main(["sample", "-d", "nowhere", "-c", "a", "--out", str(tmp_path), "--grid"]) == cli.MISUSED

@@ -19,6 +19,8 @@ __all__ = ["CAPTION_COLUMNS", "IMAGE_COLUMNS", "TableDataset", "find_columns", "
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_url", "url")
 CAPTION_COLUMNS = ("caption", "text", "txt")
 ROWS_AT_A_TIME = 256
+# Protocols in the paths that `datasets` gives pictures that it has not read.
+ARCHIVES_AND_HUB = {"zip", "tar", "hf"}
 
 
 def find_columns(names: Iterable[str], image: str | None = None, caption: str | None = None) -> tuple[str, str]:
@@ -52,8 +54,9 @@ def picture_from(value: Any) -> Image.Image:
     """The picture that a cell of a table holds.
 
     Args:
-        value: The bytes of an image file; or a mapping with these as 'bytes', or the path of one as 'path'; or an http
-            or https address; or a picture that has been decoded already.
+        value: The bytes of an image file; or a mapping with these as 'bytes', or the path or address of one as 'path',
+            which may lead into a zip or tar file or to the Hugging Face hub; or an http or https address; or a picture
+            that has been decoded already.
 
     Raises:
         ImageError, OSError: if it cannot be had.
@@ -63,14 +66,34 @@ def picture_from(value: Any) -> Image.Image:
     if isinstance(value, Mapping):
         path = value.get("path")
         value = value.get("bytes")
-        # A pipe or a device would be read for ever.
-        if value is None and isinstance(path, str) and Path(path).is_file():
-            value = Path(path).read_bytes()
+        if value is None and isinstance(path, str):
+            value = path if path.startswith(("http://", "https://")) else _content(path)
     if isinstance(value, str):
         return fetch_image(value)
     if not isinstance(value, bytes):
         raise ImageError("not_an_image", f"neither an image file nor an address: {str(value)[:100]}")
     return decode_image(value)
+
+
+def _content(path: str) -> bytes | None:
+    """The bytes of the file at a path, as `datasets` writes it: also in an archive, or on the Hugging Face hub."""
+    # A pipe or a device would be read for ever.
+    if Path(path).is_file():
+        return Path(path).read_bytes()
+    # Such as zip://0001.png::hf://datasets/someone/something/pictures.zip; other protocols are not opened.
+    *outer, last = path.split("::")
+    protocols = {part.partition("://")[0] for part in (*outer, *([last] if "://" in last else []))}
+    if not protocols or not protocols <= ARCHIVES_AND_HUB:
+        return None
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive, a name that it has not: each raises errors of its own
+        raise OSError(f"{path} cannot be read: {error!r}") from error
 
 
 class TableDataset(CaptionedPictures):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -364,6 +365,31 @@ def test_pictures_of_a_table_are_ours_to_decode(tmp_path):
     assert number_of(dataset[0]["image"]) == 1 and dataset[1] is None and number_of(dataset[2]["image"]) == 2
     assert dataset.failures == {"not_an_image": 1}
     assert dataset.rows.column_names == ["image", "caption"], "others are not read with every row"
+
+
+def test_pictures_that_datasets_has_left_in_an_archive(tmp_path):
+    (tmp_path / "cut.zip").write_bytes(b"PK")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for number in range(4):
+            archive.writestr(f"{number}.png", shade(number))
+        archive.writestr("metadata.csv", "file_name,text\n" + "".join(f"{n}.png,picture {n}\n" for n in range(4)))
+    for streaming in (False, True):
+        made = datasets.load_dataset(
+            "imagefolder", data_files=str(tmp_path / "data.zip"), split="train", streaming=streaming
+        )
+        if streaming:
+            pictures = list(StreamedPictures(made, encoder_name="word_count", side_length=4))
+        else:
+            pictures = list(TableDataset(made, encoder_name="word_count", side_length=4))
+        assert [number_of(item["image"]) for item in pictures] == [0, 1, 2, 3]
+    for path in ("data.zip", "cut.zip"):
+        with pytest.raises(OSError):
+            picture_from({"bytes": None, "path": f"zip://9.png::{tmp_path / path}"})
+    for path in (f"file://{tmp_path}/data.zip", f"zip://1.png::simplecache::{tmp_path}/data.zip"):
+        with pytest.raises(ImageError, match="neither an image file"):
+            picture_from({"bytes": None, "path": path})
+    with serving() as server:
+        assert picture_from({"bytes": None, "path": server.url + "rgb"}).mode == "RGB"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "I;16"])

@@ -1,6 +1,7 @@
 """A cascade out of the directories in which its U-Nets were trained: one description, one origin for each U-Net."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ def open_folders(directories: Sequence[Path]) -> dict[Path, TrainedFolder]:
     """The directories by resolved path: one that is named twice counts once."""
     if not directories:
         raise ValueError("directories must name at least one training directory, got none")
-    return {Path(directory).resolve(): TrainedFolder(Path(directory)) for directory in directories}
+    return {_real(directory): TrainedFolder(Path(directory)) for directory in directories}
+
+
+def _real(directory: Path) -> Path:
+    # Of links that lead in a circle resolve() makes a RuntimeError; they are no folder, which is said where it is read.
+    return Path(os.path.realpath(directory))
 
 
 def description(folders: Sequence[TrainedFolder]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -71,7 +77,7 @@ def origins_of(
     trained = {path: folder.trained(available) for path, folder in folders.items()}
     for number in range(1, available + 1):
         if number in chosen:
-            origins[number] = folders[Path(chosen[number]).resolve()]
+            origins[number] = folders[_real(chosen[number])]
             continue
         candidates = [folder for path, folder in folders.items() if number in trained[path]]
         if not candidates:

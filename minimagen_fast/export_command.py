@@ -157,7 +157,7 @@ def export_cascade(
 @contextmanager
 def _written_whole(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `out` at the end of the block, or goes if there is an error in it."""
-    out = Path(out).resolve()  # what a link leads to can be replaced
+    out = Path(os.path.realpath(out))  # what a link leads to can be replaced
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--OUT {out} is a file: name a folder that is not there yet")
     if out.is_dir() and any(out.iterdir()):

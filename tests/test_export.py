@@ -415,6 +415,14 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_links_in_a_circle_are_an_error_for_the_user(run, tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(FileNotFoundError, match="circle/parameters"):
+        export_cascade([tmp_path / "circle"], tmp_path / "out")
+    with pytest.raises(OSError, match="circle"):
+        export_cascade([run], tmp_path / "circle")
+
+
 def test_what_a_killed_export_has_left_is_in_nobodys_way(tmp_path):
     best, _ = trained(tmp_path / "run", 1, 2)
     left = tmp_path / f".out.{os.getpid()}.part"

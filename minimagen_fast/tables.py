@@ -77,13 +77,15 @@ def picture_from(value: Any) -> Image.Image:
 
 def _content(path: str) -> bytes | None:
     """The bytes of the file at a path, as `datasets` writes it: also in an archive, or on the Hugging Face hub."""
-    # A pipe or a device would be read for ever.
     if Path(path).is_file():
         return Path(path).read_bytes()
     # Such as zip://0001.png::hf://datasets/someone/something/pictures.zip; other protocols are not opened.
     *outer, last = path.split("::")
-    protocols = {part.partition("://")[0] for part in (*outer, *([last] if "://" in last else []))}
-    if not protocols or not protocols <= ARCHIVES_AND_HUB:
+    if "://" in last:
+        outer.append(last)
+    elif not Path(last).is_file():  # a pipe or a device would be read for ever
+        return None
+    if not {part.partition("://")[0] for part in outer} <= ARCHIVES_AND_HUB:
         return None
     import fsspec
 

@@ -385,7 +385,11 @@ def test_pictures_that_datasets_has_left_in_an_archive(tmp_path):
     for path in ("data.zip", "cut.zip"):
         with pytest.raises(OSError):
             picture_from({"bytes": None, "path": f"zip://9.png::{tmp_path / path}"})
-    for path in (f"file://{tmp_path}/data.zip", f"zip://1.png::simplecache::{tmp_path}/data.zip"):
+    for path in (
+        f"file://{tmp_path}/data.zip",
+        f"zip://1.png::simplecache::{tmp_path}/data.zip",
+        "zip://1.png::/dev/zero",
+    ):
         with pytest.raises(ImageError, match="neither an image file"):
             picture_from({"bytes": None, "path": path})
     with serving() as server:

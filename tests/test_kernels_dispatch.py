@@ -124,6 +124,23 @@ def test_reasons_against_triton(monkeypatch, tensors, reason):
     assert len(reasons) == (reason is not None) and all(reason in text for text in reasons)
 
 
+def test_all_reasons_of_a_card_are_given(monkeypatch):
+    monkeypatch.setattr(launch, "_cuda_target", lambda index: launch.Target((7, 5), 40, 1))
+    monkeypatch.setattr(launch, "_missing_to_build", lambda: "there is no compiler")
+    reasons = [
+        "there is no compiler",
+        r"cuda:0 has compute capability \(7, 5\), less than \(8, 0\)",
+        "it computes in float32 from float32, float16 or bfloat16, not from torch.float64",
+        "it takes rows of 1 to 8192 values, not 8193",
+    ]
+    with FakeTensorMode():
+        x, gain = torch.empty(2, 8193, device=CUDA).double(), torch.empty(8193, device=CUDA)
+        with pytest.raises(ValueError, match=f"'triton' of layer_norm cannot be used here: {'; '.join(reasons)}\\."):
+            layer_norm(x, gain, implementation="triton")
+        with pytest.warns(UserWarning, match=f"'reference', not as a Triton kernel: {'; '.join(reasons)}$"):
+            assert layer_norm(x, gain).shape == x.shape
+
+
 def test_what_is_not_installed_or_not_there_is_a_reason(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert dispatch.triton_reasons(torch.zeros(1)) == ["the tensors are on cpu, not on a CUDA device"]

@@ -187,6 +187,29 @@ def test_launches_on_meta_tensors_are_recorded_for_the_card_that_is_asked_about(
     assert layer_norm(x, gain, implementation="triton").shape == x.shape and len(recorded) == 1
 
 
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((current[-1], grid, options))
+
+    @contextlib.contextmanager
+    def device(given):
+        current.append(given.index)
+        yield
+        current.pop()
+
+    current, launched = [0], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        tensors = [torch.empty(2, device=f"cuda:{index}") for index in (0, 1)]
+    for tensor in tensors:
+        launch.run(Kernel(), (3,), 1.0, tensor, num_warps=8, BLOCK=16)
+        launch.run(Kernel(), (3, 0), 1.0, tensor)
+    options = {"num_warps": 8, "num_stages": 2, "BLOCK": 16}
+    assert launched == [(0, (3,), options), (1, (3,), options)] and current == [0]
+
+
 def test_choices_of_threads_that_end_in_any_order():
     before = implementation()
     one, other = use_implementation("reference"), use_implementation("sdpa")

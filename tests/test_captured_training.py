@@ -20,6 +20,7 @@ from minimagen_fast.acceleration import ASKED_FOR
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.helpers import identity
 from minimagen_fast.kept import KEPT
+from minimagen_fast.kernels import dispatch
 from minimagen_fast.Unet import Unet
 
 BATCH = 3
@@ -284,6 +285,17 @@ def test_other_settings_are_captured_anew(graphs, monkeypatch, settings):
     for seed in range(4):
         assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
     assert replays(graphs) == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("use", [dispatch.use_implementation, dispatch.use_attention])
+def test_other_kernels_are_captured_anew(graphs, monkeypatch, use):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    with use("reference"):
+        for seed in range(3):
+            assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert replays(graphs) == [(1, 1), (1, 1)]
 
 
 def other_loss(imagen):

@@ -169,6 +169,17 @@ def test_views(way, step):
 
 
 @STEPS
+def test_strided_timesteps_and_schedules(way, step, monkeypatch):
+    def strided(x):
+        return torch.stack((x, torch.zeros_like(x)), dim=1)[:, 0]
+
+    dense = schedules
+    monkeypatch.setitem(globals(), "schedules", lambda *of: {name: strided(x) for name, x in dense(*of).items()})
+    x_t, t, pred, third = images((3, 3, 6, 4))
+    check(step, x_t, strided(t), pred, third)
+
+
+@STEPS
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_guidance_from_one_doubled_tensor(way, step, memory_format):
     x_t, t, pred, third = images((3, 3, 6, 4))

@@ -16,7 +16,7 @@ from recorded_graph import record_cuda_graphs
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimagen_fast import captured_training, cuda_capture
-from minimagen_fast.acceleration import ASKED_FOR
+from minimagen_fast.acceleration import ASKED_FOR, ENVIRONMENT_VARIABLE
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.helpers import identity
 from minimagen_fast.kept import KEPT
@@ -285,6 +285,17 @@ def test_other_settings_are_captured_anew(graphs, monkeypatch, settings):
     for seed in range(4):
         assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
     assert replays(graphs) == [(1, 1), (2, 2)]
+
+
+def test_other_settings_of_the_environment_are_captured_anew(graphs, monkeypatch):
+    # Nothing is called that could drop what was captured.
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "memory_format=contiguous")
+    for seed in range(3):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert replays(graphs) == [(1, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("use", [dispatch.use_implementation, dispatch.use_attention])

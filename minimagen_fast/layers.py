@@ -23,6 +23,7 @@ from .kernels import (
     upsample_conv3x3,
     wide_conv2d,
 )
+from .kernels.arguments import autocast_dtype
 from .plain import is_plain, is_plain_sequence, keep_forwards
 
 
@@ -453,6 +454,10 @@ class CrossEmbedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (b, dim_in, h, w) to (b, dim_out, h / stride, w / stride)."""
+        dtype = autocast_dtype(x)
+        if dtype is not None and all(is_plain(conv, nn.Conv2d) for conv in self.convs):
+            # Once, or every convolution would convert the images for itself, and keep its own for the backward pass.
+            x = x.to(dtype)
         trains_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         if trains_on_cpu and x.dtype == torch.float32 and not x.is_contiguous():
             # There the backward pass of wide kernels on few channels is up to 30 times slower in channels_last.

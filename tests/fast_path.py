@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minimagen_fast import acceleration, captured_training, cuda_capture, sampling
 from minimagen_fast.ema import EMA
@@ -102,21 +103,26 @@ def apart(losses, reference):
 
 
 class Counts(TorchDispatchMode):
-    """How often which operator runs, and on how many rows the matrix products and convolutions."""
+    """How often which operator runs, on how many rows products and convolutions, and what goes between devices."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "unique")
 
     def __init__(self):
         super().__init__()
         self.names = Counter()
-        self.products = []
+        self.products, self.between_devices = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::")
         self.names[name] += 1
         if name.partition(".")[0] in ("addmm", "mm", "bmm", "convolution"):
             self.products.append((name, *(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor))))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        # A single number of the host's is handed over with a launch.
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.ndim]
+        if len({x.device for x in tensors}) > 1:
+            self.between_devices.append(name)
+        return out
 
     def waits(self):
         """What would wait for a device to know a value of its."""

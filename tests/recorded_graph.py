@@ -21,15 +21,28 @@ class RecordedGraph(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._calls, self.replays, self.memory = [], 0, self
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         RecordedGraph.made.append(self)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # Of tensors it knows where they lie: what is assigned to `data` later does not reach it.
         args, kwargs = (tree_map_only(torch.Tensor, torch.Tensor.detach, each) for each in (args, kwargs))
+        if func._schema.is_mutable:
+            for argument, given in zip(func._schema.arguments, args, strict=False):
+                if argument.is_write:
+                    for written in tree_leaves(given):
+                        self._before.setdefault(written.data_ptr(), (written, written.clone()))
         result = func(*args, **kwargs)
         self._calls.append((func, args, kwargs, result))
         return result
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        # A true capture computes nothing.
+        for written, before in self._before.values():
+            written.copy_(before)
+        self._before = {}
 
     def reset(self):
         self._calls = []

@@ -16,8 +16,11 @@ from recorded_graph import record_cuda_graphs
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimagen_fast import captured_training, cuda_capture
-from minimagen_fast.acceleration import ASKED_FOR
+from minimagen_fast.acceleration import ASKED_FOR, ENVIRONMENT_VARIABLE
+from minimagen_fast.diffusion_model import GaussianDiffusion
+from minimagen_fast.helpers import identity
 from minimagen_fast.kept import KEPT
+from minimagen_fast.kernels import dispatch
 from minimagen_fast.Unet import Unet
 
 BATCH = 3
@@ -282,6 +285,65 @@ def test_other_settings_are_captured_anew(graphs, monkeypatch, settings):
     for seed in range(4):
         assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
     assert replays(graphs) == [(1, 1), (2, 2)]
+
+
+def test_other_settings_of_the_environment_are_captured_anew(graphs, monkeypatch):
+    # Nothing is called that could drop what was captured.
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "memory_format=contiguous")
+    for seed in range(3):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert replays(graphs) == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("use", [dispatch.use_implementation, dispatch.use_attention])
+def test_other_kernels_are_captured_anew(graphs, monkeypatch, use):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    with use("reference"):
+        for seed in range(3):
+            assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert replays(graphs) == [(1, 1), (1, 1)]
+
+
+def other_loss(imagen):
+    imagen.loss_fn = torch.nn.functional.l1_loss
+
+
+def not_normalised(imagen):
+    imagen.normalize_img = identity
+
+
+def other_schedule(imagen):
+    imagen.noise_schedulers[0] = GaussianDiffusion(timesteps=30)
+
+
+def weighed(imagen):
+    return {"min_snr_gamma": 5.0}
+
+
+@pytest.mark.parametrize("change", [other_loss, not_normalised, other_schedule, weighed])
+def test_what_is_computed_otherwise_is_captured_anew(graphs, monkeypatch, change):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    options = change(imagen) or {}
+    for seed in range(3):
+        assert_same(step(imagen, seed, **options), eager(monkeypatch, imagen, seed, **options))
+    assert replays(graphs) == [(1, 1), (1, 1)]
+
+
+def test_a_noise_schedule_that_is_edited_in_place_is_followed(graphs, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    before = step(imagen)
+    imagen.noise_schedulers[0].sqrt_one_minus_alphas_cumprod.mul_(0.5)
+    after = step(imagen)
+    assert_same(after, eager(monkeypatch, imagen))
+    assert distance(after[0], before[0]) > 1e-4 and replays(graphs) == [(2, 2)]
 
 
 def test_a_probability_that_cannot_be_is_still_refused(graphs):

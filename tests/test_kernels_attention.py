@@ -91,6 +91,19 @@ def test_xformers_gets_the_null_key_in_front(shared, monkeypatch):
     assert shapes == [((2, 15, 1, 8), *2 * ((2, 8, 1, 8),)) if shared else ((2, 5, 3, 8), *2 * ((2, 8, 3, 8),))]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_that_share_keys_are_more_queries_of_one_head(shared, monkeypatch):
+    shapes, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        shapes.append((q.shape, k.shape, v.shape))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    null_key_attention(*_case(shared), heads=3, implementation="sdpa")
+    assert shapes == [((2, 1, 15, 8), *2 * ((2, 1, 8, 8),)) if shared else ((2, 3, 5, 8), *2 * ((2, 3, 8, 8),))]
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_xformers_is_refused_with_every_reason(installed, monkeypatch):
     monkeypatch.setattr(attention, "XFORMERS_INSTALLED", installed)

@@ -214,6 +214,20 @@ def test_timesteps_that_share_memory():
     both(diffusion.q_sample, randn("x", 3, 3, 4, 4), randn("y", 3, 3, 4, 4), t)
 
 
+@OPERATIONS
+def test_strided_timesteps_and_schedules(operation):
+    inputs = inputs_of(operation, randn("x", 3, 3, 4, 4), randn("y", 3, 3, 4, 4))
+    for name in inputs.keys() - set(NAMES[operation][:2]):
+        inputs[name] = torch.stack((inputs[name], torch.zeros_like(inputs[name])), dim=1)[:, 0]
+    check_parity(
+        lambda **given: operation(**given, implementation="triton"),
+        lambda **given: operation(**given, implementation="reference"),
+        inputs,
+        dtype=torch.float32,
+        gradients_of=NAMES[operation][:2],
+    )
+
+
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_vmap_over_images_in_channels_last_memory(implementation):

@@ -124,6 +124,23 @@ def test_reasons_against_triton(monkeypatch, tensors, reason):
     assert len(reasons) == (reason is not None) and all(reason in text for text in reasons)
 
 
+def test_all_reasons_of_a_card_are_given(monkeypatch):
+    monkeypatch.setattr(launch, "_cuda_target", lambda index: launch.Target((7, 5), 40, 1))
+    monkeypatch.setattr(launch, "_missing_to_build", lambda: "there is no compiler")
+    reasons = [
+        "there is no compiler",
+        r"cuda:0 has compute capability \(7, 5\), less than \(8, 0\)",
+        "it computes in float32 from float32, float16 or bfloat16, not from torch.float64",
+        "it takes rows of 1 to 8192 values, not 8193",
+    ]
+    with FakeTensorMode():
+        x, gain = torch.empty(2, 8193, device=CUDA).double(), torch.empty(8193, device=CUDA)
+        with pytest.raises(ValueError, match=f"'triton' of layer_norm cannot be used here: {'; '.join(reasons)}\\."):
+            layer_norm(x, gain, implementation="triton")
+        with pytest.warns(UserWarning, match=f"'reference', not as a Triton kernel: {'; '.join(reasons)}$"):
+            assert layer_norm(x, gain).shape == x.shape
+
+
 def test_what_is_not_installed_or_not_there_is_a_reason(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert dispatch.triton_reasons(torch.zeros(1)) == ["the tensors are on cpu, not on a CUDA device"]
@@ -168,6 +185,29 @@ def test_launches_on_meta_tensors_are_recorded_for_the_card_that_is_asked_about(
         grids.append(only.grid[0])
     assert grids[0] < grids[1]
     assert layer_norm(x, gain, implementation="triton").shape == x.shape and len(recorded) == 1
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((current[-1], grid, options))
+
+    @contextlib.contextmanager
+    def device(given):
+        current.append(given.index)
+        yield
+        current.pop()
+
+    current, launched = [0], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        tensors = [torch.empty(2, device=f"cuda:{index}") for index in (0, 1)]
+    for tensor in tensors:
+        launch.run(Kernel(), (3,), 1.0, tensor, num_warps=8, BLOCK=16)
+        launch.run(Kernel(), (3, 0), 1.0, tensor)
+    options = {"num_warps": 8, "num_stages": 2, "BLOCK": 16}
+    assert launched == [(0, (3,), options), (1, (3,), options)] and current == [0]
 
 
 def test_choices_of_threads_that_end_in_any_order():

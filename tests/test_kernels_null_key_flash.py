@@ -118,6 +118,7 @@ def test_mask(shared, dtype):
     mask[1, :64] = False  # a whole block of keys
     check(case(b, 2, 20, m, 32, shared=shared, dtype=dtype), 2, mask)
     check(case(b, 2, 20, m, 32, shared=shared, dtype=dtype), 2, mask[:1])
+    check(case(b, 2, 20, m, 32, shared=shared, dtype=dtype), 2, mask.t().contiguous().t())
 
 
 def test_with_every_key_masked_the_null_key_is_left():

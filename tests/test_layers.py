@@ -22,6 +22,24 @@ def test_cross_embed_kernels_must_line_up():
         layers.CrossEmbedLayer(3, kernel_sizes=(3, 4))
 
 
+@pytest.mark.parametrize("stride, kernel_sizes", [(1, (3, 7, 15)), (2, (2, 4))])
+def test_cross_embed_keeps_its_images_once_under_autocast(stride, kernel_sizes):
+    layer, kept = layers.CrossEmbedLayer(3, kernel_sizes=kernel_sizes, dim_out=8, stride=stride), {}
+    x = torch.randn(2, 3, 8, 8)
+
+    def keep(tensor):
+        if tensor.shape == x.shape:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.cat([conv(x) for conv in layer.convs], dim=1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = layer(x)
+    assert torch.equal(out, expected)
+    assert [tensor.dtype for tensor in kept.values()] == [torch.bfloat16]
+
+
 def test_sinusoids():
     embedding = layers.SinusoidalPosEmb(6)(torch.tensor([0, 7]))
     frequencies = torch.tensor([1.0, 0.01, 0.0001])

@@ -15,7 +15,7 @@ from minimagen_fast import layers, sampling
 from minimagen_fast.acceleration import ASKED_FOR
 from minimagen_fast.conditioning import Conditions
 from minimagen_fast.kept import Kept, kept_with
-from minimagen_fast.kernels import use_implementation
+from minimagen_fast.kernels import dispatch
 from minimagen_fast.kernels.images import is_channels_last
 from minimagen_fast.predictions import CachedPrediction
 from minimagen_fast.Unet import BaseTest, Unet
@@ -609,11 +609,12 @@ def test_noise_where_there_was_none_is_captured_anew(graphs):
         assert torch.equal(run(imagen, arguments={**without, "eta": eta}), expected) and len(graphs) == 1
 
 
-def test_other_kernels_are_captured_anew(graphs):
+@pytest.mark.parametrize("use", [dispatch.use_implementation, dispatch.use_attention])
+def test_other_kernels_are_captured_anew(graphs, use):
     imagen = make_imagen()
     run(imagen)
     graphs.clear()
-    with use_implementation("reference"):
+    with use("reference"):
         run(imagen)
     assert len(graphs) == 1
 

@@ -1,5 +1,6 @@
 """What a step does on the kernels, counted without a card: on the meta device operators have names and shapes only."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -13,7 +14,7 @@ from minimagen_fast.layers import Attention, ChanLayerNorm, CrossAttention
 from minimagen_fast.plan_trace import _Live
 from minimagen_fast.predictions import CachedPrediction, Task
 from minimagen_fast.samplers import Sampler, Update
-from minimagen_fast.Unet import Base, Super
+from minimagen_fast.Unet import Base, Super, Unet
 
 META = torch.device("meta")
 SAMPLERS = [Sampler(), Sampler("ddpm", 6), Sampler("ddim", 6), Sampler("ddim", 6, 0.5), Sampler("dpmpp_2m", 6)]
@@ -84,14 +85,30 @@ def test_every_step_does_the_same_and_waits_for_nothing(sampler, stage):
     if not steps._update.multistep:
         assert first.names == others[0].names
     for seen in (first, *others):
-        assert seen.waits() == [] and not [name for name in seen.names if "_to_copy" in name and "cpu" in name]
+        assert seen.waits() == seen.between_devices == []
+
+
+@every_sampler
+@pytest.mark.parametrize("stage", [1, 2])
+def test_memory_does_not_grow_from_step_to_step(sampler, stage):
+    unet, steps = steps_of(sampler, stage=stage)
+    live, sizes = _Live([*unet.parameters(), *unet.buffers()]), []
+    with live:
+        for number in range(4):
+            steps.advance(first=number == 0)
+            sizes.append(live.now)
+            live.live.append(0)
+    peaks = [max(group) for is_end, group in itertools.groupby(live.live, bool) if is_end]
+    assert len(set(sizes)) == 1, sizes
+    assert len(peaks) == 4 and len(set(peaks[1:])) == 1, peaks
 
 
 def test_what_would_wait_is_seen():
     with Counts() as seen:
         torch.ones(3).nonzero()
         torch.ones(1).item()
-    assert set(seen.waits()) == {"nonzero", "_local_scalar_dense"}
+        torch.ones(1).to(META)
+    assert set(seen.waits()) == {"nonzero", "_local_scalar_dense"} and seen.between_devices == ["_to_copy"]
 
 
 @pytest.mark.parametrize("cond_dim", [24, 512])
@@ -114,6 +131,20 @@ def test_all_scales_and_shifts_of_a_step_are_one_product(make):
     time_width = unet.resnet_blocks[0].time_mlp[1].in_features
     of_time = [shapes for _, *shapes in seen.products if (4, time_width) in shapes]
     assert of_time == [[(width,), (4, time_width), (time_width, width)]]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_times_of_all_steps_are_embedded_at_once(stage):
+    before = []
+    for number in (3, 6):
+        with Counts() as seen:
+            steps_of(Sampler("ddim", number), stage=stage)
+        before.append(seen)
+    few, many = before
+    assert few.names == many.names
+    # Three products for the times, and as many for those of the low-resolution images.
+    rows = [sum(shapes[1][0] == number for _, *shapes in seen.products) for seen, number in ((few, 3), (many, 6))]
+    assert rows == [3 * stage, 3 * stage], many.products
 
 
 def test_parts_of_a_batch_are_evaluated_one_by_one():
@@ -154,13 +185,12 @@ def test_the_loop_has_no_more_to_do_than_its_steps():
     assert totals[6] - totals[3] == 3 * (totals[3] - totals[2])
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_training_step_waits_for_nothing(stage):
-    imagen = make_imagen(stages=stage).to(META)
+def train(stage, seen):
+    imagen = make_imagen(stages=stage).to(META).accelerate(memory_format="channels_last")
     x, words = torch.empty(2, 3, 8, 8, device=META), make_words(device=META)
     lowres = {"lowres_cond_img": x} if stage == 2 else {}
     times = torch.zeros(2, dtype=torch.long, device=META)
-    with torch.enable_grad(), Counts() as seen:
+    with torch.enable_grad(), seen:
         loss = imagen._p_losses(
             imagen.unets[-1],
             x,
@@ -171,7 +201,29 @@ def test_a_training_step_waits_for_nothing(stage):
             **lowres,
         )
         loss.backward()
-    assert seen.waits() == [] and seen.names["convolution_backward"] > 10
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_training_step_waits_for_nothing(stage):
+    train(stage, seen := Counts())
+    assert seen.waits() == seen.between_devices == [] and seen.names["convolution_backward"] > 10
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_pictures_are_normalised_noised_and_laid_out_in_one_operation(monkeypatch, stage):
+    seen, before, forward = Counts(), [], Unet.forward
+
+    def watched(self, x, *args, lowres_cond_img, **kwargs):
+        images = (x,) if lowres_cond_img is None else (x, lowres_cond_img)
+        assert all(each.is_contiguous(memory_format=torch.channels_last) for each in images)
+        before.append({name.partition(".")[0]: number for name, number in seen.names.items()})
+        return forward(self, x, *args, lowres_cond_img=lowres_cond_img, **kwargs)
+
+    monkeypatch.setattr(Unet, "forward", watched)
+    train(stage, seen)
+    (names,) = before
+    assert names["minimagen_fast::mix"] == stage
+    assert not names.keys() & {"mul", "add", "sub", "rsub", "copy_", "_to_copy"}, names
 
 
 # GiB of a step of the paper's super-resolution U-Net in bfloat16, guided, for one image, the weights' 1.3 GiB aside.

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from fast_path import FakeGraph, distance, fake_cuda_graphs, make_imagen, make_super, make_unet, make_words, sample
+from recorded_graph import record_cuda_graphs
 from torch import nn
 
 from minimagen_fast.ema import EMA
@@ -193,6 +194,27 @@ def test_changed_parts(way, change):
     change(other.unets[0])
     after = sample(imagen, **RUN)
     assert torch.equal(after, sample(other, **RUN)) and distance(after, before) > 1e-4
+
+
+def test_graphs_of_a_u_net_that_has_no_copy(monkeypatch):
+    # They read its weights themselves. What was recorded knows nothing but the tensors of its capture.
+    graphs, way = record_cuda_graphs(monkeypatch), {"precision": "weights", "memory_format": "contiguous"}
+    run = {"sampler": "ddim", "steps": 2, "cond_scale": 3.0}
+    imagen = make_imagen().accelerate(**way)
+    before = sample(imagen, **run)
+    for change in (in_place, data, new_submodule, epsilon):
+        for changed in (False, True):
+            if changed:
+                change(imagen.unets[0] if change is epsilon else imagen)
+            replays = sum(graph.replays for graph in graphs)
+            after = sample(imagen, **run)
+            assert changed or sum(graph.replays for graph in graphs) == replays + 2
+        other = fresh(imagen, {**way, "condition_cache": "off"})
+        if change is epsilon:
+            change(other.unets[0])
+        assert distance(after, sample(other, **run)) < 1e-5, f"{change.__name__} is not followed"
+        assert distance(after, before) > 1e-4, f"{change.__name__} changes nothing"
+        before = after
 
 
 def test_another_dtype(way):

@@ -541,6 +541,27 @@ def test_a_network_that_is_a_u_net_for_imagen_alone():
     assert imagen.double().unets[0].image.weight.dtype == torch.float64
 
 
+class AroundOwnNetwork(OwnNetwork):
+    """Hands whatever it is told on to a network that knows minimagen's arguments alone."""
+
+    def __init__(self):
+        super().__init__(lowres_cond=False)
+        self.inner = OwnNetwork(lowres_cond=False)
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_a_network_within_another_is_told_what_minimagen_tells_it():
+    network = AroundOwnNetwork()
+    losses = []
+    for unet in (network, network.inner):
+        imagen = Imagen(unet, text_encoder_name="t5_small", image_sizes=7, timesteps=20)
+        torch.manual_seed(0)
+        losses.append(imagen(torch.rand(2, 3, 7, 7), **make_words()))
+    assert torch.equal(*losses)
+
+
 # Modes
 
 

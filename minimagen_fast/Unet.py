@@ -65,12 +65,18 @@ def _run_resnet_block(
     skip: torch.Tensor | None = None,
     skip_scale: float = 1.0,
 ) -> torch.Tensor:
-    """The result of a block; another module in its place is called as the original calls it."""
+    """The result of a block, which is called as the original calls it, whatever it is and whoever looks on.
+
+    Only where its condition was worked out ahead, of a block as it was made, is it told that instead.
+    """
     x, apart = join_unless_taken_apart(block, x, skip, skip_scale)
-    if isinstance(block, ResnetBlock):
+    if "time_emb" not in condition:
         return run_block(level, block, x, **condition, **apart)
-    time_emb, cond = condition["time_emb"], condition["cond"]
-    return run_block(level, block, x, time_emb, cond) if attends else run_block(level, block, x, time_emb)
+    # By place: a forward of someone else's has names of its own, and hooks see no others.
+    given = [condition["time_emb"]]
+    if attends or exists(getattr(block, "cross_attn", None)):
+        given.append(condition["cond"])
+    return run_block(level, block, x, *given, **apart)
 
 
 class _TimeHiddens(nn.Sequential):

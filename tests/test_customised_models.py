@@ -258,7 +258,24 @@ def own_class(block):
     return block
 
 
-@pytest.mark.parametrize("stand_in", [OriginalResnetBlock, own_class])
+class BlockWithNamesOfItsOwn(ResnetBlock):
+    def forward(self, x, t, c=None):
+        return super().forward(x, t, c)
+
+
+def class_with_names_of_its_own(block):
+    block.__class__ = BlockWithNamesOfItsOwn
+    return block
+
+
+def forward_with_names_of_its_own(block):
+    block.forward = lambda x, t, *c, forward=block.forward: forward(x, t, *c)
+    return block
+
+
+@pytest.mark.parametrize(
+    "stand_in", [OriginalResnetBlock, own_class, class_with_names_of_its_own, forward_with_names_of_its_own]
+)
 def test_blocks_that_know_what_those_of_the_original_know(stand_in):
     imagen = make_imagen()
     expected = reference(imagen)
@@ -278,6 +295,27 @@ def test_blocks_within_blocks_that_know_what_those_of_the_original_know():
     for block in imagen.unets[0].resnet_blocks:
         block.block1, block.block2 = OriginalBlock(block.block1), OriginalBlock(block.block2)
     assert distance(assert_followed(imagen), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("for_all", [False, True])
+def test_hooks_of_a_block_see_what_those_of_the_original_see(for_all):
+    unet, seen = make_imagen().unets[0], []
+    block = unet.ups[0][0]
+
+    def before(module, given):
+        if module is block:
+            seen.extend(given)
+            return given[0] * 0.5, *given[1:]
+        return None
+
+    register = nn.modules.module.register_module_forward_pre_hook if for_all else block.register_forward_pre_hook
+    handle = register(before)
+    try:
+        unet(torch.rand(2, 3, 8, 8), torch.tensor([1, 5]), text_embeds=make_words()["text_embeds"])
+    finally:
+        handle.remove()
+    x, t, c = seen
+    assert x.shape[1] == block.block1.groupnorm.num_channels and t.ndim == 2 and c.ndim == 3
 
 
 def test_a_subclass_that_takes_skip_connections_apart_is_handed_them():

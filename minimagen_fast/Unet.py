@@ -535,12 +535,15 @@ class Unet(nn.Module):
         Returns:
             Guided prediction, shape (b, channels_out, h, w).
         """
-        if cond_scale == 1:
-            return self.forward(*args, **kwargs)
-        null = self.forward(*args, **{**kwargs, "cond_drop_prob": 1.0})
+        without_text = {**kwargs, "cond_drop_prob": 1.0}
         if cond_scale == 0:
-            return null
-        return null + (self.forward(*args, **kwargs) - null) * cond_scale
+            return self.forward(*args, **without_text)
+        # First, as in the original: hooks that keep what they see, such as maps of attention, take the calls in order.
+        conditional = self.forward(*args, **kwargs)
+        if cond_scale == 1:
+            return conditional
+        null = self.forward(*args, **without_text)
+        return null + (conditional - null) * cond_scale
 
     def _check_inputs(self, x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob):
         if x.ndim != 4 or x.shape[1] != self.channels:

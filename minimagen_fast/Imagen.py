@@ -522,7 +522,8 @@ class Imagen(nn.Module):
             losses = losses * noise_scheduler._min_snr_weights(times, min_snr_gamma)
         if per_image:
             return losses, times
-        return losses.mean() if losses.ndim else losses
+        # What a loss of someone's own gives is handed on as it is, as in the original.
+        return losses.mean() if exists(min_snr_gamma) else losses
 
     def _losses_take(self, name: str) -> bool:
         """Whether :meth:`_p_losses` takes an argument, as one that was written for the original package may not."""

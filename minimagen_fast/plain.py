@@ -98,7 +98,8 @@ def takes(function: Callable, name: str) -> bool:
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is of one of these classes itself, not of one derived from it, and untouched."""
-    return type(module) in kinds and is_untouched(module)
+    # A class of someone else's may have been put in the place of one of ours, by its name.
+    return type(module) in kinds and type(module) in _FORWARDS and is_untouched(module)
 
 
 def is_plain_sequence(module: object, *kinds: type[nn.Module]) -> bool:

@@ -365,6 +365,18 @@ def test_a_forward_for_the_original_in_a_class_of_ours_is_called(monkeypatch, ki
     imagen(torch.rand(2, 3, 8, 8), **make_words()).backward()
 
 
+def test_a_class_in_the_place_of_one_of_ours_is_called_as_the_original_calls_it(monkeypatch):
+    class Own(nn.LayerNorm):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    monkeypatch.setattr("minimagen_fast.layers.LayerNorm", Own)
+    imagen = make_imagen()
+    assert isinstance(attention_of(imagen).norm, Own)
+    assert_followed(imagen)
+    imagen(torch.rand(2, 3, 8, 8), **make_words()).backward()
+
+
 # Methods
 
 

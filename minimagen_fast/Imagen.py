@@ -5,6 +5,7 @@ https://arxiv.org/abs/2205.11487.
 """
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,7 +104,8 @@ def _checked_share(name: str, value: Any) -> float:
 def _takes_kept_text(unet: nn.Module) -> bool:
     """Whether a U-Net can be told which images keep their text; methods written for the original package draw it."""
     others = (name for name in overridden(unet, _AS_MADE) if hasattr(unet, name))
-    return all(takes(getattr(unet, name), _TOLD_OF_TEXT[name]) for name in others)
+    # By its name: who takes any argument may hand it on to a method that was written for the original.
+    return all(_TOLD_OF_TEXT[name] in inspect.signature(getattr(unet, name)).parameters for name in others)
 
 
 def _is_plain_scheduler(scheduler: GaussianDiffusion) -> bool:
@@ -520,7 +522,8 @@ class Imagen(nn.Module):
             losses = losses * noise_scheduler._min_snr_weights(times, min_snr_gamma)
         if per_image:
             return losses, times
-        return losses.mean() if losses.ndim else losses
+        # What a loss of someone's own gives is handed on as it is, as in the original.
+        return losses.mean() if exists(min_snr_gamma) else losses
 
     def _losses_take(self, name: str) -> bool:
         """Whether :meth:`_p_losses` takes an argument, as one that was written for the original package may not."""

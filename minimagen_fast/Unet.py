@@ -65,12 +65,18 @@ def _run_resnet_block(
     skip: torch.Tensor | None = None,
     skip_scale: float = 1.0,
 ) -> torch.Tensor:
-    """The result of a block; another module in its place is called as the original calls it."""
+    """The result of a block, which is called as the original calls it, whatever it is and whoever looks on.
+
+    Only where its condition was worked out ahead, of a block as it was made, is it told that instead.
+    """
     x, apart = join_unless_taken_apart(block, x, skip, skip_scale)
-    if isinstance(block, ResnetBlock):
+    if "time_emb" not in condition:
         return run_block(level, block, x, **condition, **apart)
-    time_emb, cond = condition["time_emb"], condition["cond"]
-    return run_block(level, block, x, time_emb, cond) if attends else run_block(level, block, x, time_emb)
+    # By place: a forward of someone else's has names of its own, and hooks see no others.
+    given = [condition["time_emb"]]
+    if attends or exists(getattr(block, "cross_attn", None)):
+        given.append(condition["cond"])
+    return run_block(level, block, x, *given, **apart)
 
 
 class _TimeHiddens(nn.Sequential):
@@ -529,12 +535,15 @@ class Unet(nn.Module):
         Returns:
             Guided prediction, shape (b, channels_out, h, w).
         """
-        if cond_scale == 1:
-            return self.forward(*args, **kwargs)
-        null = self.forward(*args, **{**kwargs, "cond_drop_prob": 1.0})
+        without_text = {**kwargs, "cond_drop_prob": 1.0}
         if cond_scale == 0:
-            return null
-        return null + (self.forward(*args, **kwargs) - null) * cond_scale
+            return self.forward(*args, **without_text)
+        # First, as in the original: hooks that keep what they see, such as maps of attention, take the calls in order.
+        conditional = self.forward(*args, **kwargs)
+        if cond_scale == 1:
+            return conditional
+        null = self.forward(*args, **without_text)
+        return null + (conditional - null) * cond_scale
 
     def _check_inputs(self, x, time, lowres_cond_img, lowres_noise_times, text_embeds, text_mask, cond_drop_prob):
         if x.ndim != 4 or x.shape[1] != self.channels:

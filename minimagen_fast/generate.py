@@ -278,8 +278,9 @@ def _check_filetype(filetype: str, minimagen: Imagen) -> None:
     kind = extensions.get(f".{filetype.lower()}")
     if kind is None or kind not in PIL.Image.SAVE:
         raise ValueError(f"filetype must be an extension that PIL can write, such as 'png' or 'jpg', got {filetype!r}")
-    size = minimagen.image_sizes[-1]
-    [blank] = to_pil_images(torch.zeros(1, minimagen.channels, size, size))
+    # Of what is no Imagen, but stands for one, no more is asked than that it samples.
+    size, channels = getattr(minimagen, "image_sizes", (1,))[-1], getattr(minimagen, "channels", 3)
+    [blank] = to_pil_images(torch.zeros(1, channels, size, size))
     try:
         blank.save(BytesIO(), kind)
     except (OSError, ValueError, KeyError) as error:

@@ -24,7 +24,7 @@ from .kernels import (
     wide_conv2d,
 )
 from .kernels.arguments import autocast_dtype
-from .plain import is_plain, is_plain_sequence, keep_forwards
+from .plain import has_hooks, is_plain, is_plain_sequence, keep_forwards
 
 
 def _plus_residual(
@@ -177,6 +177,9 @@ class _TakesSkip(nn.Module):
         cls._forward_with_skip = cls.forward if _names_skip(cls.forward) else None
 
     def takes_skip(self) -> bool:
+        if has_hooks(self):
+            # They are to see all channels, as in the original.
+            return False
         own = vars(self).get("forward")
         return type(self).forward is type(self)._forward_with_skip if own is None else _names_skip(own)
 

@@ -57,6 +57,19 @@ def is_as_made(module: nn.Module) -> bool:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks see what a module is called with, its own or those for all modules.
+
+    Those with which torch shards modules do not count: they hand on whatever comes.
+    """
+    own = vars(module)
+    kinds = own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    if any(not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.") for hook in hooks):
+        return True
+    return bool(_has_any_global_hook()) and _is_every_module_touched()
+
+
 def classes_are_as_made() -> bool:
     """Whether torch has no hooks for all modules, and its classes and ours call what they were made with."""
     return not _has_any_global_hook() and all(kind.forward is made for kind, made in _FORWARDS.items())
@@ -85,7 +98,8 @@ def takes(function: Callable, name: str) -> bool:
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is of one of these classes itself, not of one derived from it, and untouched."""
-    return type(module) in kinds and is_untouched(module)
+    # A class of someone else's may have been put in the place of one of ours, by its name.
+    return type(module) in kinds and type(module) in _FORWARDS and is_untouched(module)
 
 
 def is_plain_sequence(module: object, *kinds: type[nn.Module]) -> bool:

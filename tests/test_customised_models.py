@@ -258,7 +258,24 @@ def own_class(block):
     return block
 
 
-@pytest.mark.parametrize("stand_in", [OriginalResnetBlock, own_class])
+class BlockWithNamesOfItsOwn(ResnetBlock):
+    def forward(self, x, t, c=None):
+        return super().forward(x, t, c)
+
+
+def class_with_names_of_its_own(block):
+    block.__class__ = BlockWithNamesOfItsOwn
+    return block
+
+
+def forward_with_names_of_its_own(block):
+    block.forward = lambda x, t, *c, forward=block.forward: forward(x, t, *c)
+    return block
+
+
+@pytest.mark.parametrize(
+    "stand_in", [OriginalResnetBlock, own_class, class_with_names_of_its_own, forward_with_names_of_its_own]
+)
 def test_blocks_that_know_what_those_of_the_original_know(stand_in):
     imagen = make_imagen()
     expected = reference(imagen)
@@ -278,6 +295,27 @@ def test_blocks_within_blocks_that_know_what_those_of_the_original_know():
     for block in imagen.unets[0].resnet_blocks:
         block.block1, block.block2 = OriginalBlock(block.block1), OriginalBlock(block.block2)
     assert distance(assert_followed(imagen), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("for_all", [False, True])
+def test_hooks_of_a_block_see_what_those_of_the_original_see(for_all):
+    unet, seen = make_imagen().unets[0], []
+    block = unet.ups[0][0]
+
+    def before(module, given):
+        if module is block:
+            seen.extend(given)
+            return given[0] * 0.5, *given[1:]
+        return None
+
+    register = nn.modules.module.register_module_forward_pre_hook if for_all else block.register_forward_pre_hook
+    handle = register(before)
+    try:
+        unet(torch.rand(2, 3, 8, 8), torch.tensor([1, 5]), text_embeds=make_words()["text_embeds"])
+    finally:
+        handle.remove()
+    x, t, c = seen
+    assert x.shape[1] == block.block1.groupnorm.num_channels and t.ndim == 2 and c.ndim == 3
 
 
 def test_a_subclass_that_takes_skip_connections_apart_is_handed_them():
@@ -324,6 +362,18 @@ def test_a_forward_for_the_original_in_a_class_of_ours_is_called(monkeypatch, ki
     before = sample(imagen, **RUN)
     monkeypatch.setattr(kind, "forward", FORWARDS[kind])
     assert distance(assert_followed(imagen), before) > 1e-3
+    imagen(torch.rand(2, 3, 8, 8), **make_words()).backward()
+
+
+def test_a_class_in_the_place_of_one_of_ours_is_called_as_the_original_calls_it(monkeypatch):
+    class Own(nn.LayerNorm):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    monkeypatch.setattr("minimagen_fast.layers.LayerNorm", Own)
+    imagen = make_imagen()
+    assert isinstance(attention_of(imagen).norm, Own)
+    assert_followed(imagen)
     imagen(torch.rand(2, 3, 8, 8), **make_words()).backward()
 
 
@@ -539,6 +589,27 @@ def test_a_network_that_is_a_u_net_for_imagen_alone():
     images = [sample(each, **{**RUN, "cond_scale": 2.0}) for each in (imagen, other)]
     assert torch.equal(*images) and images[0].shape == (2, 3, 14, 14)
     assert imagen.double().unets[0].image.weight.dtype == torch.float64
+
+
+class AroundOwnNetwork(OwnNetwork):
+    """Hands whatever it is told on to a network that knows minimagen's arguments alone."""
+
+    def __init__(self):
+        super().__init__(lowres_cond=False)
+        self.inner = OwnNetwork(lowres_cond=False)
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_a_network_within_another_is_told_what_minimagen_tells_it():
+    network = AroundOwnNetwork()
+    losses = []
+    for unet in (network, network.inner):
+        imagen = Imagen(unet, text_encoder_name="t5_small", image_sizes=7, timesteps=20)
+        torch.manual_seed(0)
+        losses.append(imagen(torch.rand(2, 3, 7, 7), **make_words()))
+    assert torch.equal(*losses)
 
 
 # Modes

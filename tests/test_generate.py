@@ -328,5 +328,15 @@ def test_images_are_saved_first(tmp_path, monkeypatch):
     assert (tmp_path / "generated_images" / "image_0.png").exists()
 
 
+def test_what_stands_for_an_imagen_need_only_sample(tmp_path):
+    class Pipeline:
+        def sample(self, texts, return_pil_images, shade=0):
+            return [PIL.Image.new("RGB", (4, 4), (shade, 0, 0)) for _ in texts]
+
+    sample_and_save(["a", "b"], minimagen=Pipeline(), save_directory=tmp_path / "out", sample_args={"shade": 9})
+    with PIL.Image.open(tmp_path / "out" / "generated_images" / "image_1.png") as image:
+        assert image.getpixel((0, 0)) == (9, 0, 0)
+
+
 def test_the_default_of_sample_args_is_never_changed():
     assert sample_and_save.__kwdefaults__["sample_args"] == {}

@@ -658,6 +658,15 @@ def test_losses_that_were_written_for_the_original(words):
         imagen(images, **words, unet_number=2, seeds=[1, 2])
 
 
+def test_what_a_loss_of_ones_own_gives_is_handed_on(words):
+    imagen, images = make_imagen(), torch.full((2, 3, 16, 16), 0.3)
+    imagen.loss_fn = lambda pred, noise: (pred - noise).square().mean(dim=(1, 2, 3))
+    losses = imagen(images, **words, unet_number=1)
+    assert losses.shape == (2,)
+    imagen.loss_fn = lambda pred, noise: {"loss": (pred - noise).square().mean()}
+    assert imagen(images, **words, unet_number=1)["loss"].ndim == 0
+
+
 def test_methods_that_only_the_original_calls_are_named(words):
     class Own(Imagen):
         def _p_mean_variance(self, *args, **kwargs):

@@ -207,6 +207,15 @@ def test_guidance_scales():
     assert torch.equal(unet.forward_with_cond_scale(**inputs, cond_scale=2.5, cond_drop_prob=0.0), guided)
 
 
+def test_guidance_asks_for_the_prediction_with_text_first():
+    unet, seen = BaseTest(), []
+    inputs = _inputs(unet)
+    unet.final_conv.register_forward_hook(lambda module, given, result: seen.append(result))
+    unet.forward_with_cond_scale(**inputs, cond_scale=2.5)
+    # As in the original, for hooks that keep what they see.
+    torch.testing.assert_close(seen[:2], [unet(**inputs), unet(**inputs, cond_drop_prob=1.0)])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

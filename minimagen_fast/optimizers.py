@@ -62,7 +62,9 @@ def fuse(optimizer: torch.optim.Optimizer) -> bool:
     if isinstance(optimizer, torch.optim.SGD) and any(group["momentum"] for group in optimizer.param_groups):
         # If the first step is left out, torch's fused one begins with momenta that nobody has written.
         return False
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
+    # A state that was taken over may have turned off what the optimizer was made with.
+    fused = all(group.get("fused", True) for group in optimizer.param_groups)
+    return fused and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _is_open(group: Mapping[str, Any]) -> bool:

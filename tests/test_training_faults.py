@@ -249,6 +249,19 @@ def test_numbers_of_numpy_do_not_keep_a_training_from_going_on(tmp_path):
     assert identical(run("parts", 2, str(tmp_path / "parts")).weights, whole.weights)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_training_goes_on_with_an_optimizer_that_was_made_fused_later(tmp_path, kind):
+    def run(name, epochs, fused, restart=None):
+        run = Run(tmp_path / name, EPOCHS=epochs, RESTART_DIRECTORY=restart)
+        run.optimizer = kind(run.imagen.parameters(), lr=1e-3, fused=fused)
+        return run.train()
+
+    whole = run("whole", 2, False)
+    run("parts", 1, False)
+    # As it began: what is kept of the optimizer says how it steps.
+    assert identical(run("parts", 2, True, str(tmp_path / "parts")).weights, whole.weights)
+
+
 def test_a_schedule_that_no_checkpoint_can_hold_is_refused_before_the_training(tmp_path):
     run, steps = Run(tmp_path), []
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)

@@ -394,7 +394,9 @@ class Trainer:
         if not images:
             self.skipped["batches without images"] += 1
             return
-        self.recent.append(batch["id"].tolist() if batch and "id" in batch else f"epoch {epoch + 1}, batch {index + 1}")
+        ids = batch["id"] if batch and "id" in batch else f"epoch {epoch + 1}, batch {index + 1}"
+        # Without a seed nothing follows from them: a loader of the user's own may call its images what it likes.
+        self.recent.append(ids.tolist() if isinstance(ids, Tensor) else ids)
         last = self.group + 1 == self.settings.accumulate or index + 1 == self.batches_in_epoch
         try:
             with time_limit(self._limit_of(batch)):

@@ -10,7 +10,7 @@ from training_runs import Interruption, Pictures, Run, identical, make_imagen
 from minimagen_fast.given_loader import GivenLoader
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.settings import TrainingSettings
-from minimagen_fast.trainer import Trainer
+from minimagen_fast.trainer import Trainer, TrainingDiverged
 from minimagen_fast.training import (
     TrainingStep,
     create_directory,
@@ -195,6 +195,16 @@ def test_with_a_seed_images_need_numbers(tmp_path):
     trainer = Trainer(TrainingSettings(epochs=1, seed=3), run.imagen, run.optimizer, loader, None, tmp_path, **options)
     with pytest.raises(ValueError, match="with a seed, here 3, batches need the numbers of their images as 'id'"):
         trainer.run()
+
+
+def test_without_a_seed_images_may_be_called_whatever_a_loader_calls_them(tmp_path):
+    run = Run(tmp_path)
+    run.train_loader = [{**batch, "id": ["a.png", "b.png"]} for batch in run.train_loader]
+    for batch in run.train_loader:
+        batch["image"][:] = torch.nan
+    with pytest.raises(TrainingDiverged, match=r"these batches: \['a.png', 'b.png'\]; "):
+        run.args.EPOCHS = 5
+        run.train()
 
 
 def test_with_other_optimizers_a_step_waits_once(tmp_path):

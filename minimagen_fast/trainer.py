@@ -210,7 +210,11 @@ class Trainer:
                     f"U-Net {number} would not learn: leave it out of unet_numbers, or set requires_grad=True"
                 )
             parameters += own
-        return parameters
+        of_unets = {id(parameter) for parameter in self.imagen.unets.parameters()}
+        # What a class derived from Imagen learns besides them.
+        parameters += [p for p in self.imagen.parameters() if id(p) in optimized and id(p) not in of_unets]
+        # Each once, also where U-Nets share some.
+        return list({id(parameter): parameter for parameter in parameters}.values())
 
     def _has_time_limit(self) -> bool:
         # One rank alone must not give up what the others wait for.

@@ -58,10 +58,17 @@ class Owners:
     averages: Mapping[int, EMA] = field(default_factory=dict)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the U-Nets, under the name it has in a checkpoint."""
+        """Every tensor of the U-Nets, and what is trained besides, under the name it has in a checkpoint."""
         for index, unet in enumerate(self.imagen.unets):
             for name, value in unet.state_dict().items():
                 yield f"unets.{index}.{name}", value
+        # What a class derived from Imagen has besides; of that, a frozen text encoder, say, is its own affair.
+        optimized = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        named = self.imagen.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in named if id(parameter) not in optimized}
+        for name, value in self.imagen.state_dict().items():
+            if not name.startswith("unets.") and name not in frozen:
+                yield f"imagen.{name}", value
 
     def averaged(self) -> Iterator[tuple[str, Tensor]]:
         """The same for the averages."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fast_path import Counts
 from torch.utils.data import Subset
-from training_runs import Interruption, Pictures, Run, identical, make_imagen
+from training_runs import Adapting, Interruption, Pictures, Run, identical, make_imagen
 
 from minimagen_fast.given_loader import GivenLoader
 from minimagen_fast.Imagen import Imagen
@@ -93,12 +93,14 @@ def test_args_may_be_an_object_with_attributes(tmp_path):
     assert f"Continues the training in {tmp_path / 'nowhere'}" in run.log
 
 
-def test_accumulated_gradients_are_averaged_also_in_the_last_partial_group(tmp_path):
+@pytest.mark.parametrize("kind", [make_imagen, Adapting])
+def test_accumulated_gradients_are_averaged_also_in_the_last_partial_group(tmp_path, kind):
     data = Pictures(10)  # 5 batches: one group of 3 and one of 2
-    run = Run(tmp_path, data=data, loader={"shuffle": False}, optimizer="sgd", valid=[], ACCUM_ITER=3)
+    options = {"data": data, "loader": {"shuffle": False}, "optimizer": "sgd"}
+    run = Run(tmp_path, imagen=kind(), valid=[], ACCUM_ITER=3, **options)
     run.train(max_grad_norm=None)
 
-    other = Run(tmp_path / "other", data=data, loader={"shuffle": False}, optimizer="sgd")
+    other = Run(tmp_path / "other", imagen=kind(), **options)
     torch.manual_seed(7)
     batches = list(other.train_loader)
     for group in (batches[:3], batches[3:]):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training_runs import Interruption, Pictures, Run, identical, interrupt_at, state_of
+from training_runs import Adapting, Interruption, Pictures, Run, identical, interrupt_at, state_of
 
 from minimagen_fast import checkpoint
 from minimagen_fast.given_loader import GivenLoader
@@ -294,6 +294,20 @@ def test_a_restart_after_an_error_in_the_middle_of_a_batch(tmp_path):
         first.train()
     second = restart(Run(tmp_path / "second", **settings), tmp_path / "first")
     assert identical(second.weights, whole.weights)
+
+
+def test_what_an_imagen_learns_besides_its_u_nets_is_continued_too(tmp_path):
+    def run(name, **args):
+        run = Run(tmp_path / name, imagen=Adapting(), **args)
+        trained = [parameter for parameter in run.imagen.parameters() if parameter.requires_grad]
+        run.optimizer = torch.optim.Adam(trained, lr=1e-3)
+        return run
+
+    whole = run("whole", EPOCHS=2).train()
+    run("parts").train()
+    second = restart(run("parts", EPOCHS=2), tmp_path / "parts")
+    assert identical(second.weights, whole.weights)
+    assert not any("frozen" in name for name in state_of(second.folder)["tensors"])
 
 
 def test_a_restart_in_the_same_directory_and_out_of_time(tmp_path):

@@ -310,6 +310,35 @@ def test_what_an_imagen_learns_besides_its_u_nets_is_continued_too(tmp_path):
     assert not any("frozen" in name for name in state_of(second.folder)["tensors"])
 
 
+class Counting(torch.nn.Module):
+    """Counts its calls, beside all tensors."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return x
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def test_what_a_module_keeps_beside_its_tensors_is_continued_too(tmp_path):
+    def run(name, **args):
+        run = Run(tmp_path / name, **args)
+        run.imagen.unets[0].counting = Counting()
+        run.imagen.unets[0].register_forward_hook(lambda unet, inputs, output: unet.counting(output))
+        return run
+
+    run("parts").train()
+    second = restart(run("parts", EPOCHS=2), tmp_path / "parts")
+    assert second.imagen.unets[0].counting.calls == 8
+    assert second.file("tmp/unet_0_tmp.pth")["counting._extra_state"] == {"calls": 8}
+
+
 def test_a_restart_in_the_same_directory_and_out_of_time(tmp_path):
     data = Pictures(4)
     whole = Run(tmp_path / "whole", data=data, EPOCHS=2).train()

@@ -416,7 +416,7 @@ class Trainer:
             if batch:
                 self.trained_shapes.add(batch["image"].shape)
             self.group += 1
-            self.exchanged = last
+            self.exchanged = last or not any(trained.exchanges for trained in self.trained)
             if self.group == self.settings.accumulate:
                 self._step(epoch, index + 1)
             stepped = self.group == 0
@@ -482,7 +482,7 @@ class Trainer:
                     own = len(loss) if share else 0
                     self.watch.losses(trained.number, images, loss[:own], times[:own])
                     loss = loss.mean()
-                if self.ranks.size > 1:
+                if self.ranks.size > 1 or not batch:
                     loss = loss * (share * self.ranks.size)
                 loss.backward()
             losses.append(loss.detach().float() / self.ranks.size)

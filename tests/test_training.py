@@ -93,16 +93,17 @@ def test_args_may_be_an_object_with_attributes(tmp_path):
     assert f"Continues the training in {tmp_path / 'nowhere'}" in run.log
 
 
-@pytest.mark.parametrize("kind", [make_imagen, Adapting])
-def test_accumulated_gradients_are_averaged_also_in_the_last_partial_group(tmp_path, kind):
-    data = Pictures(10)  # 5 batches: one group of 3 and one of 2
+@pytest.mark.parametrize("kind, end", [(make_imagen, []), (Adapting, []), (make_imagen, [None])])
+def test_accumulated_gradients_are_averaged_also_in_the_last_partial_group(tmp_path, kind, end):
+    data = Pictures(10)  # 5 batches: one group of 3 and one of 2, whose end is not known beforehand if nothing follows
     options = {"data": data, "loader": {"shuffle": False}, "optimizer": "sgd"}
     run = Run(tmp_path, imagen=kind(), valid=[], ACCUM_ITER=3, **options)
+    batches = list(run.train_loader)
+    run.train_loader = [*batches, *end]
     run.train(max_grad_norm=None)
 
     other = Run(tmp_path / "other", imagen=kind(), **options)
     torch.manual_seed(7)
-    batches = list(other.train_loader)
     for group in (batches[:3], batches[3:]):
         for batch in group:
             loss = other.imagen(batch["image"], text_embeds=batch["encoding"], text_masks=batch["mask"], unet_number=1)

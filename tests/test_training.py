@@ -9,6 +9,7 @@ from training_runs import Adapting, Interruption, Pictures, Run, identical, make
 
 from minimagen_fast.given_loader import GivenLoader
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.optimizers import fuse
 from minimagen_fast.settings import TrainingSettings
 from minimagen_fast.trainer import Trainer, TrainingDiverged
 from minimagen_fast.training import (
@@ -208,6 +209,22 @@ def test_without_a_seed_images_may_be_called_whatever_a_loader_calls_them(tmp_pa
     with pytest.raises(TrainingDiverged, match=r"these batches: \['a.png', 'b.png'\]; "):
         run.args.EPOCHS = 5
         run.train()
+
+
+def test_weights_may_be_laid_out_anew_between_trainings():
+    def trained(fuses):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 4, 3)
+        optimizer = torch.optim.Adam(conv.parameters(), lr=0.1)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            conv.to(memory_format=layout)
+            assert not fuses or fuse(optimizer)
+            optimizer.zero_grad()
+            conv(torch.randn(2, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+        return conv.weight
+
+    torch.testing.assert_close(trained(fuses=True), trained(fuses=False))
 
 
 def test_with_other_optimizers_a_step_waits_once(tmp_path):

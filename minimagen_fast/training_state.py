@@ -103,6 +103,12 @@ def gather(owners: Owners) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: A checkpoint cannot hold what the optimizer, the schedule or a module keeps.
     """
+    kept = owners.optimizer.state_dict()
+    if lacks := [name for name in ("state", "param_groups") if name not in kept]:
+        raise ValueError(
+            f"optimizer.state_dict() of this {type(owners.optimizer).__name__} has no {' and '.join(lacks)} as that"
+            f" of a torch.optim.Optimizer has, but {', '.join(map(str, kept))}: give the optimizer that it is made of"
+        )
     tensors = {name: value.detach() for name, value in (*owners.weights(), *owners.averaged())}
     # What an optimizer keeps beside tensors of its parameters, such as a step count that is a plain number.
     plain: dict[str, dict[str, Any]] = {}
@@ -116,7 +122,7 @@ def gather(owners: Owners) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         "optimizer": {
             "kind": type(owners.optimizer).__name__,
-            "groups": checkpoint.plain(owners.optimizer.state_dict()["param_groups"], "optimizer.param_groups"),
+            "groups": checkpoint.plain(kept["param_groups"], "optimizer.param_groups"),
             "names": [name for name, _ in owners.optimized()],
             "plain": checkpoint.plain(plain, "optimizer.state"),
         },

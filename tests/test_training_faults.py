@@ -271,6 +271,18 @@ def test_a_schedule_that_no_checkpoint_can_hold_is_refused_before_the_training(t
     assert not steps
 
 
+def test_an_optimizer_that_keeps_its_state_in_its_own_way_is_refused_before_the_training(tmp_path):
+    class Around(torch.optim.SGD):
+        def state_dict(self):
+            return {"slow_weights": [], "inner": super().state_dict()}
+
+    run, steps = Run(tmp_path), []
+    run.optimizer = Around(run.imagen.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="of this Around has no state and param_groups .* but slow_weights, inner:"):
+        run.train(callback=steps.append)
+    assert not steps
+
+
 def test_a_schedule_that_wants_to_be_told_a_loss_is_refused(tmp_path):
     run = Run(tmp_path)
     with pytest.raises(ValueError, match="lr_scheduler is a ReduceLROnPlateau, whose step needs metrics"):

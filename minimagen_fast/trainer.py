@@ -212,7 +212,17 @@ class Trainer:
             parameters += own
         of_unets = {id(parameter) for parameter in self.imagen.unets.parameters()}
         # What a class derived from Imagen learns besides them.
-        parameters += [p for p in self.imagen.parameters() if id(p) in optimized and id(p) not in of_unets]
+        besides = {
+            name: parameter
+            for name, parameter in self.imagen.named_parameters()
+            if id(parameter) in optimized and id(parameter) not in of_unets and parameter.requires_grad
+        }
+        if besides and self.ranks.size > 1:
+            raise ValueError(
+                f"optimizer holds {next(iter(besides))} of imagen, which is part of no U-Net: its gradients would not"
+                f" be exchanged between {self.ranks.size} ranks. Make it part of a U-Net, or train on one rank"
+            )
+        parameters += besides.values()
         # Each once, also where U-Nets share some.
         return list({id(parameter): parameter for parameter in parameters}.values())
 

@@ -9,7 +9,9 @@ from training_runs import Adapting, Interruption, Pictures, Run, identical, make
 
 from minimagen_fast.given_loader import GivenLoader
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.loading import ShardedLoader
 from minimagen_fast.optimizers import fuse
+from minimagen_fast.ranks import Ranks
 from minimagen_fast.settings import TrainingSettings
 from minimagen_fast.trainer import Trainer, TrainingDiverged
 from minimagen_fast.training import (
@@ -209,6 +211,14 @@ def test_without_a_seed_images_may_be_called_whatever_a_loader_calls_them(tmp_pa
     with pytest.raises(TrainingDiverged, match=r"these batches: \['a.png', 'b.png'\]; "):
         run.args.EPOCHS = 5
         run.train()
+
+
+def test_what_is_learned_besides_the_u_nets_is_refused_on_several_ranks(tmp_path):
+    run = Run(tmp_path, imagen=Adapting())
+    ranks, options = Ranks(0, 2), {"timestamp": "1", "progress": False}
+    loader = ShardedLoader(Pictures(), 4, seed=0, ranks=2)
+    with pytest.raises(ValueError, match="optimizer holds adapter.weight of imagen, which is part of no U-Net: .* 2 r"):
+        Trainer(TrainingSettings(seed=3), run.imagen, run.optimizer, loader, None, tmp_path, ranks=ranks, **options)
 
 
 def test_weights_may_be_laid_out_anew_between_trainings():

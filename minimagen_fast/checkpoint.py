@@ -187,19 +187,19 @@ class _Remaining(Sampler):
     def __init__(self, batch_sampler: Iterable, count: int) -> None:
         self.batch_sampler = batch_sampler
         self.count = count
-        self.batches: Iterator | None = None
 
     def __iter__(self) -> "_Remaining":
+        # Now, for a sampler may draw its order here or only with its first batch; the workers' seed comes in between.
+        self.batches, self.left = iter(self.batch_sampler), self.count
         return self
 
     def __next__(self) -> Any:
         return next(self.skip())
 
     def skip(self) -> Iterator:
-        if self.batches is None:
-            self.batches = iter(self.batch_sampler)
-            for _ in islice(self.batches, self.count):
-                pass
+        left, self.left = self.left, 0
+        for _ in islice(self.batches, left):
+            pass
         return self.batches
 
 
@@ -226,7 +226,7 @@ def iterate_from(loader: Iterable, count: int) -> Iterator:
     remaining = _Remaining(loader.batch_sampler, count)
     kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
     options = {name: getattr(loader, name) for name in (*kept, "generator", "prefetch_factor", "in_order")}
-    # iter() draws the workers' seed, then the sampler draws the order: the sequence of an uninterrupted epoch.
+    # iter() and then the sampler draw what they draw in the sequence of an uninterrupted epoch.
     iterator = iter(DataLoader(loader.dataset, batch_sampler=remaining, **options))
     remaining.skip()
     return iterator

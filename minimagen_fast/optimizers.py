@@ -54,15 +54,27 @@ def fuse(optimizer: torch.optim.Optimizer) -> bool:
             for group in groups:
                 group["fused"] = True
         if all(group["fused"] for group in groups):
-            # A fused step counts on the device. What is there already may be from one that did not.
             for parameter, state in optimizer.state.items():
-                if "step" in state:
-                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+                _fit_fused(parameter, state)
             return True
     if isinstance(optimizer, torch.optim.SGD) and any(group["momentum"] for group in optimizer.param_groups):
         # If the first step is left out, torch's fused one begins with momenta that nobody has written.
         return False
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
+    # A state that was taken over may have turned off what the optimizer was made with.
+    fused = all(group.get("fused", True) for group in optimizer.param_groups)
+    return fused and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _fit_fused(parameter: torch.Tensor, state: dict[str, Any]) -> None:
+    """Makes what is there of a parameter's state, which may be from a step that was not fused, fit one that is."""
+    for key, value in state.items():
+        if key == "step":  # which is counted on the device
+            state[key] = torch.as_tensor(value, dtype=torch.float32, device=parameter.device)
+        # All is read as it lies in memory, and the weights may have been laid out in another way meanwhile.
+        elif (
+            isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride()
+        ):
+            state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _is_open(group: Mapping[str, Any]) -> bool:

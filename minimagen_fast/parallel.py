@@ -97,6 +97,10 @@ class TrainedUnet:
         imagen: The Imagen, on the device of this rank.
         number: Number of the U-Net, from 1.
         ranks: The ranks. If there are several, the U-Net is replicated, unless it has been sharded.
+
+    Attributes:
+        exchanges: Whether gradients that were only gathered have to be exchanged later; also of a U-Net that is sharded
+            over one rank.
     """
 
     def __init__(self, imagen: Imagen, number: int, ranks: Ranks) -> None:
@@ -105,6 +109,7 @@ class TrainedUnet:
         self.sharded = isinstance(self.unet, FSDPModule)
         self._module: nn.Module = _Loss(imagen, number)
         self._replicated = ranks.size > 1 and not self.sharded
+        self.exchanges = self._replicated or self.sharded
         if self._replicated:
             on_device = imagen.device.type == "cuda"
             self._module = DistributedDataParallel(

@@ -210,7 +210,21 @@ class Trainer:
                     f"U-Net {number} would not learn: leave it out of unet_numbers, or set requires_grad=True"
                 )
             parameters += own
-        return parameters
+        of_unets = {id(parameter) for parameter in self.imagen.unets.parameters()}
+        # What a class derived from Imagen learns besides them.
+        besides = {
+            name: parameter
+            for name, parameter in self.imagen.named_parameters()
+            if id(parameter) in optimized and id(parameter) not in of_unets and parameter.requires_grad
+        }
+        if besides and self.ranks.size > 1:
+            raise ValueError(
+                f"optimizer holds {next(iter(besides))} of imagen, which is part of no U-Net: its gradients would not"
+                f" be exchanged between {self.ranks.size} ranks. Make it part of a U-Net, or train on one rank"
+            )
+        parameters += besides.values()
+        # Each once, also where U-Nets share some.
+        return list({id(parameter): parameter for parameter in parameters}.values())
 
     def _has_time_limit(self) -> bool:
         # One rank alone must not give up what the others wait for.
@@ -394,7 +408,9 @@ class Trainer:
         if not images:
             self.skipped["batches without images"] += 1
             return
-        self.recent.append(batch["id"].tolist() if batch and "id" in batch else f"epoch {epoch + 1}, batch {index + 1}")
+        ids = batch["id"] if batch and "id" in batch else f"epoch {epoch + 1}, batch {index + 1}"
+        # Without a seed nothing follows from them: a loader of the user's own may call its images what it likes.
+        self.recent.append(ids.tolist() if isinstance(ids, Tensor) else ids)
         last = self.group + 1 == self.settings.accumulate or index + 1 == self.batches_in_epoch
         try:
             with time_limit(self._limit_of(batch)):
@@ -410,7 +426,7 @@ class Trainer:
             if batch:
                 self.trained_shapes.add(batch["image"].shape)
             self.group += 1
-            self.exchanged = last
+            self.exchanged = last or not any(trained.exchanges for trained in self.trained)
             if self.group == self.settings.accumulate:
                 self._step(epoch, index + 1)
             stepped = self.group == 0
@@ -476,7 +492,7 @@ class Trainer:
                     own = len(loss) if share else 0
                     self.watch.losses(trained.number, images, loss[:own], times[:own])
                     loss = loss.mean()
-                if self.ranks.size > 1:
+                if self.ranks.size > 1 or not batch:
                     loss = loss * (share * self.ranks.size)
                 loss.backward()
             losses.append(loss.detach().float() / self.ranks.size)

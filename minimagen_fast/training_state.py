@@ -58,10 +58,24 @@ class Owners:
     averages: Mapping[int, EMA] = field(default_factory=dict)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the U-Nets, under the name it has in a checkpoint."""
+        """Every tensor of the U-Nets, and what is trained besides, under the name it has in a checkpoint."""
         for index, unet in enumerate(self.imagen.unets):
             for name, value in unet.state_dict().items():
-                yield f"unets.{index}.{name}", value
+                if not _is_extra(name):
+                    yield f"unets.{index}.{name}", value
+        # What a class derived from Imagen has besides; of that, a frozen text encoder, say, is its own affair.
+        optimized = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        named = self.imagen.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in named if id(parameter) not in optimized}
+        for name, value in self.imagen.state_dict().items():
+            if not name.startswith("unets.") and name not in frozen and not _is_extra(name):
+                yield f"imagen.{name}", value
+
+    def with_extra_state(self) -> dict[str, nn.Module]:
+        """The modules, by name, that keep something beside their tensors, see ``torch.nn.Module.get_extra_state``."""
+        usual = nn.Module.get_extra_state
+        named = self.imagen.named_modules()
+        return {name: module for name, module in named if type(module).get_extra_state is not usual}
 
     def averaged(self) -> Iterator[tuple[str, Tensor]]:
         """The same for the averages."""
@@ -78,12 +92,23 @@ class Owners:
         ]
 
 
+def _is_extra(name: str) -> bool:
+    """Whether an entry of a state dict is a module's extra state, which may be anything."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
 def gather(owners: Owners) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state: tensors by name, for all ranks to save, and plain values.
 
     Raises:
-        ValueError: A checkpoint cannot hold what the optimizer or the schedule keeps.
+        ValueError: A checkpoint cannot hold what the optimizer, the schedule or a module keeps.
     """
+    kept = owners.optimizer.state_dict()
+    if lacks := [name for name in ("state", "param_groups") if name not in kept]:
+        raise ValueError(
+            f"optimizer.state_dict() of this {type(owners.optimizer).__name__} has no {' and '.join(lacks)} as that"
+            f" of a torch.optim.Optimizer has, but {', '.join(map(str, kept))}: give the optimizer that it is made of"
+        )
     tensors = {name: value.detach() for name, value in (*owners.weights(), *owners.averaged())}
     # What an optimizer keeps beside tensors of its parameters, such as a step count that is a plain number.
     plain: dict[str, dict[str, Any]] = {}
@@ -97,7 +122,7 @@ def gather(owners: Owners) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         "optimizer": {
             "kind": type(owners.optimizer).__name__,
-            "groups": checkpoint.plain(owners.optimizer.state_dict()["param_groups"], "optimizer.param_groups"),
+            "groups": checkpoint.plain(kept["param_groups"], "optimizer.param_groups"),
             "names": [name for name, _ in owners.optimized()],
             "plain": checkpoint.plain(plain, "optimizer.state"),
         },
@@ -108,6 +133,10 @@ def gather(owners: Owners) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "state": checkpoint.plain(scheduler.state_dict(), "lr_scheduler.state_dict()"),
         },
         "averages": {number: average.updates for number, average in owners.averages.items()},
+        "extra_states": {
+            name: checkpoint.plain(module.get_extra_state(), f"{name}.get_extra_state()")
+            for name, module in owners.with_extra_state().items()
+        },
     }
 
 
@@ -159,6 +188,10 @@ def take_over(owners: Owners, saved: Saved, ranks: Ranks) -> None:
         owners.lr_scheduler.load_state_dict(scheduler["state"])
     for number, average in owners.averages.items():
         average.updates = values["averages"][number]
+    kept_by = values.get("extra_states", {})  # which earlier versions did not save
+    for name, module in owners.with_extra_state().items():
+        if name in kept_by:
+            module.set_extra_state(kept_by[name])
 
 
 def _empty_states(owners: Owners, found: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict:

@@ -202,6 +202,16 @@ class _Stream(IterableDataset):
         return iter(torch.arange(10.0).unsqueeze(1) + torch.randperm(10).unsqueeze(1) * 100)
 
 
+class _AtOnce:
+    """Batches of indices whose order is drawn when they are asked for, and not with the first of them."""
+
+    def __iter__(self):
+        return iter(torch.randperm(10).split(2))
+
+    def __len__(self):
+        return 5
+
+
 def _loader(kind):
     dataset = _Numbers()
     own = torch.Generator().manual_seed(1)
@@ -213,13 +223,18 @@ def _loader(kind):
             dataset, batch_size=2, sampler=RandomSampler(dataset, generator=own)
         ),
         "batch sampler": lambda: DataLoader(dataset, batch_sampler=BatchSampler(RandomSampler(dataset), 2, False)),
+        "batch sampler that draws at once": lambda: DataLoader(dataset, batch_sampler=_AtOnce()),
         "iterable": lambda: DataLoader(_Stream(), batch_size=2),
     }[kind]()
 
 
 @pytest.mark.parametrize("done", [0, 1, 3, 5])
 @pytest.mark.parametrize(
-    "kind", ["shuffled", "in order", "own generator", "sampler with a generator", "batch sampler", "iterable"]
+    "kind",
+    [
+        *("shuffled", "in order", "own generator", "sampler with a generator", "batch sampler"),
+        *("batch sampler that draws at once", "iterable"),
+    ],
 )
 def test_the_rest_of_an_epoch_after_a_restart(kind, done):
     torch.manual_seed(0)
@@ -247,9 +262,10 @@ def test_the_rest_of_an_epoch_after_a_restart(kind, done):
         assert len(loader.dataset.read) == 10 - 2 * done + 10  # nothing that was done is read again
 
 
-def test_worker_processes_give_the_rest_of_an_epoch_in_the_same_order():
+@pytest.mark.parametrize("order", [{"batch_size": 2, "shuffle": True}, {"batch_sampler": _AtOnce()}])
+def test_worker_processes_give_the_rest_of_an_epoch_in_the_same_order(order):
     torch.manual_seed(0)
-    loader = DataLoader(_Numbers(), batch_size=2, shuffle=True, num_workers=2)
+    loader = DataLoader(_Numbers(), num_workers=2, **order)
     start = checkpoint.capture_rng(CPU)
     expected = [batch[:, 0].tolist() for batch in loader][3:]
     checkpoint.restore_rng(start, CPU)

@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_processes import run_ranks
 from training_runs import Pictures, make_imagen, state_of
 
 from minimagen_fast import blocks
+from minimagen_fast.batches import permutation
 from minimagen_fast.ema import EMA
 from minimagen_fast.loading import ShardedLoader
 from minimagen_fast.parallel import _mesh, full, shard
@@ -216,6 +218,17 @@ def test_accumulated_gradients(four, tmp_path, how, batch_size, accumulate):
     expected = train(tmp_path, batch_size=batch_size, accumulate=accumulate, epochs=1)
     agree(four[0][how], expected)
     agree(four[3][how], expected)
+
+
+def test_a_group_ends_sooner_than_was_known_also_where_one_rank_is_sharded(tmp_path):
+    missing = permutation(16, 3, 0)[8:]  # the second of two batches has no images
+    expected = train(tmp_path / "plain", missing=missing, accumulate=2, epochs=1)
+    agree(expected, train(tmp_path / "steps", missing=missing, epochs=1))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        agree(train(tmp_path / "sharded", how="fsdp", missing=missing, accumulate=2, epochs=1), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_averages_are_gathered_anew_and_so_are_the_weights_after_them(four):

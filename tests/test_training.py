@@ -5,12 +5,15 @@ import pytest
 import torch
 from fast_path import Counts
 from torch.utils.data import Subset
-from training_runs import Interruption, Pictures, Run, identical, make_imagen
+from training_runs import Adapting, Interruption, Pictures, Run, identical, make_imagen
 
 from minimagen_fast.given_loader import GivenLoader
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.loading import ShardedLoader
+from minimagen_fast.optimizers import fuse
+from minimagen_fast.ranks import Ranks
 from minimagen_fast.settings import TrainingSettings
-from minimagen_fast.trainer import Trainer
+from minimagen_fast.trainer import Trainer, TrainingDiverged
 from minimagen_fast.training import (
     TrainingStep,
     create_directory,
@@ -93,14 +96,17 @@ def test_args_may_be_an_object_with_attributes(tmp_path):
     assert f"Continues the training in {tmp_path / 'nowhere'}" in run.log
 
 
-def test_accumulated_gradients_are_averaged_also_in_the_last_partial_group(tmp_path):
-    data = Pictures(10)  # 5 batches: one group of 3 and one of 2
-    run = Run(tmp_path, data=data, loader={"shuffle": False}, optimizer="sgd", valid=[], ACCUM_ITER=3)
+@pytest.mark.parametrize("kind, end", [(make_imagen, []), (Adapting, []), (make_imagen, [None])])
+def test_accumulated_gradients_are_averaged_also_in_the_last_partial_group(tmp_path, kind, end):
+    data = Pictures(10)  # 5 batches: one group of 3 and one of 2, whose end is not known beforehand if nothing follows
+    options = {"data": data, "loader": {"shuffle": False}, "optimizer": "sgd"}
+    run = Run(tmp_path, imagen=kind(), valid=[], ACCUM_ITER=3, **options)
+    batches = list(run.train_loader)
+    run.train_loader = [*batches, *end]
     run.train(max_grad_norm=None)
 
-    other = Run(tmp_path / "other", data=data, loader={"shuffle": False}, optimizer="sgd")
+    other = Run(tmp_path / "other", imagen=kind(), **options)
     torch.manual_seed(7)
-    batches = list(other.train_loader)
     for group in (batches[:3], batches[3:]):
         for batch in group:
             loss = other.imagen(batch["image"], text_embeds=batch["encoding"], text_masks=batch["mask"], unet_number=1)
@@ -195,6 +201,40 @@ def test_with_a_seed_images_need_numbers(tmp_path):
     trainer = Trainer(TrainingSettings(epochs=1, seed=3), run.imagen, run.optimizer, loader, None, tmp_path, **options)
     with pytest.raises(ValueError, match="with a seed, here 3, batches need the numbers of their images as 'id'"):
         trainer.run()
+
+
+def test_without_a_seed_images_may_be_called_whatever_a_loader_calls_them(tmp_path):
+    run = Run(tmp_path)
+    run.train_loader = [{**batch, "id": ["a.png", "b.png"]} for batch in run.train_loader]
+    for batch in run.train_loader:
+        batch["image"][:] = torch.nan
+    with pytest.raises(TrainingDiverged, match=r"these batches: \['a.png', 'b.png'\]; "):
+        run.args.EPOCHS = 5
+        run.train()
+
+
+def test_what_is_learned_besides_the_u_nets_is_refused_on_several_ranks(tmp_path):
+    run = Run(tmp_path, imagen=Adapting())
+    ranks, options = Ranks(0, 2), {"timestamp": "1", "progress": False}
+    loader = ShardedLoader(Pictures(), 4, seed=0, ranks=2)
+    with pytest.raises(ValueError, match="optimizer holds adapter.weight of imagen, which is part of no U-Net: .* 2 r"):
+        Trainer(TrainingSettings(seed=3), run.imagen, run.optimizer, loader, None, tmp_path, ranks=ranks, **options)
+
+
+def test_weights_may_be_laid_out_anew_between_trainings():
+    def trained(fuses):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 4, 3)
+        optimizer = torch.optim.Adam(conv.parameters(), lr=0.1)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            conv.to(memory_format=layout)
+            assert not fuses or fuse(optimizer)
+            optimizer.zero_grad()
+            conv(torch.randn(2, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+        return conv.weight
+
+    torch.testing.assert_close(trained(fuses=True), trained(fuses=False))
 
 
 def test_with_other_optimizers_a_step_waits_once(tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training_runs import Interruption, Pictures, Run, identical, interrupt_at, state_of
+from training_runs import Adapting, Interruption, Pictures, Run, identical, interrupt_at, state_of
 
 from minimagen_fast import checkpoint
 from minimagen_fast.given_loader import GivenLoader
@@ -249,12 +249,37 @@ def test_numbers_of_numpy_do_not_keep_a_training_from_going_on(tmp_path):
     assert identical(run("parts", 2, str(tmp_path / "parts")).weights, whole.weights)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_training_goes_on_with_an_optimizer_that_was_made_fused_later(tmp_path, kind):
+    def run(name, epochs, fused, restart=None):
+        run = Run(tmp_path / name, EPOCHS=epochs, RESTART_DIRECTORY=restart)
+        run.optimizer = kind(run.imagen.parameters(), lr=1e-3, fused=fused)
+        return run.train()
+
+    whole = run("whole", 2, False)
+    run("parts", 1, False)
+    # As it began: what is kept of the optimizer says how it steps.
+    assert identical(run("parts", 2, True, str(tmp_path / "parts")).weights, whole.weights)
+
+
 def test_a_schedule_that_no_checkpoint_can_hold_is_refused_before_the_training(tmp_path):
     run, steps = Run(tmp_path), []
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
     schedule.folder = tmp_path
     with pytest.raises(ValueError, match=r"lr_scheduler.state_dict\(\)\['folder'\] is a \w+Path"):
         run.train(lr_scheduler=schedule, callback=steps.append)
+    assert not steps
+
+
+def test_an_optimizer_that_keeps_its_state_in_its_own_way_is_refused_before_the_training(tmp_path):
+    class Around(torch.optim.SGD):
+        def state_dict(self):
+            return {"slow_weights": [], "inner": super().state_dict()}
+
+    run, steps = Run(tmp_path), []
+    run.optimizer = Around(run.imagen.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="of this Around has no state and param_groups .* but slow_weights, inner:"):
+        run.train(callback=steps.append)
     assert not steps
 
 
@@ -281,6 +306,49 @@ def test_a_restart_after_an_error_in_the_middle_of_a_batch(tmp_path):
         first.train()
     second = restart(Run(tmp_path / "second", **settings), tmp_path / "first")
     assert identical(second.weights, whole.weights)
+
+
+def test_what_an_imagen_learns_besides_its_u_nets_is_continued_too(tmp_path):
+    def run(name, **args):
+        run = Run(tmp_path / name, imagen=Adapting(), **args)
+        trained = [parameter for parameter in run.imagen.parameters() if parameter.requires_grad]
+        run.optimizer = torch.optim.Adam(trained, lr=1e-3)
+        return run
+
+    whole = run("whole", EPOCHS=2).train()
+    run("parts").train()
+    second = restart(run("parts", EPOCHS=2), tmp_path / "parts")
+    assert identical(second.weights, whole.weights)
+    assert not any("frozen" in name for name in state_of(second.folder)["tensors"])
+
+
+class Counting(torch.nn.Module):
+    """Counts its calls, beside all tensors."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return x
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def test_what_a_module_keeps_beside_its_tensors_is_continued_too(tmp_path):
+    def run(name, **args):
+        run = Run(tmp_path / name, **args)
+        run.imagen.unets[0].counting = Counting()
+        run.imagen.unets[0].register_forward_hook(lambda unet, inputs, output: unet.counting(output))
+        return run
+
+    run("parts").train()
+    second = restart(run("parts", EPOCHS=2), tmp_path / "parts")
+    assert second.imagen.unets[0].counting.calls == 8
+    assert second.file("tmp/unet_0_tmp.pth")["counting._extra_state"] == {"calls": 8}
 
 
 def test_a_restart_in_the_same_directory_and_out_of_time(tmp_path):

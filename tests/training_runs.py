@@ -49,6 +49,19 @@ def make_imagen(stages=1, **options):
     return Imagen(unets, **{**settings, **options})
 
 
+class Adapting(Imagen):
+    """Learns a layer of its own, and has one that is frozen."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        unet = BaseTest(dim_mults=(1,), num_resnet_blocks=0)
+        super().__init__(unet, text_encoder_name="t5_small", image_sizes=8, timesteps=25)
+        self.adapter, self.frozen = torch.nn.Linear(512, 512), torch.nn.Linear(512, 512).requires_grad_(False)
+
+    def forward(self, images, *, text_embeds, **options):
+        return super().forward(images, text_embeds=self.adapter(self.frozen(text_embeds)), **options)
+
+
 class Run:
     """What MinimagenTrain needs, at a size that trains in no time; the same every time it is made."""
 

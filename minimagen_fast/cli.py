@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from . import __version__
-from .files import lines_of
+from .files import lines_of, named_path
 from .interrupts import uninterrupted
 
 PROGRAM = "minimagen-fast"
@@ -113,7 +113,9 @@ def _add_quickstart(commands) -> None:
         help="train a small cascade on pictures drawn on the spot, sample it, judge the result",
         description="Train a small cascade on pictures of shapes drawn on the spot, sample it, judge the result.",
     )
-    command.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for the results (%(default)s)")
+    command.add_argument(
+        "--out", type=named_path, default=Path("quickstart"), help="folder for the results (%(default)s)"
+    )
     command.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and samples (%(default)s)")
     command.add_argument("--minutes", type=float, help="about how long it may take; more gives better pictures (4)")
     command.set_defaults(run=_quickstart)
@@ -184,13 +186,15 @@ def _plan(args: argparse.Namespace) -> int:
 def _add_sample(commands) -> None:
     command = commands.add_parser("sample", help="make pictures with a trained cascade")
     add = command.add_argument
-    add("-d", "--TRAINING_DIRECTORY", required=True, type=Path, help="training directory to load the cascade from")
+    add(
+        "-d", "--TRAINING_DIRECTORY", required=True, type=named_path, help="training directory to load the cascade from"
+    )
     add("-c", "--CAPTIONS", required=True, help="a caption, or a .txt file with one caption a line")
     add("--cond-scale", type=float, default=1.0, help="guidance weight: more follows the text more (%(default)s)")
     add("--seed", type=int, help="the same seed makes the same pictures")
     add("--sampler", default="ddpm", help="ddpm, or ddim or dpmpp_2m, which need fewer steps (%(default)s)")
     add("--steps", type=int, help="number of steps of each U-Net (all of its timesteps)")
-    add("--out", type=Path, help="folder for the pictures (generated_images_ and the time)")
+    add("--out", type=named_path, help="folder for the pictures (generated_images_ and the time)")
     add("--grid", action="store_true", help="also save all pictures in one, with their captions, as grid.png")
     add("--device", help="where to sample, such as cpu or cuda:1 (cuda if there is one)")
     command.set_defaults(run=_sample)

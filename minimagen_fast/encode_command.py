@@ -10,6 +10,7 @@ from typing import Any
 from .caption_encoding import BATCH_SIZE, SHARD_SIZE, encode_captions
 from .caption_format import DTYPES
 from .data import MinimagenDataset, conceptual_rows
+from .files import named_path
 from .helpers import device_of_rank
 from .shapes import all_captions
 from .sources import BUILT_IN, CONCEPTUAL, add_source_arguments, check_columns, open_captions
@@ -22,7 +23,7 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     documented = {action.dest: action for action in get_minimagen_parser()._actions}
     add = parser.add_argument
     add_source_arguments(parser)
-    add("--OUT", required=True, help="folder for the encodings")
+    add("--OUT", required=True, type=named_path, help="folder for the encodings")
     for name in ("T5_NAME", "MAX_NUM_WORDS"):
         parser._add_action(documented[name])
     add("--DTYPE", choices=list(DTYPES), default="float16", help="what the encodings are rounded to (%(default)s)")
@@ -82,7 +83,7 @@ def _training_words(args: argparse.Namespace) -> str:
     for name in ("IMAGE_COLUMN", "CAPTION_COLUMN"):
         if getattr(args, name) is not None:
             words += [f"--{name}", getattr(args, name)]
-    words += ["--CAPTIONS", args.OUT, "--T5_NAME", args.T5_NAME, "--MAX_NUM_WORDS", str(args.MAX_NUM_WORDS)]
+    words += ["--CAPTIONS", str(args.OUT), "--T5_NAME", args.T5_NAME, "--MAX_NUM_WORDS", str(args.MAX_NUM_WORDS)]
     return shlex.join(words)
 
 

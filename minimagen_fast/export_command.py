@@ -20,7 +20,7 @@ from torch import Tensor
 from . import checkpoint
 from .cascade_origins import description, open_folders, origins_of
 from .diffusion_model import GaussianDiffusion
-from .files import file_digest, sync_folder
+from .files import file_digest, named_path, sync_folder
 from .generate import build_imagen
 from .Imagen import Imagen
 from .model_card import KIND_WORDS, ExportedUnet, model_card, training_facts
@@ -44,11 +44,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "DIRECTORIES",
         nargs="+",
-        type=Path,
+        type=named_path,
         metavar="DIR",
         help="training directory; several if U-Nets were trained apart",
     )
-    add("--OUT", required=True, type=Path, help="folder to make; nothing may be in it")
+    add("--OUT", required=True, type=named_path, help="folder to make; nothing may be in it")
     add("--FORMAT", choices=FORMATS, default=FORMATS[0], help="of the weights; pth is minimagen's (%(default)s)")
     add(
         "--WEIGHTS",

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and how to tell; captions in a file."""
 
+import argparse
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,12 +11,30 @@ __all__ = [
     "file_digest",
     "file_fault",
     "lines_of",
+    "named_path",
     "naming_file",
+    "path_text",
     "replace_file",
     "size_fault",
     "sync_folder",
     "system_error",
 ]
+
+
+def path_text(text: str) -> str:
+    """The text of a path, as a type of argparse.
+
+    Raises:
+        ArgumentTypeError: for an empty text, as of a variable that is not set. It would be the folder that one is in.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty, as of a variable that is not set: name a path")
+    return text
+
+
+def named_path(text: str) -> Path:
+    """A path, as a type of argparse; refuses what :func:`path_text` does."""
+    return Path(path_text(text))
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .files import named_path
 from .generate import checked_params
 from .plan import Assumed, make_plan
 from .plan_data import Data
@@ -41,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument_group("what is trained").add_argument
-    add("--config", type=Path, help="settings of a training: its directory, config.json or parameters folder")
+    add("--config", type=named_path, help="settings of a training: its directory, config.json or parameters folder")
     add("--unet", help=f"{', '.join(UNETS)}, or a JSON file with arguments of Unet; this or a --config is needed")
     add("--unet-number", type=int, help="which U-Net of the --config, from 1")
     add("--side", type=int, help="height and width of its images (Base 64, Super 256)")
@@ -64,7 +65,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how fast").add_argument
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--mfu", type=float, help=f"assumed share of the card's matrix rate ({MFU})")
-    rate.add_argument("--profile", type=Path, help="result file of the benchmark suite, for a measured rate")
+    rate.add_argument("--profile", type=named_path, help="result file of the benchmark suite, for a measured rate")
     add("--profile-network", help="name of the network in the --profile, if it has another one there")
     add = parser.add_argument_group("what is assumed").add_argument
     for name, what in (

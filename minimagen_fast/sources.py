@@ -22,6 +22,7 @@ from .data import (
     MinimagenDataset,
     split_train_valid,
 )
+from .files import path_text
 from .folders import FolderDataset, is_picture, visible_files
 from .shapes import ShapesDataset
 from .streams import StreamedPictures
@@ -45,6 +46,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--DATA",
+        type=path_text,
         default=CONCEPTUAL,
         help=f"{CONCEPTUAL} (%(default)s), {BUILT_IN} (shapes drawn on the spot), a folder of captioned pictures, a"
         " data set saved by Hugging Face datasets, or .tar (WebDataset), .parquet or .arrow files: a folder of them, a"
@@ -75,6 +77,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--CAPTIONS",
+        type=path_text,
         default=None,
         help="folder of captions that `minimagen-fast encode-captions` has encoded: T5 is then not loaded",
     )

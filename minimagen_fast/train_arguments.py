@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .arguments import finite_number
+from .files import named_path
 from .generate import checked_params
 from .optimizers import SCHEDULES
 from .parallel import CHOICES
@@ -45,7 +46,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--DEVICE", help="where to train, such as cpu or cuda:1 (cuda if there is one; under torchrun each its own)")
     add(
         "--OUT",
-        type=Path,
+        type=named_path,
         help="training directory (training_ and the time). If it holds a training already, that is continued there:"
         " the same command starts and continues",
     )

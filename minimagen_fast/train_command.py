@@ -81,6 +81,9 @@ def run_train(args: argparse.Namespace) -> int:
         ValueError, OSError, ImportError: if an argument or the data cannot be used.
         KeyboardInterrupt: after Ctrl-C; weights and state are saved by then, and it has been said where.
     """
+    for name in ("RESTART_DIRECTORY", "PARAMETERS"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} must not be empty, as of a variable that is not set: name a path")
     if args.RESTART_DIRECTORY is not None and args.PARAMETERS is not None:
         raise ValueError("give either --RESTART_DIRECTORY or --PARAMETERS, not both")
     device = device_of_rank(args.DEVICE, os.environ.get("LOCAL_RANK", "0"))

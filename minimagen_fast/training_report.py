@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .files import replace_file
+from .files import named_path, replace_file
 from .run_log import LOG, RunRecords, read_run
 
 __all__ = ["add_report_arguments", "run_training_report", "write_training_report"]
@@ -41,8 +41,10 @@ td { overflow-wrap: anywhere; }
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``minimagen-fast report``."""
-    parser.add_argument("DIRECTORY", type=Path, help=f"training directory with a {LOG}; the training may be under way")
-    parser.add_argument("--out", type=Path, help="folder for the page and its pictures (DIRECTORY/report)")
+    parser.add_argument(
+        "DIRECTORY", type=named_path, help=f"training directory with a {LOG}; the training may be under way"
+    )
+    parser.add_argument("--out", type=named_path, help="folder for the page and its pictures (DIRECTORY/report)")
 
 
 def run_training_report(args: argparse.Namespace) -> int:

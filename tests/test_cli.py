@@ -317,3 +317,31 @@ def test_the_doctor_says_what_is_wrong_with_the_environment(monkeypatch, capsys,
     assert line.startswith(f"none, models there raise an error: the environment variable {ENVIRONMENT_VARIABLE}")
     assert why in line
     assert "Text encoders" in report, "the report goes on"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--OUT", ""],
+        ["train", "--DATA", ""],
+        ["train", "--CAPTIONS="],
+        ["train", "-rd", ""],
+        ["train", "-p", ""],
+        ["encode-captions", "--DATA", "pictures", "--OUT", ""],
+        ["export", "run", "--OUT", ""],
+        ["sample", "-d", "", "-c", "a circle"],
+        ["report", ""],
+        ["quickstart", "--out", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_folder_one_is_in(words, tmp_path, monkeypatch, capsys):
+    """As of a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(words)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == cli.MISUSED
+    assert "must not be empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -197,21 +197,26 @@ class Snapshots:
             shutil.rmtree(path)
 
     def _free_name(self, step: int) -> str:
-        # After a restart the same step may be saved again, and the one before is good until then.
-        name, again = f"step_{step:09d}", 0
-        while (self.folder / name).exists():
-            again += 1
-            name = f"step_{step:09d}_{again}"
-        return name
+        # After a restart the same step may be saved again, and the one before is good until then. The newest of them
+        # has the highest number, also where the first ones have been removed.
+        taken = (_order(path) for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name))
+        numbers = [number for saved, number in taken if saved == step]
+        return f"step_{step:09d}_{max(numbers) + 1}" if numbers else f"step_{step:09d}"
 
     def _remove_old(self, newest: Path) -> None:
         others = [path for path in self._own() if path != newest]
         # What came after the one that was continued is damaged, or was done over.
         later = [path for path in others if self._continued is not None and _order(path) > _order(self._continued)]
         self._continued = None
-        older = [path for path in others if path not in later][max(self._keep_last, 1) - 1 :]
-        for path in (*later, *(path for path in older if self._keep_every is None or _step(path) % self._keep_every)):
-            _remove(path)
+        kept = [newest, *(path for path in others if path not in later)]
+        number, every = max(self._keep_last, 1), self._keep_every
+        # A training that had ended, or was stopped there, saves the same step again whenever it is started.
+        steps = {_step(path) for path in kept[:number]}
+        for path in (*later, *kept[number:]):
+            step = _step(path)
+            if path in later or every is None or step % every or step in steps:
+                _remove(path)
+            steps.add(step)
 
     def remove_all(self) -> None:
         """Removes the checkpoints of the training whose newest was read, or that this has written; on one process."""

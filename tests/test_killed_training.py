@@ -162,6 +162,19 @@ def test_old_checkpoints_go_but_for_every_so_many_steps(tmp_path):
     assert names == ["latest", "step_000000004", "step_000000008", "step_000000009", "step_000000010"]
 
 
+def test_of_a_step_that_is_saved_again_and_again_one_is_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    saved_steps(Snapshots(folder, Ranks(), keep_every=4), *range(1, 9))
+    for _ in range(4):
+        goes_on = Snapshots(folder, Ranks(), keep_every=4)
+        assert goes_on.newest().step == 8
+        saved_steps(goes_on, 8)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["latest", "step_000000004", "step_000000008_3", "step_000000008_4"]
+    saved_steps(goes_on, 9, 10)
+    assert goes_on.steps() == [10, 9, 8, 4]
+
+
 def test_the_same_step_twice_and_what_a_kill_has_left(snapshots):
     saved_steps(snapshots, 3)
     (snapshots.folder / ".step_000000009.part").mkdir()

@@ -6,6 +6,7 @@ adapter such as LoRA, by a quantised layer), parametrised, compiled, or that has
 where another method was put into one, or into its class, torch's or ours. Such a module is called.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -60,14 +61,19 @@ def is_as_made(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks see what a module is called with, its own or those for all modules.
 
-    Those with which torch shards modules do not count: they hand on whatever comes.
+    Those with which torch shards modules, and ours that count, do not matter: they take whatever comes.
     """
     own = vars(module)
     kinds = own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
-    hooks = [hook for kind in kinds for hook in kind.values()]
-    if any(not type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.") for hook in hooks):
+    if any(not _takes_whatever_comes(hook) for hooks in kinds for hook in hooks.values()):
         return True
     return bool(_has_any_global_hook()) and _is_every_module_touched()
+
+
+def _takes_whatever_comes(hook: Callable) -> bool:
+    method = hook.func if isinstance(hook, functools.partial) else hook
+    maker = type(getattr(method, "__self__", None)).__module__
+    return maker.startswith(("torch.distributed.", "minimagen_fast."))
 
 
 def classes_are_as_made() -> bool:

@@ -491,6 +491,7 @@ class Trainer:
                     loss, times = loss
                     own = len(loss) if share else 0
                     self.watch.losses(trained.number, images, loss[:own], times[:own])
+                if loss.ndim:  # per image, for the watch or by a loss of someone's own
                     loss = loss.mean()
                 if self.ranks.size > 1 or not batch:
                     loss = loss * (share * self.ranks.size)
@@ -582,7 +583,7 @@ class Trainer:
                 for number in self.numbers:
                     inputs, options = self._inputs(batch, number, 0, VALIDATION_SEED)
                     with self._autocast():
-                        losses.append(self.imagen(*inputs, unet_number=number, **options).float())
+                        losses.append(self.imagen(*inputs, unet_number=number, **options).float().mean())
                 sums += torch.stack(losses) * (len(batch["image"]) if batch else 0)
                 total += images
         return (self.ranks.sum_(sums) / total).tolist() if total else None

@@ -485,3 +485,13 @@ def test_averaged_weights_are_validated_and_saved(tmp_path):
     iter(run.valid_loader)
     loss = imagen.eval()(batch["image"], text_embeds=batch["encoding"], text_masks=batch["mask"])
     assert f"Validation loss: U-Net 1: {loss.item():.4f}" in run.log
+
+
+def test_a_loss_per_image_is_trained_by_its_mean(tmp_path):
+    runs = []
+    for name, dims in (("mean", (0, 1, 2, 3)), ("per_image", (1, 2, 3))):
+        run = Run(tmp_path / name)
+        run.imagen.loss_fn = lambda predicted, noise, dims=dims: (predicted - noise).square().mean(dims)
+        runs.append(run.train())
+    one, other = runs
+    torch.testing.assert_close(one.weights, other.weights, rtol=1e-4, atol=1e-6)

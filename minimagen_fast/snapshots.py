@@ -212,11 +212,13 @@ class Snapshots:
         number, every = max(self._keep_last, 1), self._keep_every
         # A training that had ended, or was stopped there, saves the same step again whenever it is started.
         steps = {_step(path) for path in kept[:number]}
-        for path in (*later, *kept[number:]):
+        for path in kept[number:]:
             step = _step(path)
-            if path in later or every is None or step % every or step in steps:
+            if every is None or step % every or step in steps:
                 _remove(path)
             steps.add(step)
+        for path in later:
+            _remove(path)
 
     def remove_all(self) -> None:
         """Removes the checkpoints of the training whose newest was read, or that this has written; on one process."""

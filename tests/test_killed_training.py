@@ -175,6 +175,17 @@ def test_of_a_step_that_is_saved_again_and_again_one_is_kept(tmp_path):
     assert goes_on.steps() == [10, 9, 8, 4]
 
 
+def test_of_a_step_whose_newest_checkpoint_is_damaged_the_other_is_kept(tmp_path):
+    snapshots = Snapshots(tmp_path / "checkpoints", Ranks())
+    saved_steps(snapshots, 8, 8)
+    (snapshots.folder / "step_000000008_1" / "values.pth").unlink()
+    goes_on = Snapshots(snapshots.folder, Ranks(), keep_last=1, keep_every=4)
+    assert goes_on.newest().path.name == "step_000000008"
+    saved_steps(goes_on, 9)
+    names = sorted(path.name for path in snapshots.folder.iterdir())
+    assert names == ["latest", "step_000000008", "step_000000009"]
+
+
 def test_the_same_step_twice_and_what_a_kill_has_left(snapshots):
     saved_steps(snapshots, 3)
     (snapshots.folder / ".step_000000009.part").mkdir()

@@ -7,7 +7,7 @@ the pictures are drawn with it, and a judge that looks for shapes can match agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -77,15 +77,25 @@ def shape_mask(shape: str, size: int, center: tuple[float, float], extent: float
         raise ValueError(f"shape is {shape!r}, but must be one of {', '.join(SHAPES)}.")
     if size < 1 or not extent > 0:
         raise ValueError(f"size and extent must be positive, but size is {size!r} and extent is {extent!r}.")
-    radius = extent / 2
+    return _shape_masks([shape], size, np.array([center]), np.array([extent]))[0]
+
+
+def _shape_masks(shapes: Sequence[str], size: int, centers: np.ndarray, extents: np.ndarray) -> np.ndarray:
+    """The masks of n shapes, as `shape_mask` does one, with centers (n, 2) and extents (n,): shape (n, size, size)."""
+    radii = (extents / 2).astype(np.float32)[:, None]
+    x, y = centers.astype(np.float32).T
     rows = (np.arange(size * ROWS_PER_PIXEL, dtype=np.float32) + 0.5) / ROWS_PER_PIXEL
-    heights = (rows - center[1]) / radius
-    half_widths = np.where(np.abs(heights) <= 1, _HALF_WIDTHS[shape](heights), 0.0).astype(np.float32) * radius
+    heights = (rows - y[:, None]) / radii
+    half_widths = np.empty_like(heights)
+    for shape in set(shapes):
+        these = [place for place, each in enumerate(shapes) if each == shape]
+        half_widths[these] = _HALF_WIDTHS[shape](heights[these])
+    half_widths = (np.where(np.abs(heights) <= 1, half_widths, 0.0) * radii)[..., None]
     # Covered length left of each pixel edge; the difference over a pixel is the covered part of that pixel.
-    edges = np.arange(size + 1, dtype=np.float32) - np.float32(center[0])
-    covered = np.minimum(np.maximum(edges, -half_widths[:, None]), half_widths[:, None])
-    covered = covered.reshape(size, ROWS_PER_PIXEL, size + 1).sum(axis=1)
-    return np.clip(np.diff(covered, axis=1) / ROWS_PER_PIXEL, 0.0, 1.0)
+    edges = (np.arange(size + 1, dtype=np.float32) - x[:, None])[:, None]
+    covered = np.minimum(np.maximum(edges, -half_widths), half_widths)
+    covered = covered.reshape(len(shapes), size, ROWS_PER_PIXEL, size + 1).sum(axis=2)
+    return np.clip(np.diff(covered, axis=2) / ROWS_PER_PIXEL, 0.0, 1.0)
 
 
 def draw(color: str, shape: str, background: str, size: int, rng: np.random.Generator) -> Image.Image:
@@ -107,7 +117,8 @@ def draw(color: str, shape: str, background: str, size: int, rng: np.random.Gene
     Raises:
         ValueError: If a name is unknown or `size` is not positive.
     """
-    return Image.fromarray(_draw_array(color, shape, background, size, rng))
+    _check_names(color, shape, background)
+    return Image.fromarray(_drawn([(color, shape, background)], size, [rng])[0])
 
 
 class ShapesDataset(torch.utils.data.Dataset):
@@ -159,15 +170,29 @@ class ShapesDataset(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        combination, pixels = self._pixels(index)
-        if self._encodings is None:
-            from minimagen_fast.t5 import registrations
+        return self._items([index])[0]
 
-            kept = _encoded_captions(self.encoder_name, self.max_length, registrations(self.encoder_name))
-            encoding, mask = kept[combination]
-        else:
-            encoding, mask = self._encodings(caption(*_COMBINATIONS[combination]), device="cpu")
-        return {"image": _to_tensor(pixels), "encoding": encoding, "mask": mask}
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Returns several items, drawn together: what torch's data loader asks for, a batch at a time."""
+        if type(self).__getitem__ is not ShapesDataset.__getitem__:
+            # A subclass's own, which knows nothing of this.
+            return [self[index] for index in indices]
+        return self._items(indices) if len(indices) else []
+
+    def _items(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        combinations, pixels = self._pixels(indices)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return [
+            {"image": image, "encoding": encoding, "mask": mask}
+            for image, (encoding, mask) in zip(images, map(self._encoded, combinations), strict=True)
+        ]
+
+    def _encoded(self, combination: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._encodings is not None:
+            return self._encodings(caption(*_COMBINATIONS[combination]), device="cpu")
+        from minimagen_fast.t5 import registrations
+
+        return _encoded_captions(self.encoder_name, self.max_length, registrations(self.encoder_name))[combination]
 
     def raw(self, index: int) -> tuple[Image.Image, str]:
         """Returns picture `index` as an RGB image, and its caption.
@@ -175,31 +200,32 @@ class ShapesDataset(torch.utils.data.Dataset):
         Raises:
             IndexError: If `index` is not in [-length, length).
         """
-        combination, pixels = self._pixels(index)
+        (combination,), (pixels,) = self._pixels([index])
         return Image.fromarray(pixels), caption(*_COMBINATIONS[combination])
 
-    def _pixels(self, index: int) -> tuple[int, np.ndarray]:
-        index = int(index)
-        if not -self.length <= index < self.length:
-            raise IndexError(f"index is {index}, but the data set has {self.length} items.")
-        rng = np.random.default_rng((self.seed, index % self.length))
-        combination = int(rng.integers(len(_COMBINATIONS)))
-        return combination, _draw_array(*_COMBINATIONS[combination], self.side_length, rng)
+    def _pixels(self, indices: Sequence[int]) -> tuple[list[int], np.ndarray]:
+        rngs = []
+        for index in map(int, indices):
+            if not -self.length <= index < self.length:
+                raise IndexError(f"index is {index}, but the data set has {self.length} items.")
+            rngs.append(np.random.default_rng((self.seed, index % self.length)))
+        combinations = [int(rng.integers(len(_COMBINATIONS))) for rng in rngs]
+        names = [_COMBINATIONS[combination] for combination in combinations]
+        return combinations, _drawn(names, self.side_length, rngs)
 
 
-def _draw_array(color: str, shape: str, background: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws as `draw` does, into an array of shape (size, size, 3), uint8."""
-    _check_names(color, shape, background)
-    extent = rng.uniform(MIN_EXTENT, MAX_EXTENT) * size
-    center = (rng.uniform(extent / 2, size - extent / 2), rng.uniform(extent / 2, size - extent / 2))
-    mask = shape_mask(shape, size, center, extent)[..., None]
-    front, back = (np.array(rgb, dtype=np.float32) for rgb in (COLORS[color], BACKGROUNDS[background]))
-    return np.rint(back + mask * (front - back)).astype(np.uint8)
-
-
-def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """Turns (h, w, 3) uint8 into (3, h, w) float32 in [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+def _drawn(pictures: Sequence[tuple[str, str, str]], size: int, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+    """Draws as `draw` does, several of known names, into an array of shape (n, size, size, 3), uint8."""
+    extents, centers = [], []
+    for rng in rngs:
+        extent = rng.uniform(MIN_EXTENT, MAX_EXTENT) * size
+        extents.append(extent)
+        centers.append([rng.uniform(extent / 2, size - extent / 2) for _ in "xy"])
+    colors, shapes, backgrounds = zip(*pictures, strict=True)
+    masks = _shape_masks(shapes, size, np.array(centers), np.array(extents))[..., None]
+    front = np.array([COLORS[name] for name in colors], dtype=np.float32)[:, None, None]
+    back = np.array([BACKGROUNDS[name] for name in backgrounds], dtype=np.float32)[:, None, None]
+    return np.rint(back + masks * (front - back)).astype(np.uint8)
 
 
 def _check_names(color: str, shape: str, background: str) -> None:

@@ -66,6 +66,35 @@ def test_items_depend_on_seed_and_index_alone():
         first[1000]
 
 
+@pytest.mark.parametrize("side_length", [1, 7, 16])
+def test_items_that_are_drawn_together_are_the_same(side_length):
+    dataset = ShapesDataset(50, side_length=side_length)
+    indices = [3, 49, 3, -1, *range(40)]
+    together, alone = dataset.__getitems__(indices), [dataset[index] for index in indices]
+    for item, expected in zip(together, alone, strict=True):
+        assert item.keys() == expected.keys()
+        assert all(torch.equal(item[name], expected[name]) for name in item)
+    assert not torch.equal(together[0]["image"], together[5]["image"]) or side_length == 1
+    assert dataset.__getitems__([]) == []
+    with pytest.raises(IndexError, match="index is 50"):
+        dataset.__getitems__([0, 50])
+
+
+def test_a_loader_gets_the_items_of_a_subclass():
+    class Dark(ShapesDataset):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "image": torch.zeros(3, 8, 8)}
+
+    batch = next(iter(DataLoader(Dark(8, side_length=8), batch_size=4, collate_fn=MinimagenCollator("cpu"))))
+    assert batch["image"].shape == (4, 3, 8, 8) and not batch["image"].any()
+
+
+def test_masks_are_float32_whatever_the_numbers_are():
+    expected = shape_mask("circle", 16, (8.1, 7.3), 10.7)
+    found = shape_mask("circle", 16, tuple(np.array([8.1, 7.3])), np.float64(10.7))
+    assert expected.dtype == found.dtype == np.float32 and np.array_equal(expected, found)
+
+
 def test_it_can_be_trained_on():
     dataset = ShapesDataset(64, side_length=16)
     seen = set()

@@ -6,6 +6,7 @@ follows from the processor and from nothing that is measured, so that every proc
 """
 
 import functools
+import math
 import platform
 import re
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
+from .launch import is_batched
 
-__all__ = ["grouped_products", "linear", "onednn_multiplies"]
+__all__ = ["grouped_products", "linear", "onednn_multiplies", "summed_products"]
 
 # AMD's first family that does not do AVX-512 in halves, as Zen 4 does, which gains nothing by it.
 _ZEN_5 = 26
-# With fewer multiplications the call itself takes the time; one with gradients takes more.
-_LEAST_MULTIPLICATIONS, _LEAST_WITH_GRADIENTS = 2**18, 2**23
+# With fewer multiplications the call itself takes the time; one with gradients takes more, and so do sums over rows.
+_LEAST_MULTIPLICATIONS, _LEAST_WITH_GRADIENTS, _LEAST_SUMMED = 2**18, 2**23, 2**24
 
 
 @functools.cache
@@ -103,10 +105,16 @@ class _Linear(torch.autograd.Function):
         wanted, rows = ctx.needs_input_grad, gradient.reshape(-1, gradient.shape[-1])
         return (
             linear(gradient, weight.t()) if wanted[0] else None,
-            # oneDNN is no faster at sums over many rows.
-            rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None,
+            _of_weight(rows, x.reshape(-1, x.shape[-1])) if wanted[1] else None,
             rows.sum(0) if wanted[2] else None,
         )
+
+
+def _of_weight(gradients: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    enough = rows.numel() * gradients.shape[1] >= _LEAST_SUMMED
+    if torch.is_grad_enabled() or is_batched(gradients) or not enough or not onednn_multiplies(gradients, rows):
+        return gradients.t() @ rows
+    return summed_products(gradients[:, None], rows[:, None])
 
 
 def grouped_products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -127,3 +135,30 @@ def grouped_products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     # This very function: torch's convolution leaves some shapes to other libraries.
     out = torch.mkldnn_convolution(pixels, filters, None, [0, 0], [1, 1], [1, 1], groups)
     return out.permute(0, 2, 3, 1).reshape(n, groups, m)
+
+
+def summed_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """einsum("n g k, n g m -> k m"), without gradients, by oneDNN.
+
+    The gradient of a 1x1 convolution's weight, of images whose pixels are these rows.
+
+    Args:
+        x: Shape (n, g, k).
+        y: Shape (n, g, m).
+
+    Returns:
+        Shape (k, m).
+    """
+    rows = x.shape[0] * x.shape[1]
+    if rows == 0:
+        return x.new_zeros((x.shape[2], y.shape[2]))
+    # Of so many images even torch with one thread leaves the convolution to oneDNN.
+    images = math.gcd(rows, 16)
+    gradient, pixels = (
+        tensor.reshape(images, rows // images, 1, tensor.shape[2]).permute(0, 3, 1, 2) for tensor in (x, y)
+    )
+    weight = x.new_empty((x.shape[2], y.shape[2], 1, 1))
+    _, found, _ = torch.ops.aten.convolution_backward(
+        gradient, pixels, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+    )
+    return found.flatten(1)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from . import dispatch, grouped_attention, launch
 from .arguments import check_floating_point, check_one_device, check_one_dtype
 from .attention import checked_mask, null_key_attention, visible_keys, weights_of_scores
-from .cpu_products import linear
+from .cpu_products import linear, onednn_multiplies
 
-__all__ = ["keys_are_worth_keeping", "null_key_cross_attention"]
+__all__ = ["keys_are_worth_keeping", "keys_are_worth_sharing", "null_key_cross_attention"]
 
 
 def null_key_cross_attention(
@@ -22,6 +22,7 @@ def null_key_cross_attention(
     *,
     heads: int,
     mask: torch.Tensor | None = None,
+    shared_context: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> torch.Tensor:
     """:func:`.null_key_attention` between projections of tokens and of context tokens, followed by one of its result.
@@ -40,7 +41,10 @@ def null_key_cross_attention(
         null_key: The key that stands before all others in every head, shape (d,).
         null_value: Its value, shape (d,).
         heads: Number of heads.
-        mask: Which context tokens may be attended to, bool or integers, shape (b, m) or (1, m).
+        mask: Which context tokens may be attended to, bool or integers, shape (b, m) or (1, m); of all of them, with
+            the shared ones (b, m + s) or (1, m + s).
+        shared_context: More context tokens, after the others, for all images the same: shape (s, c). Less work is done
+            for them than if they came with each image.
         implementation: Overrides the policy of :mod:`.dispatch` for this call.
 
     Returns:
@@ -51,25 +55,35 @@ def null_key_cross_attention(
             several dtypes that autocast does not make one.
         ValueError: if shapes or devices do not fit together, or an implementation was asked for that cannot do the job.
     """
-    _check(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask)
-    mask = checked_mask(mask, context.shape[:2])
+    _check(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask, shared_context)
+    shared = 0 if shared_context is None else shared_context.shape[0]
+    mask = checked_mask(mask, torch.Size((context.shape[0], context.shape[1] + shared)))
     implementation = dispatch.attention_override(implementation)
     if (
         dispatch.implementation(implementation) == "auto"
         and x.device.type == "cpu"
         # Sparse weights are multiplied with tokens alone.
         and all(weight.layout == torch.strided for weight in (to_q, to_kv, to_out))
-        and _fewer_with_products(x, context, to_q, heads)
+        and _fewer_with_products(x, context, to_q, heads, shared)
     ):
-        return _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask)
-    q = linear(x, to_q)
-    k, v = linear(context, to_kv).chunk(2, dim=-1)
+        return _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask, shared_context)
+    q, keys_values = linear(x, to_q), linear(context, to_kv)
+    if shared_context is not None:
+        keys_values = _with_shared(keys_values, linear(shared_context, to_kv))
+    k, v = keys_values.chunk(2, dim=-1)
     out = null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
     return linear(out, to_out)
 
 
-def _check(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask) -> None:
+def _with_shared(context: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """(b, m, c) and (s, c) to (b, m + s, c)."""
+    return torch.cat((context, shared.expand(context.shape[0], -1, -1)), dim=1)
+
+
+def _check(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask, shared) -> None:
     products = {"x": x, "context": context, "to_q": to_q, "to_kv": to_kv, "to_out": to_out}
+    if shared is not None:
+        products["shared_context"] = shared
     tensors = {**products, "null_key": null_key, "null_value": null_value}
     check_floating_point(tensors)
     check_one_device({**tensors, "mask": mask})
@@ -95,6 +109,10 @@ def _check(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask) -
             f"context must have shape ({b}, m, {to_kv.shape[1]}), as many as x and as wide as to_kv's rows; got"
             f" {tuple(context.shape)}"
         )
+    if shared is not None and (shared.ndim != 2 or shared.shape[1] != to_kv.shape[1]):
+        raise ValueError(
+            f"shared_context must have shape (s, {to_kv.shape[1]}), as wide as to_kv's rows; got {tuple(shared.shape)}"
+        )
     if to_out.ndim != 2 or to_out.shape[1] != width:
         raise ValueError(f"to_out must have shape (dim_out, {width}), as wide as all heads; got {tuple(to_out.shape)}")
     d = width // heads
@@ -112,8 +130,19 @@ def keys_are_worth_keeping(context: torch.Tensor, dim_head: int) -> bool:
     return context.device.type != "cpu" or chosen != "auto" or context.shape[2] >= dim_head
 
 
-def _fewer_with_products(x: torch.Tensor, context: torch.Tensor, to_q: torch.Tensor, heads: int) -> bool:
+def keys_are_worth_sharing(context: torch.Tensor) -> bool:
+    """Whether :func:`null_key_cross_attention` does less for context tokens that are told to be shared.
+
+    It does in training, where :mod:`.grouped_attention` sums their gradients over all images at once.
+    """
+    return torch.is_grad_enabled() and onednn_multiplies(context)
+
+
+def _fewer_with_products(
+    x: torch.Tensor, context: torch.Tensor, to_q: torch.Tensor, heads: int, shared: int = 0
+) -> bool:
     (b, n, dim), (_, m, c), width = x.shape, context.shape, to_q.shape[0]
+    m = m + shared
     projected = b * (n * dim * width + m * c * width + n * m * width)
     with_products = dim * width * c + b * (n * dim * heads * c + n * m * heads * c)
     fewer = with_products < projected
@@ -125,7 +154,7 @@ def _fewer_with_products(x: torch.Tensor, context: torch.Tensor, to_q: torch.Ten
     return statically_known_true(fewer)
 
 
-def _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask):
+def _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask, shared=None):
     (b, n, dim), c = x.shape, context.shape[-1]
     to_key, to_value = to_kv.reshape(2, heads, -1, c)
     # One more channel, that of the null entry alone: it carries its score on the way in and its weight on the way out.
@@ -140,11 +169,17 @@ def _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads,
     # The heads, which share their keys, are just more queries of one head.
     q = linear(x, query_key).reshape(b, n * heads, c + 1)
     visible, context = visible_keys(mask), context.to(q.dtype)
-    if not grouped_attention.reasons_against(n * heads, b, 1 + context.shape[1], c, q, context):
+    keys, tensors = 1 + context.shape[1], [q, context]
+    if shared is not None:
+        shared = shared.to(q.dtype)
+        keys, tensors = keys + shared.shape[0], [*tensors, shared]
+    if not grouped_attention.reasons_against(n * heads, b, keys, c, *tensors):
         context = F.pad(context, (0, 0, 1, 0))
         visible = None if visible is None else visible[:, 0, 0]
-        attended = grouped_attention.grouped_attention(q.transpose(0, 1), context, context, visible).transpose(0, 1)
-        return linear(attended.reshape(b, n, heads * (c + 1)), value_result)
+        attended = grouped_attention.grouped_attention(q.transpose(0, 1), context, context, visible, shared=shared)
+        return linear(attended.transpose(0, 1).reshape(b, n, heads * (c + 1)), value_result)
+    if shared is not None:
+        context = _with_shared(context, shared)
     context = F.pad(context, (0, 1, 1, 0))
     context[:, 0, c] = 1.0
     if q.dtype == torch.float32 and not launch.in_forward_mode():

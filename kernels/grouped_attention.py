@@ -7,7 +7,7 @@ gradients, some queries.
 
 import torch
 
-from .cpu_products import grouped_products, onednn_multiplies
+from .cpu_products import grouped_products, onednn_multiplies, summed_products
 from .launch import differentiable, refuse_batched
 
 __all__ = ["grouped_attention", "reasons_against"]
@@ -35,7 +35,12 @@ def reasons_against(n: int, groups: int, m: int, d: int, *tensors: torch.Tensor)
 
 
 def grouped_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None = None,
+    *,
+    shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T) v for each group.
 
@@ -46,13 +51,16 @@ def grouped_attention(
         q: Scaled queries, shape (n, g, d) or (n, g, d + 1), in any layout: the results have the same.
         k: Keys, shape (g, m, d); fastest for a d that is a multiple of 16.
         v: Values, shaped like ``k``.
-        visible: Which keys may be attended to, bool, shape (g, m).
+        visible: Which keys may be attended to, bool, shape (g, all keys).
+        shared: More keys, after the others, which are their own values, for all groups the same: shape (s, d). Their
+            gradients are then sums over all groups at once.
 
     Returns:
         Attended values, shaped like ``q``.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return _Attention.apply(q, k, v, visible)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, shared)):
+        return _Attention.apply(q, k, v, shared, visible)
+    k, v = _all_keys(k, v, shared)
     out = torch.empty_like(q)
     for some in _pieces(q, k):
         seen = None if visible is None else visible[some]
@@ -61,6 +69,14 @@ def grouped_attention(
         for piece, result in zip(queries.split(rows), results.split(rows), strict=True):
             _attend(piece, k[some], v[some], seen, result)
     return out
+
+
+def _all_keys(k, v, shared):
+    if shared is None:
+        return k, v
+    shared = shared.expand(k.shape[0], -1, -1)
+    keys = torch.cat((k, shared), dim=1)
+    return keys, keys if v is k else torch.cat((v, shared), dim=1)
 
 
 def _pieces(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
@@ -87,7 +103,9 @@ def _attend(q, k, v, visible, out):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, visible):
+    def forward(ctx, q, k, v, shared, visible):
+        ctx.own = k.shape[1]
+        k, v = _all_keys(k, v, shared)
         out = torch.empty_like(q)
         weights = [
             _attend(q[:, some], k[some], v[some], None if visible is None else visible[some], out[:, some])
@@ -99,12 +117,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         refuse_batched("grouped_attention", gradient)
-        return *_Gradients.apply(ctx.needs_input_grad[:3], gradient, *ctx.saved_tensors), None
+        return *_Gradients.apply(ctx.needs_input_grad[:4], ctx.own, gradient, *ctx.saved_tensors), None
 
 
-def _gradients(wanted, gradient, q, k, v, *weights):
-    """Those of the wanted ones of q, k and v; None for the others."""
-    of_q, of_k, of_v = (torch.empty_like(x) if of_this else None for x, of_this in zip((q, k, v), wanted, strict=True))
+def _gradients(wanted, own, gradient, q, k, v, *weights):
+    """Those of the wanted ones of q, k, v and the shared keys; None for the others. ``own`` keys are not shared."""
+    of_q = torch.empty_like(q) if wanted[0] else None
+    of_k, of_v = (k.new_empty((k.shape[0], own, k.shape[2])) if of_this else None for of_this in wanted[1:3])
+    of_shared = k.new_zeros((k.shape[2], k.shape[1] - own)) if wanted[3] else None
     for some, weight in zip(_pieces(q, k), weights, strict=True):
         _backward(
             gradient[:, some],
@@ -115,29 +135,38 @@ def _gradients(wanted, gradient, q, k, v, *weights):
             None if of_q is None else of_q[:, some],
             None if of_k is None else of_k[some],
             None if of_v is None else of_v[some],
+            of_shared,
         )
-    return of_q, of_k, of_v
+    return of_q, of_k, of_v, None if of_shared is None else of_shared.t()
 
 
 # Has no gradients of its own, and says so.
 _Gradients = differentiable("grouped_attention_backward", _gradients)
 
 
-def _backward(gradient, q, k, v, weights, into_q, into_k, into_v):
-    """Write the gradients of some groups, of those that there is a tensor for."""
+def _backward(gradient, q, k, v, weights, into_q, into_k, into_v, onto_shared):
+    """Write the gradients of some groups, of those that there is a tensor for; add those of the shared keys."""
     d = k.shape[2]
     of_results = gradient[..., :d].contiguous()
-    if into_v is not None:
-        torch.bmm(weights.permute(1, 2, 0), of_results.transpose(0, 1), out=into_v)
-    if into_q is None and into_k is None:
+    if into_q is None and into_k is None and onto_shared is None:
+        _write_sums(weights, of_results, into_v, None)
         return
     of_scores = grouped_products(of_results, v)
     if q.shape[2] > d:
         of_scores[..., 0] += gradient[..., d]
     torch._softmax_backward_data(of_scores, weights, -1, weights.dtype, grad_input=of_scores)
-    if into_k is not None:
-        torch.bmm(of_scores.permute(1, 2, 0), q[..., :d].transpose(0, 1), out=into_k)
+    _write_sums(weights, of_results, into_v, onto_shared)
+    _write_sums(of_scores, q[..., :d], into_k, onto_shared)
     if into_q is not None:
         into_q[..., :d] = grouped_products(of_scores, k.transpose(1, 2))
         if q.shape[2] > d:
             into_q[..., d] = of_scores[..., 0]
+
+
+def _write_sums(factors, rows, into_own, onto_shared):
+    """Sums of the rows (n, g, d) times each key's factors (n, g, m), over n; for shared keys over g as well."""
+    if into_own is not None:
+        torch.bmm(factors[..., : into_own.shape[1]].permute(1, 2, 0), rows.transpose(0, 1), out=into_own)
+    if onto_shared is not None:
+        # Of all keys: to take the shared ones out before would cost more than what is thrown away.
+        onto_shared += summed_products(rows, factors)[:, factors.shape[2] - onto_shared.shape[1] :]

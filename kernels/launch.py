@@ -42,6 +42,7 @@ __all__ = [
     "define",
     "differentiable",
     "in_forward_mode",
+    "is_batched",
     "missing",
     "next_power_of_2",
     "nothing_looks",
@@ -301,7 +302,7 @@ def _refuse_tangents(name: str, args: tuple) -> None:
             raise NotImplementedError(_no_derivative(name, "derivatives in forward mode"))
 
 
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def refuse_batched(name: str, gradient: torch.Tensor) -> None:
@@ -310,7 +311,7 @@ def refuse_batched(name: str, gradient: torch.Tensor) -> None:
     Raises:
         NotImplementedError: if it is not.
     """
-    if _is_batched(gradient):
+    if is_batched(gradient):
         raise NotImplementedError(_no_derivative(name, "batched gradients, of several results at once"))
 
 

@@ -63,6 +63,8 @@ _IN_TRAINING = methods_of(
     "_embed_times",
     "_text_condition",
     "_text_tokens",
+    "_tokens_and_padding",
+    "_pooled_text",
     "_block_conditions",
     "denoise",
     "resnet_blocks",

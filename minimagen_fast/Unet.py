@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .arguments import whole_number
 from .blocks import run_block
 from .helpers import cast_tuple, default, exists, prob_mask_like
 from .kept import KEPT, forget_all
+from .kernels.cross_attention import keys_are_worth_sharing
 from .layers import (
     Attention,
     CrossEmbedLayer,
@@ -28,8 +29,9 @@ from .layers import (
     _OverPixels,
     has_plain_time_mlp,
     join_unless_taken_apart,
+    takes_shared_cond,
 )
-from .plain import is_as_made
+from .plain import is_as_made, is_plain, methods_of, overridden
 from .t5 import MAX_LENGTH, get_encoded_dim
 
 ATTN_DIM_HEAD = 64
@@ -444,6 +446,10 @@ class Unet(nn.Module):
         if exists(text_embeds) and exists(text_mask):
             text_mask = text_mask.expand(batch, -1)
         t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
+        if exists(text_embeds) and self._shares_padding(text_embeds):
+            keep = default(keep_text, lambda: prob_mask_like((batch,), 1 - cond_drop_prob, device=x.device))
+            conditions = self._conditions_with_padding_apart(text_embeds, text_mask, keep, t, time_tokens)
+            return self.denoise(x, lowres_cond_img, conditions)
         # Not handed over where there is none: a method that was written for the original does not take it.
         keep = {"keep": keep_text} if exists(keep_text) else {}
         t, c = self._text_condition(text_embeds, batch, cond_drop_prob, x.device, text_mask, t, time_tokens, **keep)
@@ -502,16 +508,32 @@ class Unet(nn.Module):
             x = _run_resnet_block(0, self.final_res_block, x, next(given))
         return self.final_conv(x)
 
-    def _block_conditions(self, t: torch.Tensor, c: torch.Tensor) -> Iterable[BlockCondition]:
-        """What each block is told of conditioning (b, time_cond_dim) and tokens (b, k, cond_dim)."""
+    def _block_conditions(
+        self, t: torch.Tensor, c: torch.Tensor, shared: torch.Tensor | None = None
+    ) -> Iterable[BlockCondition]:
+        """What each block is told of conditioning (b, time_cond_dim) and tokens (b, k, cond_dim).
+
+        More tokens (s, cond_dim), after these, all images may share.
+        """
         blocks = self.resnet_blocks
-        if t.device.type == "cpu" and all(map(has_plain_time_mlp, blocks)):
-            layers = [block.time_mlp[1] for block in blocks]
-            if sum(layer.weight.numel() for layer in layers) <= _MOST_JOINED:
-                weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-                rows = F.linear(F.silu(t), weight, bias).split([layer.out_features for layer in layers], dim=1)
-                return [{"scale_shift": row, "cond": c} for row in rows]
-        return itertools.repeat({"time_emb": t, "cond": c})
+        rows = self._joined_scale_shifts(t, blocks)
+        if exists(shared) and not (exists(rows) and all(map(takes_shared_cond, blocks))):
+            c, shared = torch.cat((c, shared.expand(c.shape[0], -1, -1)), dim=1), None
+        if not exists(rows):
+            return itertools.repeat({"time_emb": t, "cond": c})
+        tokens = {"cond": c, "shared_cond": shared} if exists(shared) else {"cond": c}
+        return [{"scale_shift": row, **tokens} for row in rows]
+
+    @staticmethod
+    def _joined_scale_shifts(t: torch.Tensor, blocks: list[ResnetBlock]) -> Sequence[torch.Tensor] | None:
+        """The ``scale_shift`` of each block, from one product; None where a product for each is better."""
+        if t.device.type != "cpu" or not all(map(has_plain_time_mlp, blocks)):
+            return None
+        layers: list[Any] = [block.time_mlp[1] for block in blocks]  # type: ignore[index]
+        if sum(layer.weight.numel() for layer in layers) > _MOST_JOINED:
+            return None
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return F.linear(F.silu(t), weight, bias).split([layer.out_features for layer in layers], dim=1)
 
     @property
     def resnet_blocks(self) -> list[ResnetBlock]:
@@ -652,19 +674,55 @@ class Unet(nn.Module):
         self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None, keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled text (b, time_cond_dim) and tokens (b, 256, cond_dim), of null text where ``keep`` (b,) is False."""
+        tokens, padding = self._tokens_and_padding(text_embeds, text_mask, keep)
+        tokens = torch.cat((tokens, padding.expand(tokens.shape[0], -1, -1)), dim=1)
+        return self._pooled_text(tokens.mean(dim=1), keep), tokens
+
+    def _tokens_and_padding(
+        self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None, keep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of texts (b, n, cond_dim), and the null text that all are padded with (256 - n, cond_dim)."""
         # Cut before the projection: no work on what is thrown away.
         text_embeds = text_embeds[:, : self.max_text_len].to(self.dtype)
-        padding = self.max_text_len - text_embeds.shape[1]
-        tokens = F.pad(self.text_to_cond(text_embeds), (0, 0, 0, padding))
-
+        tokens = self.text_to_cond(text_embeds)
+        null = self.null_text_embed.to(tokens.dtype)
         keep_token = keep[:, None, None]
         if exists(text_mask):
-            text_mask = F.pad(text_mask[:, : self.max_text_len].bool(), (0, padding), value=False)
-            keep_token = keep_token & text_mask[:, :, None]
-        tokens = torch.where(keep_token, tokens, self.null_text_embed.to(tokens.dtype))
+            keep_token = keep_token & text_mask[:, : self.max_text_len, None].bool()
+        length = tokens.shape[1]
+        return torch.where(keep_token, tokens, null[:, :length]), null[0, length:]
 
-        hidden = self.to_text_non_attn_cond(tokens.mean(dim=1))
-        return torch.where(keep[:, None], hidden, self.null_text_hidden.to(hidden.dtype)), tokens
+    def _pooled_text(self, mean: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Pooled text (b, time_cond_dim) of the tokens' mean (b, cond_dim)."""
+        hidden = self.to_text_non_attn_cond(mean)
+        return torch.where(keep[:, None], hidden, self.null_text_hidden.to(hidden.dtype))
+
+    def _shares_padding(self, text_embeds: torch.Tensor) -> bool:
+        """Whether blocks are told apart what all texts are padded with: not if someone else has a hand in it."""
+        return (
+            keys_are_worth_sharing(self.null_text_embed)
+            and text_embeds.shape[1] < self.max_text_len
+            and not overridden(self, _TOLD_OF_PADDING)
+            and is_plain(self.norm_cond, nn.LayerNorm)
+        )
+
+    def _conditions_with_padding_apart(
+        self,
+        text_embeds: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        keep: torch.Tensor,
+        t: torch.Tensor,
+        time_tokens: torch.Tensor,
+    ) -> Iterable[BlockCondition]:
+        """As :meth:`_block_conditions` of :meth:`_text_condition`, with what all texts are padded with apart."""
+        tokens, padding = self._tokens_and_padding(text_embeds, text_mask, keep)
+        mean = (tokens.sum(dim=1) + padding.sum(dim=0)) / self.max_text_len
+        c = self.norm_cond(torch.cat((time_tokens, tokens), dim=1))
+        return self._block_conditions(t + self._pooled_text(mean, keep), c, self.norm_cond(padding))
+
+
+# Methods that are not called, or are told something else, where padding is apart.
+_TOLD_OF_PADDING = methods_of(Unet, "_text_condition", "_text_tokens", "_block_conditions", "denoise")
 
 
 def dtype_of(unet: nn.Module) -> torch.dtype:

@@ -389,6 +389,7 @@ class CrossAttention(nn.Module):
         mask: torch.Tensor | None = None,
         *,
         keys_values: torch.Tensor | None = None,
+        shared_context: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend from every token to the null key and the context.
@@ -396,8 +397,9 @@ class CrossAttention(nn.Module):
         Args:
             x: Tokens, shape (b, n, dim).
             context: Context tokens, shape (b, m, context_dim).
-            mask: Which context tokens may be attended to, bool, shape (b, m).
+            mask: Which context tokens may be attended to, bool, shape (b, m); with shared ones (b, m + s).
             keys_values: What :meth:`project_context` makes of the context, to be given instead of it.
+            shared_context: More context tokens, after the others, for all images the same: shape (s, context_dim).
             residual: Added to the result, shape (b, n, dim).
 
         Returns:
@@ -411,9 +413,19 @@ class CrossAttention(nn.Module):
             products = self.to_q, self.to_kv, project
             if all(is_plain(product, nn.Linear) and product.bias is None for product in products):
                 weights = [product.weight for product in products]
-                context = self.norm_context(context)
-                out = null_key_cross_attention(x, context, *weights, null_key, null_value, heads=self.heads, mask=mask)
+                out = null_key_cross_attention(
+                    x,
+                    self.norm_context(context),
+                    *weights,
+                    null_key,
+                    null_value,
+                    heads=self.heads,
+                    mask=mask,
+                    shared_context=self.norm_context(shared_context) if exists(shared_context) else None,
+                )
                 return norm(out, residual=residual)
+        if exists(shared_context):
+            context = torch.cat((context, shared_context.expand(x.shape[0], -1, -1)), dim=1)
         keys_values = default(keys_values, lambda: self.project_context(context))
         k, v = keys_values.chunk(2, dim=-1)
         out = null_key_attention(_queries(self, x), k, v, null_key, null_value, heads=self.heads, mask=mask)
@@ -570,6 +582,7 @@ class ResnetBlock(_TakesSkip):
         *,
         scale_shift: torch.Tensor | None = None,
         keys_values: torch.Tensor | None = None,
+        shared_cond: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
         skip_scale: float = 1.0,
     ) -> torch.Tensor:
@@ -582,6 +595,8 @@ class ResnetBlock(_TakesSkip):
             cond: Conditioning tokens, shape (b, m, cond_dim); needed if the block was made with ``cond_dim``.
             scale_shift: What ``time_mlp`` makes of the time conditioning, shape (b, 2 * dim_out), instead of it.
             keys_values: What the cross attention's ``project_context`` makes of the tokens, instead of them.
+            shared_cond: More conditioning tokens, after the others, for all images the same: shape (s, cond_dim); only
+                if :func:`takes_shared_cond`.
             skip: More channels of the images, which come after those of ``x``; together they are ``dim``. The two are
                 never put into one tensor where a kernel can read them apart.
             skip_scale: Factor of ``skip``.
@@ -606,6 +621,8 @@ class ResnetBlock(_TakesSkip):
             if not exists(cond) and not exists(keys_values):
                 raise ValueError("cond must be given to a ResnetBlock that was made with cond_dim")
             given = {"keys_values": keys_values} if exists(keys_values) else {}
+            if exists(shared_cond):
+                given["shared_context"] = shared_cond
             h = _plus_residual(self.cross_attn, h, residual=h, context=cond, **given)
         more: dict[str, Any] = {"x_bias": first.project.bias} if handed else {}
         if exists(scale_shift):
@@ -627,6 +644,16 @@ def has_plain_time_mlp(block: Any) -> bool:
     last = block.time_mlp[1]
     # Sparse weights cannot be put side by side.
     return exists(last.bias) and last.weight.layout == torch.strided
+
+
+def takes_shared_cond(block: ResnetBlock) -> bool:
+    """Whether a block may be told of tokens that all images share: not if what attends to them was replaced."""
+    attention: Any = block.cross_attn
+    if not exists(attention):
+        return True
+    if not is_plain(attention, _OverPixels) or not is_plain(attention.fn, CrossAttention):
+        return False
+    return is_plain(attention.fn.norm_context, Identity, LayerNorm)
 
 
 class SinusoidalPosEmb(nn.Module):

@@ -28,10 +28,12 @@ def faster(monkeypatch):
     monkeypatch.setattr(cpu_products, "_onednn_is_faster", lambda: True)
     monkeypatch.setattr(cpu_products, "_LEAST_MULTIPLICATIONS", 0)
     monkeypatch.setattr(cpu_products, "_LEAST_WITH_GRADIENTS", 0)
+    monkeypatch.setattr(cpu_products, "_LEAST_SUMMED", 0)
     monkeypatch.setattr(grouped_attention, "_LEAST_QUERIES", 0)
     monkeypatch.setattr(grouped_attention, "_LEAST_SCORES", 0)
     done = []
-    for module, name in ((cpu_products, "_product"), (grouped_attention, "grouped_products")):
+    used = [(cpu_products, "_product"), (cpu_products, "summed_products")]
+    for module, name in [*used, (grouped_attention, "grouped_products"), (grouped_attention, "summed_products")]:
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, **k: done.append(f.__name__) or f(*a, **k))
     return done
@@ -66,7 +68,7 @@ def test_linear(shape, biased, faster):
     torch.manual_seed(0)
     tensors = [torch.randn(shape), torch.randn(7, 5), *([torch.randn(7)] if biased else [])]
     compare(linear, F.linear, tensors, torch.randn(*shape[:-1], 7))
-    assert "_product" in faster
+    assert {"_product", "summed_products"} <= set(faster)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "sliced", "every second"])
@@ -139,6 +141,30 @@ def test_gradients_of_gradients():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_batched_gradients_of_a_weight(faster):
+    x, weight = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
+    out, upstream = linear(x, weight), torch.randn(2, 4, 5)
+    (got,) = torch.autograd.grad(out, weight, upstream, is_grads_batched=True)
+    close(got, torch.einsum("bni,nj->bij", upstream, x).double())
+    assert "summed_products" not in faster
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (16, 2), (64, 8), (0, 3)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_of_products(shape, threads):
+    torch.manual_seed(0)
+    x, y = torch.randn(*shape, 5), torch.randn(*shape, 19)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = torch.einsum("ngk,ngm->km", x.double(), y.double())
+        close(cpu_products.summed_products(x, y), expected)
+        apart = [torch.cat((z, z), dim=-1)[..., : z.shape[-1]] for z in (x, y)]
+        close(cpu_products.summed_products(*apart), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_products_of_groups():
     torch.manual_seed(0)
     x, weight = torch.randn(9, 3, 16), torch.randn(3, 5, 16)
@@ -177,18 +203,53 @@ def test_attention_of_groups(piece, masked, scored, monkeypatch):
     compare(ours, expected, [q, k, v], torch.randn(n, groups, d + scored))
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("piece", [1, 2**20])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shared", [0, 4])
+@pytest.mark.parametrize("own_values", [False, True])
+def test_keys_that_all_groups_share(piece, masked, shared, own_values, monkeypatch, faster):
+    monkeypatch.setattr(grouped_attention, "_PIECE", piece)
+    torch.manual_seed(0)
+    n, groups, own, d = 5, 3, 3, 16
+    visible = torch.rand(groups, own + shared) < 0.6 if masked else None
+    if masked:
+        visible[:, 0] = True
+    given = [torch.randn(s) for s in ((n, groups, d), (groups, own, d), (groups, own, d), (shared, d))]
+    if own_values:
+        del given[2]
+
+    def all_of(q, k, *rest):
+        *v, more = rest
+        return q, k, v[0] if v else k, more
+
+    def expected(*given):
+        q, k, v, more = all_of(*given)
+        k, v = (torch.cat((x, more.expand(groups, -1, -1)), dim=1) for x in (k, v))
+        scores = torch.einsum("ngd,gmd->ngm", q, k)
+        weights = (scores.masked_fill(~visible, -torch.inf) if masked else scores).softmax(-1)
+        return torch.einsum("ngm,gmd->ngd", weights, v)
+
+    def ours(*given):
+        q, k, v, more = all_of(*given)
+        return grouped_attention.grouped_attention(q, k, v, visible, shared=more)
+
+    compare(ours, expected, given, torch.randn(n, groups, d))
+    assert "summed_products" in faster
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2), (3,), (0, 3), (2, 3)])
 def test_attention_with_some_gradients(wanted):
     torch.manual_seed(0)
-    tensors = [torch.randn(5, 2, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)]
+    tensors = [torch.randn(5, 2, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16), torch.randn(6, 16)]
     upstream = torch.randn(5, 2, 16)
 
     def gradients(*chosen):
         leaves = [x.clone().requires_grad_(i in chosen) for i, x in enumerate(tensors)]
-        grouped_attention.grouped_attention(*leaves).backward(upstream)
+        *others, shared = leaves
+        grouped_attention.grouped_attention(*others, shared=shared).backward(upstream)
         return [x.grad for x in leaves]
 
-    every, some = gradients(0, 1, 2), gradients(*wanted)
+    every, some = gradients(0, 1, 2, 3), gradients(*wanted)
     for i, gradient in enumerate(some):
         assert gradient is None if i not in wanted else torch.equal(gradient, every[i])
 
@@ -248,6 +309,30 @@ def test_cross_attention(masked, faster):
 
     compare(products, keys, tensors, torch.randn(b, n, dim))
     assert {"grouped_products", "_product"} <= set(faster)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("c", [16, 100])
+def test_cross_attention_to_shared_tokens(masked, c, faster):
+    torch.manual_seed(0)
+    b, n, m, s, heads, d, dim = 2, 40, 3, 5, 3, 64, 24
+    width = heads * d
+    shapes = (b, n, dim), (b, m, c), (width, dim), (2 * width, c), (dim, width), (d,), (d,), (s, c)
+    tensors = [torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes]
+    mask = torch.rand(b, m + s) < 0.5 if masked else None
+
+    def apart(*given):
+        *others, shared = given
+        return null_key_cross_attention(*others, heads=heads, mask=mask, shared_context=shared)
+
+    def together(x, context, *given):
+        *others, shared = given
+        context = torch.cat((context, shared.expand(b, -1, -1)), dim=1)
+        return null_key_cross_attention(x, context, *others, heads=heads, mask=mask, implementation="reference")
+
+    compare(apart, together, tensors, torch.randn(b, n, dim))
+    # Where the tokens themselves are the keys.
+    assert ("summed_products" in faster) or c == 100
 
 
 def test_no_batch_at_all():

@@ -86,6 +86,40 @@ def test_wrong_shapes_are_refused(what, implementation):
 
 
 @EVERY
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("c", [4, 100])
+def test_tokens_for_all_images_are_like_those_of_each(c, masked, implementation):
+    if implementation in ("sdpa_merge", "triton"):
+        pytest.skip("not on a CPU")
+    given = dict(zip(NAMES, (x.detach() for x in tensors(40, c, torch.float32)), strict=True))
+    shared = torch.randn(6, c)
+    mask = torch.rand(2, M + 6) < 0.5 if masked else None
+    options = {"heads": HEADS, "mask": mask, "implementation": implementation}
+    together = torch.cat((given["context"], shared.expand(2, -1, -1)), dim=1)
+    expected = null_key_cross_attention(**{**given, "context": together}, **options)
+    out = null_key_cross_attention(**given, **options, shared_context=shared)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    nothing = null_key_cross_attention(**given, heads=HEADS, implementation=implementation, shared_context=shared[:0])
+    expected = null_key_cross_attention(**given, heads=HEADS, implementation=implementation)
+    torch.testing.assert_close(nothing, expected, rtol=1e-4, atol=1e-4)
+
+
+@EVERY
+def test_wrong_shared_tokens_are_refused(implementation):
+    def refused(error, message, shared, **more):
+        options = {"heads": HEADS, "implementation": implementation, **more}
+        with pytest.raises(error, match=message):
+            null_key_cross_attention(**named(), **options, shared_context=shared)
+
+    refused(ValueError, r"shared_context must have shape \(s, 4\), as wide .* got \(6, 5\)", torch.randn(6, 5))
+    refused(ValueError, r"shared_context must have shape \(s, 4\), .* got \(2, 6, 4\)", torch.randn(2, 6, 4))
+    refused(TypeError, "shared_context must have the dtype of x, torch.float32", torch.randn(6, 4).double())
+    refused(ValueError, "shared_context must be on the device of x", torch.randn(6, 4, device="meta"))
+    mask = torch.ones(2, M).bool()
+    refused(ValueError, r"mask must have shape \(2, 26\), \(b, m\); got \(2, 20\)", torch.randn(6, 4), mask=mask)
+
+
+@EVERY
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_dtypes_and_devices_are_refused(name, implementation):
     given = named()

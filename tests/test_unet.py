@@ -322,6 +322,107 @@ def test_one_text_stands_for_all_images():
                 unet(**{**inputs, name: value[:2]})
 
 
+@pytest.fixture
+def padding_is_shared(monkeypatch):
+    """Padding is told apart wherever it may be, whatever processor this is; how often it was told."""
+    told = []
+    made = Unet._conditions_with_padding_apart
+    monkeypatch.setattr("minimagen_fast.Unet.keys_are_worth_sharing", lambda context: torch.is_grad_enabled())
+    monkeypatch.setattr(Unet, "_conditions_with_padding_apart", lambda *args: told.append(len(args[1])) or made(*args))
+    return told
+
+
+def results(unet, inputs, **more):
+    """Prediction and gradients of all parameters."""
+    torch.manual_seed(3)
+    out = unet(**inputs, **more)
+    names, parameters = zip(*unet.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
+    return out.detach(), {
+        name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None
+    }
+
+
+@pytest.mark.parametrize("words", [1, 5, 255])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", [Unet, SuperTest])
+def test_padding_is_told_once_for_all_images(padding_is_shared, monkeypatch, kind, words, masked):
+    torch.manual_seed(1)
+    unet = Unet(**{**TINY, "layer_cross_attns": True}) if kind is Unet else kind()
+    # In double precision, in which gradients of biases before a norm are as good as none in both.
+    unet.double()
+    inputs = _inputs(unet, batch=3, words=words, dtype=torch.float64)
+    inputs["text_mask"][:, (words + 1) // 2 :] = not masked
+    told = results(unet, inputs, cond_drop_prob=0.5)
+    assert padding_is_shared.pop() == 3
+    with torch.no_grad():
+        torch.manual_seed(3)
+        torch.testing.assert_close(unet(**inputs, cond_drop_prob=0.5), told[0], rtol=1e-7, atol=1e-8)
+    monkeypatch.setattr("minimagen_fast.Unet.keys_are_worth_sharing", lambda context: False)
+    expected = results(unet, inputs, cond_drop_prob=0.5)
+    assert not padding_is_shared
+    torch.testing.assert_close(told, expected, rtol=1e-7, atol=1e-8)
+    assert any(name.endswith("null_text_embed") and gradient.abs().sum() > 0 for name, gradient in told[1].items())
+
+
+def test_padding_is_not_told_apart_where_someone_else_would_miss_it(padding_is_shared):
+    torch.manual_seed(1)
+    unet = Unet(**TINY)
+    inputs = _inputs(unet)
+    unet(**inputs)
+    assert padding_is_shared.pop() == 2
+    seen = []
+
+    class Derived(Unet):
+        def denoise(self, x, lowres_cond_img, conditions):
+            conditions = list(conditions)
+            seen.extend(condition["cond"].shape[1] for condition in conditions)
+            return super().denoise(x, lowres_cond_img, conditions)
+
+    torch.manual_seed(1)
+    derived = Derived(**TINY)
+    derived.load_state_dict(unet.state_dict())
+    expected = derived(**inputs)
+    assert set(seen) == {2 + 256} and not padding_is_shared
+    for change in (
+        lambda net: net.norm_cond.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1])),
+        lambda net: setattr(net, "_text_tokens", lambda *args: seen.append(1) or Unet._text_tokens(net, *args)),
+    ):
+        changed = copy.deepcopy(unet)
+        change(changed)
+        seen.clear()
+        torch.testing.assert_close(changed(**inputs), expected, rtol=1e-4, atol=1e-4)
+        assert seen and not padding_is_shared
+    # All of it is text.
+    unet(**_inputs(unet, words=256))
+    unet(**_inputs(unet, words=300))
+    assert not padding_is_shared
+
+
+@pytest.mark.parametrize("part", ["block", "attention", "norm_context", "to_kv"])
+def test_a_part_of_someone_elses_attends_to_all_tokens(padding_is_shared, part):
+    torch.manual_seed(1)
+    unet = Unet(**TINY)
+    inputs, seen = _inputs(unet), []
+    expected = unet(**inputs)
+    padding_is_shared.clear()
+    attention = unet.mid_block1.cross_attn.fn
+    module = {
+        "block": unet.mid_block1,
+        "attention": attention,
+        "norm_context": attention.norm_context,
+        "to_kv": attention.to_kv,
+    }[part]
+
+    def look(module, args, kwargs):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        seen.append({value.shape[1] for value in tensors if value.ndim == 3})
+
+    module.register_forward_pre_hook(look, with_kwargs=True)
+    torch.testing.assert_close(unet(**inputs), expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 1 and 2 + 256 in seen[0]
+
+
 def as_pickled_by_minimagen(unet):
     """What a pickle of the original package's holds of the same U-Net: nothing that only ours has."""
     state = dict(unet.__getstate__())

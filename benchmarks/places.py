@@ -77,7 +77,7 @@ class Here:
         prepared = self._prepared
         if prepared.sample is not None:
             self._sample = prepared.sample
-            return prepared.rounds
+            return prepared.rounds() if callable(prepared.rounds) else prepared.rounds
         assert prepared.subject is not None
         profile = self._context.profile
         first = prepared.extra["first_call_seconds"]

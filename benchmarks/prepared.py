@@ -69,7 +69,7 @@ class Prepared:
         steady: Whether the subject's first call, if it is a long one, takes about as long as any other.
         sample: Takes a sample by itself instead of a :class:`.measure.Timer`.
         first: What is then called before the first sample, for ``wrong`` to get its result.
-        rounds: How many samples then.
+        rounds: How many samples then, or what says so when it is known how long one takes.
         memory: Whether to count memory (and launches, if ``count_launches``), which takes further calls.
         count_launches: Whether to count what is started on the device.
         memory_of: Where the subject replays a CUDA graph, the memory of which was allocated before: makes the same call
@@ -89,7 +89,7 @@ class Prepared:
     steady: bool = False
     sample: Callable[[], float] | None = None
     first: Callable[[], Any] = lambda: None
-    rounds: int = 1
+    rounds: int | Callable[[], int] = 1
     memory: bool = True
     count_launches: bool = False
     memory_of: Callable[[], Subject | None] | None = None

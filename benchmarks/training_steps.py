@@ -25,6 +25,8 @@ SEED = 5
 # Worker processes that draw the pictures; on a CPU there is none to spare.
 WORKERS = {"cpu": 0, "cuda": 8}
 WARM_UP_STEPS = 2
+# Steps are timed for so many times the time of a case: data loader, forward, backward, optimizer each vary.
+PATIENCE = 3
 # AdamW reads weight, gradient and two moments and writes weight and moments, all float32.
 OPTIMIZER_BYTES = 7 * 4
 
@@ -138,8 +140,9 @@ def prepare(
 
     On a part of the threads there is no floor: the ceilings are those of all.
     """
-    device, rounds = context.device, 2 * context.profile.min_rounds
-    loop = _Loop(network, variant, batch_size, device, rounds + WARM_UP_STEPS + 2, threads)
+    device, profile = context.device, context.profile
+    least = 2 * profile.min_rounds
+    loop = _Loop(network, variant, batch_size, device, max(least, profile.max_rounds) + WARM_UP_STEPS + 2, threads)
     batch = loop.next_batch()
     dtype = variant.dtype(loop.imagen)
     rate = convolution_rate(dtype, device.type == "cuda")
@@ -147,12 +150,16 @@ def prepare(
     optimizer = OPTIMIZER_BYTES * sum(parameter.numel() for parameter in loop.parameters)
     optimizer_seconds = optimizer / context.ceilings["copy_bytes_per_second"]
 
+    warm_up: list[float] = []
+
     def first() -> _Found:
         found = _found(loop, batch)
-        for _ in range(WARM_UP_STEPS):
-            loop.step()
+        warm_up.extend(loop.step() for _ in range(WARM_UP_STEPS))
         loop.waited.clear()
         return found
+
+    def rounds() -> int:
+        return max(least, min(profile.max_rounds, int(PATIENCE * profile.case_seconds / warm_up[-1])))
 
     def wrong(found: _Found) -> str | None:
         with reference_fits():

@@ -158,6 +158,17 @@ def test_a_sampling_in_few_steps_is_compared_with_the_same_one(context):
     assert prepared.more([2.0, 4.0, 2.0])["images_per_second"] == 1
 
 
+def test_short_steps_of_training_are_timed_more_often(context, monkeypatch):
+    prepared, profile = training_steps.prepare(SUPER, OURS, 2, context), context.profile
+    prepared.first()
+    least = 2 * profile.min_rounds
+    for patience, rounds in ((0, least), (10**6, max(least, profile.max_rounds))):
+        monkeypatch.setattr(training_steps, "PATIENCE", patience)
+        assert prepared.rounds() == rounds
+    # There are pictures for all of them.
+    assert all(prepared.sample() > 0 for _ in range(rounds))
+
+
 def test_a_step_of_training_a_super_resolution_network(context):
     prepared = training_steps.prepare(SUPER, OURS, 2, context)
     found = prepared.first()

@@ -446,7 +446,7 @@ class Unet(nn.Module):
         if exists(text_embeds) and exists(text_mask):
             text_mask = text_mask.expand(batch, -1)
         t, time_tokens = self._generate_t_tokens(time, lowres_noise_times)
-        if exists(text_embeds) and self._shares_padding(text_embeds):
+        if exists(text_embeds) and self._shares_padding(text_embeds, text_mask):
             keep = default(keep_text, lambda: prob_mask_like((batch,), 1 - cond_drop_prob, device=x.device))
             conditions = self._conditions_with_padding_apart(text_embeds, text_mask, keep, t, time_tokens)
             return self.denoise(x, lowres_cond_img, conditions)
@@ -675,17 +675,21 @@ class Unet(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled text (b, time_cond_dim) and tokens (b, 256, cond_dim), of null text where ``keep`` (b,) is False."""
         tokens, padding = self._tokens_and_padding(text_embeds, text_mask, keep)
+        if not exists(text_mask):
+            # As in the original, where all is text that no mask says is none, zeros after its end included.
+            padding = padding.masked_fill(keep[:, None, None], 0.0)
         tokens = torch.cat((tokens, padding.expand(tokens.shape[0], -1, -1)), dim=1)
         return self._pooled_text(tokens.mean(dim=1), keep), tokens
 
     def _tokens_and_padding(
         self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None, keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of texts (b, n, cond_dim), and the null text that all are padded with (256 - n, cond_dim)."""
+        """The tokens of texts (b, n, cond_dim), and the null text that follows masked ones (256 - n, cond_dim)."""
         # Cut before the projection: no work on what is thrown away.
         text_embeds = text_embeds[:, : self.max_text_len].to(self.dtype)
         tokens = self.text_to_cond(text_embeds)
-        null = self.null_text_embed.to(tokens.dtype)
+        # Someone else's may be one token for all places.
+        null = self.null_text_embed.to(tokens.dtype).expand(1, self.max_text_len, -1)
         keep_token = keep[:, None, None]
         if exists(text_mask):
             keep_token = keep_token & text_mask[:, : self.max_text_len, None].bool()
@@ -697,10 +701,12 @@ class Unet(nn.Module):
         hidden = self.to_text_non_attn_cond(mean)
         return torch.where(keep[:, None], hidden, self.null_text_hidden.to(hidden.dtype))
 
-    def _shares_padding(self, text_embeds: torch.Tensor) -> bool:
+    def _shares_padding(self, text_embeds: torch.Tensor, text_mask: torch.Tensor | None) -> bool:
         """Whether blocks are told apart what all texts are padded with: not if someone else has a hand in it."""
         return (
             keys_are_worth_sharing(self.null_text_embed)
+            # Without it only images whose text is dropped are padded with null text.
+            and exists(text_mask)
             and text_embeds.shape[1] < self.max_text_len
             and not overridden(self, _TOLD_OF_PADDING)
             and is_plain(self.norm_cond, nn.LayerNorm)
@@ -709,7 +715,7 @@ class Unet(nn.Module):
     def _conditions_with_padding_apart(
         self,
         text_embeds: torch.Tensor,
-        text_mask: torch.Tensor | None,
+        text_mask: torch.Tensor,
         keep: torch.Tensor,
         t: torch.Tensor,
         time_tokens: torch.Tensor,

@@ -399,6 +399,36 @@ def test_padding_is_not_told_apart_where_someone_else_would_miss_it(padding_is_s
     assert not padding_is_shared
 
 
+def test_kept_text_without_a_mask_is_padded_with_zeros_as_in_the_original(padding_is_shared):
+    torch.manual_seed(1)
+    unet = Unet(**TINY)
+    inputs = {**_inputs(unet, words=5), "text_mask": None, "keep_text": torch.tensor([True, False])}
+    out = unet(**inputs)
+    seen = []
+    unet.norm_cond.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**inputs), out, rtol=1e-4, atol=1e-4)
+    assert not padding_is_shared
+    (tokens,) = seen
+    assert not tokens[0, -251:].any() and tokens[0, -256:-251].any()
+    assert torch.equal(tokens[1, -256:], unet.null_text_embed[0])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_null_text_may_be_one_token_for_all_places(padding_is_shared, monkeypatch, shared):
+    monkeypatch.setattr("minimagen_fast.Unet.keys_are_worth_sharing", lambda context: shared)
+    torch.manual_seed(1)
+    unet = Unet(**TINY)
+    inputs = {**_inputs(unet, words=5), "keep_text": torch.tensor([True, False])}
+    inputs["text_mask"][:, 3:] = False
+    one = torch.randn_like(unet.null_text_embed[:, :1])
+    unet.null_text_embed.data = one.repeat(1, 256, 1)
+    expected = unet(**inputs)
+    unet.null_text_embed.data = one
+    torch.testing.assert_close(unet(**inputs), expected, rtol=1e-5, atol=1e-5)
+    assert len(padding_is_shared) == 2 * shared
+
+
 @pytest.mark.parametrize("part", ["block", "attention", "norm_context", "to_kv"])
 def test_a_part_of_someone_elses_attends_to_all_tokens(padding_is_shared, part):
     torch.manual_seed(1)

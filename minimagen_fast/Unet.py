@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .arguments import whole_number
-from .blocks import run_block
+from .blocks import blocks_are_compiled, run_block
 from .helpers import cast_tuple, default, exists, prob_mask_like
 from .kept import KEPT, forget_all
 from .kernels.cross_attention import keys_are_worth_sharing
@@ -708,6 +708,8 @@ class Unet(nn.Module):
             # Without it only images whose text is dropped are padded with null text.
             and exists(text_mask)
             and text_embeds.shape[1] < self.max_text_len
+            # For each length of texts they would be compiled anew.
+            and not blocks_are_compiled()
             and not overridden(self, _TOLD_OF_PADDING)
             and is_plain(self.norm_cond, nn.LayerNorm)
         )

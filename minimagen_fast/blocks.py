@@ -55,6 +55,11 @@ def use_blocks(*, compiled: bool, checkpoint_levels: Collection[int] = ()) -> Ab
     return _way.use(_Way(compiled, tuple(checkpoint_levels)))
 
 
+def blocks_are_compiled() -> bool:
+    """Whether :func:`run_block` runs blocks through torch.compile, which compiles once for each shape of its inputs."""
+    return _way.value.compiled
+
+
 def run_block(level: int, block: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The result of a block of this level, in the way in force."""
     # What has no parts does nothing that is worth compiling, or computing again.

@@ -63,8 +63,10 @@ def kinds_of(modules):
     return len({(type(module), *(x.shape for x in module.parameters())) for module in modules})
 
 
-def test_all_blocks_of_a_kind_go_through_one_compiled_function(compiled_calls):
+def test_all_blocks_of_a_kind_go_through_one_compiled_function(compiled_calls, monkeypatch):
     made, called = compiled_calls
+    # Padding that is told apart, as it is to no compiled blocks, gives other roundings.
+    monkeypatch.setattr("minimagen_fast.Unet.keys_are_worth_sharing", lambda context: False)
     imagen = make_imagen(stages=2)
     expected = loss_and_gradients(imagen, 2)
     assert not called

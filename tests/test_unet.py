@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minimagen_fast.blocks import use_blocks
 from minimagen_fast.layers import ResnetBlock
 from minimagen_fast.Unet import BaseTest, Super, SuperTest, Unet
 
@@ -412,6 +413,23 @@ def test_kept_text_without_a_mask_is_padded_with_zeros_as_in_the_original(paddin
     (tokens,) = seen
     assert not tokens[0, -251:].any() and tokens[0, -256:-251].any()
     assert torch.equal(tokens[1, -256:], unet.null_text_embed[0])
+
+
+def test_compiled_blocks_see_texts_of_all_lengths_in_one_shape(padding_is_shared, monkeypatch):
+    shapes = []
+
+    def run(block, *args, **kwargs):
+        shapes.append({name: value.shape for name, value in kwargs.items() if name.endswith("cond")})
+        return type(block).forward(block, *args, **kwargs)
+
+    monkeypatch.setattr("minimagen_fast.blocks._compiled_forward", lambda kind: run)
+    unet = Unet(**TINY)
+    with use_blocks(compiled=True):
+        unet(**_inputs(unet, words=3))
+        first = shapes[:]
+        shapes.clear()
+        unet(**_inputs(unet, words=4))
+    assert shapes == first and first
 
 
 @pytest.mark.parametrize("shared", [False, True])

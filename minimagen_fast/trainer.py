@@ -19,7 +19,7 @@ from . import checkpoint
 from .arguments import whole_number
 from .ema import EMA
 from .given_loader import GivenLoader, failures_of
-from .helpers import evaluating
+from .helpers import evaluating, maybe
 from .image_random import image_seeds
 from .Imagen import Imagen
 from .interrupts import TimeLimitExceeded, has_time_limit, time_limit, uninterrupted
@@ -460,7 +460,9 @@ class Trainer:
                 "mask": torch.ones(1, 1, dtype=torch.bool),
                 "id": torch.zeros(1, dtype=torch.int64),
             }
-        image, encoding, mask = (batch[key].to(self.imagen.device, non_blocking=True) for key in BATCH_KEYS)
+        # A loader of the user's own may give None for the mask.
+        place = maybe(lambda value: value.to(self.imagen.device, non_blocking=True))
+        image, encoding, mask = (place(batch[key]) for key in BATCH_KEYS)
         options: dict[str, Any] = {"text_embeds": encoding, "text_masks": mask}
         if self.settings.seed is not None:
             if "id" not in batch:

@@ -137,7 +137,8 @@ def MinimagenTrain(
         unets: The U-Nets that `imagen` was made of.
         imagen: The Imagen to train, on the device to train on; batches are moved there.
         train_dataloader: Gives dictionaries of ``image``, float in [0, 1], shape (b, c, s, s); ``encoding``, float,
-            shape (b, n, text_embed_dim); ``mask``, bool, shape (b, n); or None for a batch without images.
+            shape (b, n, text_embed_dim); ``mask``, bool, shape (b, n), or None, see :meth:`.Imagen.Imagen.forward`; or
+            None for a batch without images.
         valid_dataloader: Gives the same, for validation. If it is None or gives no image, ``state_dicts/`` gets the
             latest weights instead of the best.
         training_dir: What :func:`create_directory` returned.

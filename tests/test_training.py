@@ -203,6 +203,17 @@ def test_with_a_seed_images_need_numbers(tmp_path):
         trainer.run()
 
 
+def test_batches_may_have_no_mask(tmp_path):
+    run = Run(tmp_path)
+    run.train_loader, run.valid_loader = (
+        [{**batch, "mask": None} for batch in loader] for loader in (run.train_loader, run.valid_loader)
+    )
+    seen, forward = [], run.imagen.forward
+    run.imagen.forward = lambda *images, **text: seen.append(text["text_masks"]) or forward(*images, **text)
+    run.train()
+    assert seen == [None] * 5 and "Best validation loss" in run.log
+
+
 def test_without_a_seed_images_may_be_called_whatever_a_loader_calls_them(tmp_path):
     run = Run(tmp_path)
     run.train_loader = [{**batch, "id": ["a.png", "b.png"]} for batch in run.train_loader]

@@ -33,6 +33,7 @@ from .snapshots import Saved, Snapshots
 from .stopping import StopRequest
 from .training_state import Owners, Position, gather, must_agree, take_over
 from .watching import Watch
+from .weights_files import TrainedFolder
 
 __all__ = ["Trainer", "TrainingDiverged", "TrainingStep"]
 
@@ -754,7 +755,7 @@ class Trainer:
         try:
             in_place = folder.resolve() == self.snapshots.folder.resolve()
             saved = (self.snapshots if in_place else Snapshots(folder, self.ranks)).newest()
-            if saved is None and not list((directory / "tmp").glob("unet_*_tmp.pth")):
+            if saved is None and not self._holds_weights(TrainedFolder(directory)):
                 raise ValueError(f"there is no checkpoint in {folder}")
             if saved is not None:
                 self._take_over(saved, directory)
@@ -775,6 +776,10 @@ class Trainer:
         told = f"Continuing {directory} in epoch {self.position.epoch + 1} after {self.position.batch} of its batches."
         self._say(told)
         self._note(told)
+
+    def _holds_weights(self, folder: TrainedFolder) -> bool:
+        numbers = range(1, len(self.imagen.unets) + 1)
+        return any(folder.best_file(number) is not None or folder.latest_file(number).is_file() for number in numbers)
 
     def _take_over(self, saved: Saved, directory: Path) -> None:
         values = saved.values

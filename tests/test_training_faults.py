@@ -495,9 +495,11 @@ def test_a_missing_or_damaged_state_is_named(tmp_path):
         restart(Run(tmp_path / "second"), tmp_path / "first")
 
 
-def test_a_directory_of_the_original_package_starts_anew_with_a_warning(tmp_path):
+@pytest.mark.parametrize("lost", ["state_dicts", "tmp"])
+def test_a_directory_of_the_original_package_starts_anew_with_a_warning(tmp_path, lost):
     Run(tmp_path / "first").train()
-    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    for folder in ("checkpoints", lost):
+        shutil.rmtree(tmp_path / "first" / folder)
     second = Run(tmp_path / "second")
     with pytest.warns(UserWarning, match="holds weights but no checkpoints"):
         restart(second, tmp_path / "first")

@@ -69,14 +69,14 @@ class CaptionedPictures(Dataset):
         flip: bool = False,
     ):
         for name, value in (("side_length", side_length), ("max_length", max_length)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if crop not in (None, *CROPS):
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, or None, got {crop!r}")
-        self.side_length = side_length
+        self.side_length = int(side_length)
         self.crop = crop or self._default_crop
         self.flip = bool(flip)
-        self._encodings = CaptionEncodings(captions, encoder_name, max_length)
+        self._encodings = CaptionEncodings(captions, encoder_name, int(max_length))
         self._failures = SharedCounts(FAILURES)
 
     @property

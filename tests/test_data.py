@@ -9,6 +9,7 @@ import sys
 import types
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from picture_server import BAD, GOOD, encoded, picture, serving
@@ -76,6 +77,12 @@ def test_transform_and_text_encoder_can_be_used_and_set_as_in_minimagen(server):
     other.max_length, other.encoder_name = 2, "seven_wide"
     assert (other.max_length, other.encoder_name) == (2, "seven_wide")
     assert other[0]["encoding"].shape == (1, 2, 7) and dataset[0]["encoding"].shape == (1, 4, 5)
+
+
+def test_sizes_may_be_numbers_of_numpy(server):
+    numbers = {"side_length": np.int64(12), "max_length": np.int32(2)}
+    item = web(server, [next(iter(GOOD))], ["one two three"], **numbers)[0]
+    assert item["image"].shape == (3, 12, 12) and item["mask"].shape == (1, 2)
 
 
 def test_a_transform_may_drop_a_picture(server):

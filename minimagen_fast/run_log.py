@@ -123,15 +123,18 @@ class RunRecords:
         own.append(record)
 
 
-def read_run(path: Path) -> RunRecords:
+def read_run(path: str | os.PathLike) -> RunRecords:
     """Reads the log of a run, also of one that is under way.
 
     Args:
-        path: The file.
+        path: The file, or the training directory that holds it.
 
     Raises:
         FileNotFoundError: it is not there.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = path / LOG
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no {path}: name a training directory that `minimagen-fast train` has written a {LOG} to"

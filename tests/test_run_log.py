@@ -152,8 +152,15 @@ def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, free):
     assert [entry["step"] for entry in read_run(path).steps] == [1, 3]
 
 
+def test_a_log_is_named_as_text_or_by_its_training_directory(tmp_path):
+    write(tmp_path / "log.jsonl", record("step", 1))
+    for name in (tmp_path / "log.jsonl", tmp_path, str(tmp_path / "log.jsonl"), str(tmp_path)):
+        assert [entry["step"] for entry in read_run(name).steps] == [1]
+
+
 def test_without_a_log_it_is_said_what_to_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="log.jsonl: name a training directory"):
-        read_run(tmp_path / "log.jsonl")
+    for name in (tmp_path / "log.jsonl", str(tmp_path)):
+        with pytest.raises(FileNotFoundError, match="log.jsonl: name a training directory"):
+            read_run(name)
     (tmp_path / "log.jsonl").touch()
     assert read_run(tmp_path / "log.jsonl").last is None

@@ -226,6 +226,11 @@ class TrainedFolder:
         if there and (saved is None or number not in saved.values["unet_numbers"] or is_newer(file, saved)):
             return Weights(number, "latest", file)
         if saved is None or number > saved.values["unets"]:
+            if best := self.best_file(number):
+                raise ValueError(
+                    f"{self.directory} has no latest weights of U-Net {number}, neither tmp/{file.name} nor a"
+                    f" checkpoint, but {best}, as an exported folder has: choose best"
+                )
             raise ValueError(
                 f"{self.directory} has no weights of U-Net {number}, neither state_dicts/unet_{number - 1}_state_"
                 f"TIMESTAMP.pth nor tmp/{file.name} nor a checkpoint: train the model first"

@@ -128,6 +128,9 @@ def test_an_export_is_exported_again_and_stays_what_it_was(run, tmp_path):
     assert "| the latest averages of the training |" in (tmp_path / "second" / "README.md").read_text()
     noted = [json.loads((tmp_path / name / "export.json").read_text()) for name in ("first", "second")]
     assert noted[0] == noted[1] and noted[0]["2"]["training"]["optimizer steps"] == "4"
+    for name, weights in (("first", r"state_dicts/unet_0_state_\d+_\d+\.pth"), ("second", r"unet_0\.safetensors")):
+        with pytest.raises(ValueError, match=rf"{name} has no latest weights of U-Net 1, .* but .*{weights}.* best"):
+            export_cascade([tmp_path / name], tmp_path / "third", weights="latest")
     (tmp_path / "first" / "export.json").write_text('{"1": {"kind": "finest"}}')
     with pytest.raises(ValueError, match=r"export\.json is not as it was exported, at '1'"):
         export_cascade([tmp_path / "first"], tmp_path / "third")

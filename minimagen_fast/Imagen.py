@@ -419,7 +419,8 @@ class Imagen(nn.Module):
             texts: Captions, one for each image.
             text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions; of batch size 1, the same
                 for all images.
-            text_masks: Which of their tokens are text, bool, shape (b, n) or (1, n); all, if not given.
+            text_masks: Which of their tokens are text, bool, shape (b, n) or (1, n); if not given, all, and zeros that
+                follow them up to the 256th.
             unet_number: Which U-Net to train, counted from 1; needed if there is more than one.
             seeds: A whole number for each image, from which all that is random about it is drawn (see
                 :mod:`.image_random`), the level of the low-resolution noise too; if not given, torch's global
@@ -681,7 +682,8 @@ class Imagen(nn.Module):
 
         Args:
             texts: Captions.
-            text_masks: Which tokens of ``text_embeds`` are text, bool, shape (b, n) or (1, n); all, if not given.
+            text_masks: Which tokens of ``text_embeds`` are text, bool, shape (b, n) or (1, n); if not given, all, and
+                zeros that follow them up to the 256th.
             text_embeds: Text embeddings, shape (b, n, text_embed_dim), instead of captions.
             cond_scale: Guidance weight, see :meth:`.Unet.forward_with_cond_scale`; one value or one for each U-Net.
             lowres_sample_noise_level: Overrides the instance's value, in [0, 1).

@@ -424,7 +424,8 @@ class Unet(nn.Module):
             lowres_noise_times: Timestep to which each of them was noised, shape (b,); with ``lowres_cond`` only.
             text_embeds: Text embeddings, shape (b, n, text_embed_dim), or (1, n, text_embed_dim) for all images; tokens
                 past the 256th are cut off. Without them the U-Net is conditioned on time alone.
-            text_mask: Which tokens are text and not padding, bool, shape (b, n) or (1, n); all, if not given.
+            text_mask: Which tokens are text and not padding, bool, shape (b, n) or (1, n); if not given, all, and zeros
+                that follow them up to the 256th.
             cond_drop_prob: Probability with which an image's text is dropped, in [0, 1].
             keep_text: Which images keep their text, bool, shape (b,); drawn at random, if not given.
 

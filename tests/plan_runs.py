@@ -18,7 +18,7 @@ from minimagen_fast.plan_unet import Network
 from minimagen_fast.ranks import open_ranks
 
 CPU = torch.device("cpu")
-STEPS = 2
+STEPS, ATTEMPTS = 2, 3
 # Wide enough for its weights and its activations to outweigh what is the same in every training.
 SETTINGS = {
     "dim": 32,
@@ -112,7 +112,7 @@ class Messages(TorchDispatchMode):
 
 
 def measure(cases):
-    """Messages of a step and, where it is wanted, peak memory on this rank, for each setup and strategy."""
+    """Messages of a step and, where it is wanted, least peak memory on this rank, for each setup and strategy."""
     found = []
     with open_ranks(CPU) as ranks:
         for setup, how, with_memory in cases:
@@ -123,7 +123,9 @@ def measure(cases):
                 loop.step()
             del loop
             sent = {kind: size for (kind, large), size in messages.bytes.items() if large}
-            found.append((sent, measured_peak(setup, ranks, how) if with_memory else None))
+            # Now and then Gloo's threads still hold a copy of the gradients when the next pass is at its peak.
+            peaks = [measured_peak(setup, ranks, how) for _ in range(ATTEMPTS if with_memory else 0)]
+            found.append((sent, min(peaks, default=None)))
     return found
 
 

@@ -7,6 +7,7 @@ from . import dispatch, grouped_attention, launch
 from .arguments import check_floating_point, check_one_device, check_one_dtype
 from .attention import checked_mask, null_key_attention, visible_keys, weights_of_scores
 from .cpu_products import linear, onednn_multiplies
+from .grouped_attention import with_shared
 
 __all__ = ["keys_are_worth_keeping", "keys_are_worth_sharing", "null_key_cross_attention"]
 
@@ -69,15 +70,10 @@ def null_key_cross_attention(
         return _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask, shared_context)
     q, keys_values = linear(x, to_q), linear(context, to_kv)
     if shared_context is not None:
-        keys_values = _with_shared(keys_values, linear(shared_context, to_kv))
+        keys_values = with_shared(keys_values, linear(shared_context, to_kv))
     k, v = keys_values.chunk(2, dim=-1)
     out = null_key_attention(q, k, v, null_key, null_value, heads=heads, mask=mask, implementation=implementation)
     return linear(out, to_out)
-
-
-def _with_shared(context: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """(b, m, c) and (s, c) to (b, m + s, c)."""
-    return torch.cat((context, shared.expand(context.shape[0], -1, -1)), dim=1)
 
 
 def _check(x, context, to_q, to_kv, to_out, null_key, null_value, heads, mask, shared) -> None:
@@ -179,7 +175,7 @@ def _with_products(x, context, to_q, to_kv, to_out, null_key, null_value, heads,
         attended = grouped_attention.grouped_attention(q.transpose(0, 1), context, context, visible, shared=shared)
         return linear(attended.transpose(0, 1).reshape(b, n, heads * (c + 1)), value_result)
     if shared is not None:
-        context = _with_shared(context, shared)
+        context = with_shared(context, shared)
     context = F.pad(context, (0, 1, 1, 0))
     context[:, 0, c] = 1.0
     if q.dtype == torch.float32 and not launch.in_forward_mode():

@@ -10,7 +10,7 @@ import torch
 from .cpu_products import grouped_products, onednn_multiplies, summed_products
 from .launch import differentiable, refuse_batched
 
-__all__ = ["grouped_attention", "reasons_against"]
+__all__ = ["grouped_attention", "reasons_against", "with_shared"]
 
 # Scores of a piece of the groups, or of their queries: they stay in the cache.
 _PIECE = 2**20
@@ -74,9 +74,13 @@ def grouped_attention(
 def _all_keys(k, v, shared):
     if shared is None:
         return k, v
-    shared = shared.expand(k.shape[0], -1, -1)
-    keys = torch.cat((k, shared), dim=1)
-    return keys, keys if v is k else torch.cat((v, shared), dim=1)
+    keys = with_shared(k, shared)
+    return keys, keys if v is k else with_shared(v, shared)
+
+
+def with_shared(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Those of each, shape (b, m, c), and after them those that all share, shape (s, c): shape (b, m + s, c)."""
+    return torch.cat((own, shared.expand(own.shape[0], -1, -1)), dim=1)
 
 
 def _pieces(q: torch.Tensor, k: torch.Tensor) -> list[slice]:

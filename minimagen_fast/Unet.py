@@ -15,6 +15,7 @@ from .blocks import blocks_are_compiled, run_block
 from .helpers import cast_tuple, default, exists, prob_mask_like
 from .kept import KEPT, forget_all
 from .kernels.cross_attention import keys_are_worth_sharing
+from .kernels.grouped_attention import with_shared
 from .layers import (
     Attention,
     CrossEmbedLayer,
@@ -519,7 +520,7 @@ class Unet(nn.Module):
         blocks = self.resnet_blocks
         rows = self._joined_scale_shifts(t, blocks)
         if exists(shared) and not (exists(rows) and all(map(takes_shared_cond, blocks))):
-            c, shared = torch.cat((c, shared.expand(c.shape[0], -1, -1)), dim=1), None
+            c, shared = with_shared(c, shared), None
         if not exists(rows):
             return itertools.repeat({"time_emb": t, "cond": c})
         tokens = {"cond": c, "shared_cond": shared} if exists(shared) else {"cond": c}

@@ -24,6 +24,7 @@ from .kernels import (
     wide_conv2d,
 )
 from .kernels.arguments import autocast_dtype
+from .kernels.grouped_attention import with_shared
 from .plain import has_hooks, is_plain, is_plain_sequence, keep_forwards
 
 
@@ -425,7 +426,7 @@ class CrossAttention(nn.Module):
                 )
                 return norm(out, residual=residual)
         if exists(shared_context):
-            context = torch.cat((context, shared_context.expand(x.shape[0], -1, -1)), dim=1)
+            context = with_shared(context, shared_context)
         keys_values = default(keys_values, lambda: self.project_context(context))
         k, v = keys_values.chunk(2, dim=-1)
         out = null_key_attention(_queries(self, x), k, v, null_key, null_value, heads=self.heads, mask=mask)

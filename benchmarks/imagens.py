@@ -149,8 +149,10 @@ SWITCHES: dict[str, dict[str, str]] = {
     "condition_cache": {"condition_cache": "on"},
     # On a CPU.
     "freed_memory": {"freed_memory": "kept"},
+    "recorded_steps": {"recorded_steps": "on"},
     "bfloat16": {"precision": "bfloat16"},
-    "compile": {"compile": "blocks"},
+    # Steps that are recorded run their blocks as they are.
+    "compile": {"compile": "blocks", "recorded_steps": "off"},
     # A switch that training heeds needs one that it does not.
     "cuda_graphs": {"condition_cache": "on", "cuda_graphs": "on"},
 }

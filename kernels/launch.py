@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 try:
     import triton
@@ -326,15 +327,22 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def nothing_looks(args: tuple) -> bool:
-    """Whether nothing traces, transforms or counts operators, and all tensors are torch's own, with values."""
+    """Whether nothing traces, transforms or counts operators, and all tensors are torch's own, with values.
+
+    A mode that says of itself that it ``only_records`` what runs anyway does not count.
+    """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        or (torch._C._len_torch_dispatch_stack() and not _all_only_record())
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
     ):
         return False
     return all(not isinstance(arg, torch.Tensor) or (type(arg) in _PLAIN and not arg.is_meta) for arg in args)
+
+
+def _all_only_record() -> bool:
+    return all(getattr(mode, "only_records", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def _needs_gradients(args: tuple) -> bool:

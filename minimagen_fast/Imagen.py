@@ -19,7 +19,7 @@ from torch import nn
 
 from .acceleration import Acceleration, checked_request, resolve
 from .arguments import check_seed, check_tensor, finite_number, whole_number
-from .captured_training import losses_of
+from .captured_training import is_replayed, losses_of
 from .diffusion_model import GaussianDiffusion
 from .helpers import (
     cast_tuple,
@@ -583,7 +583,7 @@ class Imagen(nn.Module):
         # What users have put in the place of ours is called; and an attribute that cannot be is refused by the U-Net.
         functions_as_made = self.loss_fn in _LOSSES.values() and self.normalize_img in _NORMALIZES
         as_made = functions_as_made and all(map(_is_plain_scheduler, schedulers)) and not overridden(unet, _IN_TRAINING)
-        if acceleration.cuda_graphs != "on" or not as_made or not 0 <= self.cond_drop_prob <= 1:
+        if not is_replayed(acceleration) or not as_made or not 0 <= self.cond_drop_prob <= 1:
             return losses(unet, **inputs)
         schedules = (buffer for scheduler in schedulers for buffer in scheduler.buffers())
         what = self.loss_fn, self.normalize_img, per_image, tuple(each.data_ptr() for each in schedules)

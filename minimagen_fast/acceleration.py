@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("auto", "triton", "sdpa", "sdpa_merge", "xformers", "reference"),
     "compile": ("off", "blocks"),
     "cuda_graphs": ("off", "on"),
+    "recorded_steps": ("off", "on"),
     "condition_cache": ("off", "on"),
     "freed_memory": ("returned", "kept"),
 }
@@ -46,6 +47,7 @@ REFERENCE: dict[str, Any] = {
     "attention": "reference",
     "compile": "off",
     "cuda_graphs": "off",
+    "recorded_steps": "off",
     "condition_cache": "off",
     "freed_memory": "returned",
     "checkpoint_levels": (),
@@ -69,6 +71,8 @@ class Acceleration:
             for all modules. Hooks of the block itself are called around it.
         cuda_graphs: ``on`` if a step of sampling is captured and replayed, :mod:`.sampling` says when it is captured
             anew; and if both passes of a step of training are, where :mod:`.captured_training` says that they may.
+        recorded_steps: ``on`` if a step of training runs from a recording of its operators, without the Python that
+            called for them, where :mod:`.captured_training` says that it may.
         condition_cache: ``on`` if what the steps of a sampling share is computed once, and guidance takes one call of
             the U-Net a step, not two.
         freed_memory: ``kept`` if main memory that is freed stays with the process, for the next tensors, from the first
@@ -84,6 +88,7 @@ class Acceleration:
     attention: str
     compile: str
     cuda_graphs: str
+    recorded_steps: str
     condition_cache: str
     freed_memory: str
     checkpoint_levels: tuple[int, ...] = ()
@@ -237,6 +242,11 @@ def resolve(
             f"{source('checkpoint_levels')}checkpoint_levels must lie in 0 to {deepest}, the U-Nets' middle;"
             f" got {wrong}"
         )
+    if values["recorded_steps"] == "on" and (values["compile"] == "blocks" or levels):
+        needs = "it needs compile='off' and no checkpoint_levels"
+        if "recorded_steps" in asked:
+            raise ValueError(f"{source('recorded_steps')}recorded_steps='on' cannot be had: {needs}; choose 'auto'")
+        values["recorded_steps"], reasons["recorded_steps"] = "off", needs
     reasons["checkpoint_levels"] = "nothing is computed twice"
     for name in asked:
         reasons[name] = ASKED_FOR if name in request else ASKED_FOR_IN_ENVIRONMENT
@@ -288,6 +298,12 @@ def _cuda_graphs(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
     return "on", "a replayed step does not wait for the host"
 
 
+def _recorded_steps(device: torch.device, weights: torch.dtype) -> tuple[str, str]:
+    if device.type != "cpu":
+        return "off", "only for CPUs"
+    return "on", "a good part of a short step is Python"
+
+
 _AUTOMATIC = {
     "precision": _precision,
     "memory_format": _memory_format,
@@ -295,6 +311,7 @@ _AUTOMATIC = {
     "attention": lambda device, weights: ("auto", "the fastest that can do the job"),
     "compile": _compile,
     "cuda_graphs": _cuda_graphs,
+    "recorded_steps": _recorded_steps,
     "condition_cache": lambda device, weights: ("on", "text and timesteps are worked on once"),
     "freed_memory": _freed_memory,
 }
@@ -312,6 +329,8 @@ def _obstacle(name: str, value: str, device: torch.device, weights: torch.dtype,
         return "; ".join(xformers_reasons(torch.empty(0, device=device, dtype=dtype)))
     if name == "cuda_graphs" and value == "on" and device.type != "cuda":
         return f"the model is on {device}, not on a CUDA device"
+    if name == "recorded_steps" and value == "on" and device.type != "cpu":
+        return f"the model is on {device}, not on a CPU"
     if name == "compile" and value == "blocks":
         return _no_compiler(device)
     if name == "freed_memory" and value == "kept":

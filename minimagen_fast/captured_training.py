@@ -15,9 +15,10 @@ settings. A step runs as it is, without a word, where
 - several processes train together: gradients are exchanged while the backward pass goes on;
 - something else has a part in it: hooks or methods of its own of the U-Net, modules of other classes than torch's and
   ours, hooks of saved tensors, a mode that sees functions or operators, ``torch.func``, another capture.
+
+On a CPU steps are recorded instead, by :mod:`.recorded_training`: there memory and losses that wait are no obstacle.
 """
 
-import copy
 import functools
 import warnings
 import weakref
@@ -25,7 +26,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -33,15 +33,15 @@ from .acceleration import Acceleration, autocast_dtype
 from .cuda_capture import capturing, library_settings
 from .kept import KEPT, TRAINING, InOrder, KeptGraphs
 from .kernels import dispatch
-from .kernels.launch import nothing_looks
+from .kernels.launch import in_forward_mode, nothing_looks
 from .module_watch import ModuleWatch, only_computes
 from .plain import classes_are_as_made
+from .recorded_training import RecordedStep
+from .twins import twin_of
 
 if TYPE_CHECKING:
     from .Unet import Unet
 
-# Kinds of step that are kept for each U-Net, captured or not.
-_MOST_KINDS = 4
 _BACKWARD_PASSES_FIRST = 2
 #: Share of the device's memory that a captured step may hold on to.
 MOST_MEMORY = 1 / 8
@@ -60,7 +60,7 @@ def losses_of(unet: "Unet", compute: Compute, inputs: Inputs, acceleration: Acce
         acceleration: How to run the U-Net.
         what: What else the computation depends on: where two are equal, the same is computed.
     """
-    if acceleration.cuda_graphs != "on" or not _may_be_replayed(inputs):
+    if not is_replayed(acceleration) or not _may_be_replayed(inputs):
         return compute(unet, **inputs)
     kept = _kept_with(unet)
     # Another thread may train this U-Net.
@@ -69,13 +69,23 @@ def losses_of(unet: "Unet", compute: Compute, inputs: Inputs, acceleration: Acce
     try:
         if kept.awaits_backward() or not kept.is_of(unet):
             return compute(unet, **inputs)
+        graphs = acceleration.cuda_graphs == "on"
         autocast = autocast_dtype(unet.null_text_embed.device)
+        if not graphs and autocast is not None:
+            # Who has it in force may have it so in the backward pass or not.
+            return compute(unet, **inputs)
         settings = dispatch.implementation(), dispatch.attention_override(None), autocast, library_settings()
         shapes = tuple(None if x is None else (x.shape, x.dtype) for x in inputs.values())
-        step = kept.step((acceleration, settings, what, shapes))
-        return step.losses(kept, unet, compute, inputs, required=acceleration.asks_for("cuda_graphs"))
+        step = kept.step((acceleration, settings, what, shapes), _Step if graphs else RecordedStep)
+        required = acceleration.asks_for("cuda_graphs" if graphs else "recorded_steps")
+        return step.losses(kept, unet, compute, inputs, required=required)
     finally:
         kept.lock.release()
+
+
+def is_replayed(acceleration: Acceleration) -> bool:
+    """Whether steps of a training are to be captured or recorded, where they may be."""
+    return acceleration.cuda_graphs == "on" or acceleration.recorded_steps == "on"
 
 
 def _may_be_replayed(inputs: Inputs) -> bool:
@@ -83,12 +93,13 @@ def _may_be_replayed(inputs: Inputs) -> bool:
     return (
         torch.is_grad_enabled()
         and nothing_looks(tensors)
+        and not in_forward_mode()
         # What `torch.set_default_device` puts there does not look either.
         and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and classes_are_as_made()
         and not torch.is_anomaly_enabled()
-        and not torch.cuda.is_current_stream_capturing()
+        and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         and all(value.numel() and not value.requires_grad for value in tensors)
         and not _several_processes()
     )
@@ -113,11 +124,19 @@ class _Pass:
         self.finished = False
 
 
-class _Kept(KeptGraphs):
-    """The steps of one U-Net. They share their memory: between a forward pass and its backward pass none may run."""
+class Kept(KeptGraphs):
+    """The steps of one U-Net.
+
+    Captured ones share their memory: between a forward pass and its backward pass none may run.
+
+    Attributes:
+        steps: How many there were.
+        recordings: How many of them were recorded.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.steps = self.recordings = 0
         self._watch: ModuleWatch | None = None
         self._only_computes = False
         self._last: Callable[[], _Pass | None] = lambda: None
@@ -130,18 +149,19 @@ class _Kept(KeptGraphs):
             self._watch = ModuleWatch(unet, besides=KEPT)
         return self._only_computes
 
-    def step(self, key: tuple) -> "_Step":
+    def step(self, key: tuple, kind: "type[_Step | RecordedStep]") -> "_Step | RecordedStep":
         """The step of a kind."""
+        self.steps += 1
         if key not in self.graphs:
-            while len(self.graphs) >= _MOST_KINDS:
+            while len(self.graphs) >= kind.MOST_KINDS:
                 self.graphs.popitem(last=False)
-            self.graphs[key] = _Step()
+            self.graphs[key] = kind()
         self.graphs.move_to_end(key)
         return self.graphs[key]
 
     def other_graph(self) -> torch.cuda.CUDAGraph | None:
         """One that was captured, if any was."""
-        captured = (step.captured for step in self.graphs.values())
+        captured = (step.captured for step in self.graphs.values() if isinstance(step, _Step))
         return next((each.forward for each in captured if each is not None), None)
 
     def begin(self) -> _Pass:
@@ -154,9 +174,9 @@ class _Kept(KeptGraphs):
         return last is not None and not last.finished
 
 
-def _kept_with(unet: "Unet") -> _Kept:
+def _kept_with(unet: "Unet") -> Kept:
     if TRAINING not in vars(unet):
-        vars(unet)[TRAINING] = _Kept()
+        vars(unet)[TRAINING] = Kept()
     return vars(unet)[TRAINING]
 
 
@@ -167,12 +187,15 @@ class _Step:
         captured: What was captured, if it was.
     """
 
+    # Kept for each U-Net, captured or not.
+    MOST_KINDS = 4
+
     def __init__(self) -> None:
         self._backward_passes = 0
         self._is_large = self._has_failed = self._has_large_graphs = False
         self.captured: _Captured | None = None
 
-    def losses(self, kept: _Kept, unet: "Unet", compute: Compute, inputs: Inputs, *, required: bool) -> torch.Tensor:
+    def losses(self, kept: Kept, unet: "Unet", compute: Compute, inputs: Inputs, *, required: bool) -> torch.Tensor:
         if self.captured is None and self._is_due(required):
             self.captured = self._capture(kept, unet, compute, inputs, required)
         if self.captured is not None:
@@ -196,7 +219,7 @@ class _Step:
         self._backward_passes += 1
 
     def _capture(
-        self, kept: _Kept, unet: "Unet", compute: Compute, inputs: Inputs, required: bool
+        self, kept: Kept, unet: "Unet", compute: Compute, inputs: Inputs, required: bool
     ) -> "_Captured | None":
         device = unet.null_text_embed.device
         before = _reserved(device)
@@ -225,12 +248,13 @@ class _Captured:
         parameters: Those that have gradients.
     """
 
-    def __init__(self, kept: _Kept, unet: "Unet", compute: Compute, inputs: Inputs):
+    def __init__(self, kept: Kept, unet: "Unet", compute: Compute, inputs: Inputs):
         self._in_order: InOrder = kept.in_order
         self._device = device = unet.null_text_embed.device
         self._inputs = _copies(inputs)
         # It also keeps the tensors alive for a backward pass that comes when the U-Net has got others.
-        self._twin = _twin_of(unet)
+        # Hooks are called after the replay, and no stream may wait for one whose work is being captured.
+        self._twin = twin_of(unet)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Autocast keeps what it converts while it is in force: from outside it would be out of date in a replay, and
         # what is converted in the capture has no values outside.
@@ -273,18 +297,6 @@ class _Captured:
             self.backward.replay()
             # The caller accumulates in them, and the next replay writes to these.
             return torch._foreach_mul(self._gradients, 1.0)
-
-
-def _twin_of(unet: "Unet") -> "Unet":
-    """The same U-Net with other parameters, in the same memory.
-
-    What autograd knows of the U-Net's own is not met there: hooks, which autograd will call after the replay, and the
-    stream in which their gradients were last accumulated, which must not wait for one whose work is being captured.
-    """
-    memo: dict[int, object] = {id(value): value for value in unet.buffers()}
-    for own in unet.parameters():
-        memo[id(own)] = nn.Parameter(own.detach(), own.requires_grad)
-    return copy.deepcopy(unet, memo)
 
 
 def _laid_out_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

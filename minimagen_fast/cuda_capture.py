@@ -108,5 +108,6 @@ def library_settings() -> tuple:
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
+        torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
     )

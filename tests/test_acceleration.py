@@ -28,6 +28,7 @@ OFF = {
     "attention": "reference",
     "compile": "off",
     "cuda_graphs": "off",
+    "recorded_steps": "off",
     "condition_cache": "off",
     "freed_memory": "returned",
 }
@@ -36,9 +37,10 @@ OFF = {
 @pytest.fixture(autouse=True)
 def no_request(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
-    policy._no_compiler.cache_clear()
+    clear = policy._no_compiler.cache_clear
+    clear()
     yield
-    policy._no_compiler.cache_clear()
+    clear()
 
 
 @pytest.fixture
@@ -70,6 +72,7 @@ def test_without_a_card(device, memory_format):
         "attention": "auto",
         "compile": "off",
         "cuda_graphs": "off",
+        "recorded_steps": "on" if device == CPU else "off",
         "condition_cache": "on",
         "freed_memory": "kept" if device == CPU and not host_memory.obstacle() else "returned",
     }
@@ -83,6 +86,7 @@ def test_on_a_card(card):
         "attention": "auto",
         "compile": "blocks",
         "cuda_graphs": "on",
+        "recorded_steps": "off",
         "condition_cache": "on",
         "freed_memory": "returned",
     }
@@ -184,6 +188,22 @@ def test_graphs_need_the_condition_cache(card):
         resolve({"cuda_graphs": "on", "condition_cache": "off"}, card(), FLOAT)
     resolved = resolve({"condition_cache": "off"}, card(), FLOAT)
     assert resolved.cuda_graphs == "off" and resolved.reasons["cuda_graphs"] == "it needs the condition cache"
+
+
+@pytest.mark.parametrize("device", [META, CUDA])
+def test_recorded_steps_are_for_cpus(card, device):
+    card()
+    with pytest.raises(ValueError, match=f"recorded_steps='on' cannot be had: the model is on {device}.*'auto'"):
+        resolve({"recorded_steps": "on"}, device, FLOAT)
+
+
+@pytest.mark.parametrize("other", [{"compile": "blocks"}, {"checkpoint_levels": [0]}], ids=str)
+def test_recorded_steps_go_with_blocks_as_they_are(monkeypatch, other):
+    monkeypatch.setattr(policy, "_no_compiler", lambda device: None)
+    with pytest.raises(ValueError, match="recorded_steps='on' cannot be had: it needs compile='off' and no checkpoint"):
+        resolve({"recorded_steps": "on", **other}, CPU, FLOAT)
+    resolved = resolve(other, CPU, FLOAT)
+    assert resolved.recorded_steps == "off" and resolved.reasons["recorded_steps"].startswith("it needs compile='off'")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import gc
 import itertools
 import pickle
@@ -13,17 +12,28 @@ import pytest
 import torch
 from fast_path import distance, make_imagen, make_words
 from recorded_graph import record_cuda_graphs
+from replayed_steps import (
+    INTERFERENCES,
+    assert_same,
+    eager,
+    freeze,
+    gradients_of,
+    loss_of,
+    not_normalised,
+    other_eps,
+    other_loss,
+    other_schedule,
+    replace,
+    step,
+    warm,
+    weighed,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimagen_fast import captured_training, cuda_capture
 from minimagen_fast.acceleration import ASKED_FOR, ENVIRONMENT_VARIABLE
-from minimagen_fast.diffusion_model import GaussianDiffusion
-from minimagen_fast.helpers import identity
 from minimagen_fast.kept import KEPT
 from minimagen_fast.kernels import dispatch
-from minimagen_fast.Unet import Unet
-
-BATCH = 3
 
 
 @pytest.fixture
@@ -34,45 +44,6 @@ def graphs(monkeypatch):
 def replays(graphs):
     """How often each pair of graphs was replayed: (forward, backward)."""
     return [(forward.replays, backward.replays) for forward, backward in zip(graphs[::2], graphs[1::2], strict=True)]
-
-
-def loss_of(imagen, seed=0, *, batch=BATCH, tokens=5, masked=True, stage=None, **options):
-    torch.manual_seed(seed)
-    images, words = torch.rand(batch, 3, 20, 20), make_words(batch, tokens, seed=seed)
-    if not masked:
-        del words["text_masks"]
-    return imagen(images, **words, unet_number=stage, **options)
-
-
-def gradients_of(imagen):
-    return [None if p.grad is None else p.grad.clone() for p in imagen.parameters()]
-
-
-def step(imagen, seed=0, **options):
-    """Loss and gradients of a step."""
-    imagen.zero_grad()
-    loss = loss_of(imagen, seed, **options)
-    loss.backward()
-    return loss.detach(), gradients_of(imagen)
-
-
-def assert_same(one, other):
-    assert torch.equal(one[0], other[0])
-    for mine, theirs in zip(one[1], other[1], strict=True):
-        assert (mine is None) == (theirs is None) and (mine is None or torch.equal(mine, theirs))
-
-
-def eager(monkeypatch, imagen, seed=0, **options):
-    """The step as it is, of a copy."""
-    with monkeypatch.context() as patched:
-        patched.setattr(captured_training, "_may_be_replayed", lambda inputs: False)
-        return step(copy.deepcopy(imagen), seed, **options)
-
-
-def warm(imagen, **options):
-    """Until the next step is captured."""
-    for seed in range(captured_training._BACKWARD_PASSES_FIRST):
-        step(imagen, seed, **options)
 
 
 OPTIONS = [{}, {"seeds": [5, 6, 7]}, {"min_snr_gamma": 5.0}]
@@ -250,19 +221,6 @@ def test_weights_that_lie_elsewhere_are_captured_anew(graphs, monkeypatch):
     assert replays(graphs) == [(1, 1), (2, 2)]
 
 
-def freeze(unet):
-    for parameter in unet.downs.parameters():
-        parameter.requires_grad_(False)
-
-
-def replace(unet):
-    unet.final_conv = copy.deepcopy(unet.final_conv)
-
-
-def other_eps(unet):
-    unet.mid_block1.block1.groupnorm.eps = 0.1
-
-
 @pytest.mark.parametrize("change", [freeze, replace, other_eps, torch.nn.Module.eval])
 def test_a_u_net_that_changes_is_captured_anew(graphs, monkeypatch, change):
     imagen = make_imagen()
@@ -307,22 +265,6 @@ def test_other_kernels_are_captured_anew(graphs, monkeypatch, use):
         for seed in range(3):
             assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
     assert replays(graphs) == [(1, 1), (1, 1)]
-
-
-def other_loss(imagen):
-    imagen.loss_fn = torch.nn.functional.l1_loss
-
-
-def not_normalised(imagen):
-    imagen.normalize_img = identity
-
-
-def other_schedule(imagen):
-    imagen.noise_schedulers[0] = GaussianDiffusion(timesteps=30)
-
-
-def weighed(imagen):
-    return {"min_snr_gamma": 5.0}
 
 
 @pytest.mark.parametrize("change", [other_loss, not_normalised, other_schedule, weighed])
@@ -379,104 +321,11 @@ def test_few_kinds_are_kept(graphs):
         warm(imagen, batch=batch)
         step(imagen, batch=batch)
     kept = vars(imagen.unets[0])[KEPT[1]]
-    assert len(kept.graphs) == captured_training._MOST_KINDS
+    assert len(kept.graphs) == captured_training._Step.MOST_KINDS
     assert {each.memory for each in graphs} == {graphs[0]}, "graphs of one U-Net share their memory"
 
 
-def hooked(imagen, called):
-    imagen.unets[0].mid_block1.register_forward_hook(lambda *_: called.append(1))
-
-
-class Own(torch.nn.Conv2d):
-    pass
-
-
-def of_another_class(imagen, called):
-    def forward(x):
-        called.append(1)
-        return torch.nn.Conv2d.forward(own, x)
-
-    own = Own(imagen.unets[0].final_conv.in_channels, 3, 1)
-    own.forward = forward
-    imagen.unets[0].final_conv = own
-
-
-def with_another_loss(imagen, called):
-    @dataclasses.dataclass
-    class Loss:  # which has no hash
-        scale: float = 2.0
-
-        def __call__(self, *tensors, **options):
-            called.append(1)
-            return self.scale * torch.nn.functional.l1_loss(*tensors, **options)
-
-    imagen.loss_fn = Loss()
-
-
-def with_other_noise(imagen, called):
-    scheduler = imagen.noise_schedulers[0]
-    noised = scheduler.q_sample
-    scheduler.q_sample = lambda *args, **options: called.append(1) or noised(*args, **options)
-
-
-def with_a_hook_of_all_modules(imagen, called):
-    final = imagen.unets[0].final_conv
-    return torch.nn.modules.module.register_module_forward_hook(
-        lambda module, *_: called.append(1) if module is final else None
-    ).remove
-
-
-def with_another_forward_of_a_class(imagen, called):
-    patch, final, forward = pytest.MonkeyPatch(), imagen.unets[0].final_conv, torch.nn.Conv2d.forward
-
-    def counted(module, x):
-        if module is final:
-            called.append(1)
-        return forward(module, x)
-
-    patch.setattr(torch.nn.Conv2d, "forward", counted)
-    return patch.undo
-
-
-def counting(called, method):
-    return lambda *args, **options: called.append(1) or method(*args, **options)
-
-
-def with_a_method(imagen, called):
-    unet = imagen.unets[0]
-    unet.denoise = counting(called, unet.denoise)
-
-
-def with_another_method_of_the_class(imagen, called):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Unet, "_text_tokens", counting(called, Unet._text_tokens))
-    return patch.undo
-
-
-def parametrised(imagen, called):
-    class Scaled(torch.nn.Module):
-        def forward(self, weight):
-            called.append(1)
-            return weight * 2
-
-    torch.nn.utils.parametrize.register_parametrization(imagen.unets[0].final_conv, "weight", Scaled(), unsafe=True)
-    called.clear()
-
-
-@pytest.mark.parametrize(
-    "interfere",
-    [
-        hooked,
-        of_another_class,
-        with_another_loss,
-        with_other_noise,
-        with_a_hook_of_all_modules,
-        with_another_forward_of_a_class,
-        with_a_method,
-        with_another_method_of_the_class,
-        parametrised,
-    ],
-)
+@pytest.mark.parametrize("interfere", INTERFERENCES)
 def test_what_does_more_than_compute_is_called(graphs, interfere):
     imagen, called = make_imagen(), []
     warm(imagen)

@@ -1,0 +1,188 @@
+"""Operators that are taken down and run again."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from minimagen_fast.recorded import NotRecordable, record
+
+T = torch.tensor
+WEIGHT = torch.nn.Parameter(T([[2.0, -1.0], [0.5, 3.0]]))
+
+
+def gradient_of_weight(losses, gradient):
+    return torch.autograd.grad(losses, [WEIGHT], gradient)
+
+
+def run(recording, gradient, **inputs):
+    with torch.no_grad():
+        passes = recording.run(**inputs)
+        losses = next(passes)
+        return losses, passes.send(gradient)
+
+
+def as_it_is(compute, gradient, **inputs):
+    losses = compute(**inputs)
+    return losses.detach(), list(gradient_of_weight(losses, gradient))
+
+
+def products(x):
+    return (x @ WEIGHT).sigmoid().sum(1)
+
+
+def in_place(x):
+    rows = x.new_empty(x.shape[0], 2)
+    rows[:, :1] = (x @ WEIGHT)[:, 1:]
+    rows[:, 1] = 7
+    return rows.mul_(x).sum(1).add_(1)
+
+
+def several_results(x):
+    low, high = (x @ WEIGHT).chunk(2, dim=1)
+    values, _ = torch.cat([high, low], dim=1).max(dim=1)
+    return values
+
+
+def of_constants(x):
+    return ((x + T([1.0, 2.0])) @ WEIGHT.t().flip(1)).square().sum(1)
+
+
+def of_parts(x):
+    return torch.einsum("nk,mk->n", x[:, 1:], WEIGHT.unsqueeze(0)[0, :, :1]).exp()
+
+
+@pytest.mark.parametrize("compute", [products, in_place, several_results, of_constants, of_parts])
+def test_other_inputs_other_weights(compute):
+    recording = record(compute, {"x": torch.randn(3, 2)}, gradient_of_weight)
+    kept = WEIGHT.detach().clone()
+    try:
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x, gradient = torch.randn(3, 2), torch.randn(3)
+            expected = as_it_is(compute, gradient, x=x)
+            actual = run(recording, gradient, x=x)
+            assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1][0], expected[1][0])
+            with torch.no_grad():
+                WEIGHT.add_(torch.randn(2, 2))
+    finally:
+        with torch.no_grad():
+            WEIGHT.copy_(kept)
+
+
+def test_what_is_none_and_what_the_backward_pass_reads():
+    def compute(x, y, z):
+        assert z is None
+        return (x @ WEIGHT).sum(1) + y
+
+    inputs = {"x": torch.randn(3, 2), "y": torch.randn(3), "z": None}
+    recording = record(compute, inputs, gradient_of_weight)
+    assert recording.kept == ["x"]
+    x, y = torch.randn(3, 2), torch.randn(3)
+    losses, _ = run(recording, torch.ones(3), x=x, y=y, z=None)
+    assert torch.equal(losses, compute(x, y, None).detach())
+
+
+def test_two_inputs_that_share_memory():
+    def compute(x, y):
+        return (x @ WEIGHT).sum(1) * y
+
+    rows = torch.randn(3, 3)
+    recording = record(compute, {"x": rows[:, :2], "y": rows[:, 2]}, gradient_of_weight)
+    x, y = torch.randn(3, 2), torch.randn(3)
+    losses, _ = run(recording, torch.ones(3), x=x, y=y)
+    assert torch.equal(losses, compute(x, y).detach())
+
+
+def test_what_nothing_needs_does_not_run():
+    def compute(x):
+        for _ in range(50):
+            x.exp()
+        return (x @ WEIGHT).sum(1)
+
+    recording = record(compute, {"x": torch.randn(3, 2)}, gradient_of_weight)
+    with torch.profiler.profile() as profile:
+        run(recording, torch.ones(3), x=torch.randn(3, 2))
+    names = [event.key for event in profile.key_averages()]
+    assert "aten::mm" in names and "aten::exp" not in names
+
+
+def test_nothing_is_held_longer_than_it_is_needed():
+    alive = []
+
+    def compute(x):
+        return (((x + 1) * 2).tanh() @ WEIGHT).sum(1)
+
+    recording = record(compute, {"x": torch.randn(3, 2)}, gradient_of_weight)
+    gc.collect()
+    with torch.no_grad():
+        x = torch.randn(3, 2)
+        gone = weakref.ref(x)
+        passes = recording.run(x=x)
+        del x
+        next(passes)
+        alive.append(sum(isinstance(value, torch.Tensor) for value in passes.gi_frame.f_locals.values()))
+    # The losses, and the rows, which the weight's gradient needs.
+    assert alive == [2] and gone() is None
+
+
+def with_a_value(x):
+    return (x @ WEIGHT).sum(1) * x[0, 0].item()
+
+
+def with_a_shape_of_values(x):
+    return (x[x > 0].sum() * WEIGHT).sum(1)
+
+
+def at_random(x):
+    return (x @ WEIGHT).sum(1) + torch.rand(3)
+
+
+def dropped_out(x):
+    return torch.nn.functional.dropout(x @ WEIGHT, 0.5).sum(1)
+
+
+def written_to(x):
+    return (x.mul_(2) @ WEIGHT).sum(1)
+
+
+def written_to_a_part(x):
+    x[:, 0] = 1
+    return (x @ WEIGHT).sum(1)
+
+
+COUNTER = torch.zeros(1)
+
+
+def counted(x):
+    COUNTER.add_(1)
+    return (x @ WEIGHT).sum(1)
+
+
+@pytest.mark.parametrize(
+    "compute, reason",
+    [
+        (with_a_value, "not told by shapes alone"),
+        (with_a_shape_of_values, "not told by shapes alone"),
+        (at_random, "draws random numbers"),
+        (dropped_out, "draws random numbers"),
+        (written_to, "writes to what was there before"),
+        (written_to_a_part, "writes to what was there before"),
+        (counted, "writes to what was there before"),
+    ],
+)
+def test_what_cannot_be_run_again_is_refused(compute, reason):
+    with pytest.raises(NotRecordable, match=reason):
+        record(compute, {"x": torch.randn(3, 2)}, gradient_of_weight)
+
+
+def test_a_tensor_that_no_operator_made_of_another_is_refused():
+    def compute(x):
+        product = x @ WEIGHT
+        other = torch.empty(0)
+        other.set_(product.detach().untyped_storage(), 0, product.shape, product.stride())
+        return other.sum(1) + product.sum(1)
+
+    with pytest.raises(NotRecordable, match="memory was given"):
+        record(compute, {"x": torch.randn(3, 2)}, gradient_of_weight)

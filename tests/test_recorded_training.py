@@ -1,0 +1,532 @@
+"""Steps of training that run from a recording of their operators."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fast_path import distance, make_imagen, make_words
+from replayed_steps import (
+    BATCH,
+    INTERFERENCES,
+    assert_same,
+    eager,
+    freeze,
+    gradients_of,
+    loss_of,
+    not_normalised,
+    other_eps,
+    other_loss,
+    other_schedule,
+    replace,
+    step,
+    warm,
+    weighed,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from minimagen_fast import recorded_training
+from minimagen_fast.kept import KEPT
+from minimagen_fast.kernels import dispatch
+from minimagen_fast.recorded import NotRecordable, Recording, record
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The recordings that are made, and how often each has run: forward passes, backward passes."""
+    made = []
+
+    def counted(*args):
+        recording, runs = record(*args), SimpleNamespace(passes=[0, 0])
+        made.append(runs)
+
+        def run(**inputs):
+            runs.passes[0] += 1
+            passes = recording.run(**inputs)
+            gradient = yield next(passes)
+            runs.passes[1] += 1
+            yield passes.send(gradient)
+
+        return Recording(run, recording.kept)
+
+    monkeypatch.setattr(recorded_training, "record", counted)
+    return made
+
+
+def passes(recordings):
+    return [tuple(runs.passes) for runs in recordings]
+
+
+def change_weights(imagen):
+    with torch.no_grad():
+        for parameter in imagen.parameters():
+            parameter.mul_(1.01)
+
+
+OPTIONS = [{}, {"seeds": [5, 6, 7]}, {"min_snr_gamma": 5.0}, {"masked": False}, {"tokens": 300}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_recorded_steps_are_the_same_to_the_bit(recordings, monkeypatch, stage, options):
+    imagen = make_imagen(stages=2)
+    for seed in range(5):
+        # Other images, texts, noise, times and dropped texts, and other weights.
+        expected = eager(monkeypatch, imagen, seed, stage=stage, **options)
+        assert_same(step(imagen, seed, stage=stage, **options), expected)
+        change_weights(imagen)
+    assert passes(recordings) == [(3, 3)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bfloat16"}, {"memory_format": "contiguous"}, {"kernels": "reference"}], ids=str
+)
+def test_in_every_way_to_run(recordings, monkeypatch, settings):
+    imagen = make_imagen().accelerate(**settings)
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+        change_weights(imagen)
+    assert passes(recordings) == [(2, 2)]
+
+
+def test_weights_in_half_precision(recordings, monkeypatch):
+    imagen = make_imagen().to(torch.bfloat16)
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert passes(recordings) == [(2, 2)]
+
+
+@pytest.mark.parametrize("settings", [{"recorded_steps": "off"}, {"checkpoint_levels": [0]}], ids=str)
+def test_where_they_are_off(recordings, settings):
+    imagen = make_imagen().accelerate(**settings)
+    for seed in range(4):
+        step(imagen, seed)
+    assert not recordings
+
+
+def test_images_in_any_layout(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    images, text = torch.rand(BATCH, 3, 20, 20), torch.randn(BATCH, 5, imagen.unets[0].text_embed_dim)
+
+    def losses(images):
+        torch.manual_seed(0)
+        return imagen(images, text_embeds=text, text_masks=torch.ones(BATCH, 5, dtype=torch.bool))
+
+    first, *others = (
+        losses(each)
+        for each in (images, images.contiguous(memory_format=torch.channels_last), images.double().flip(3).flip(3))
+    )
+    assert passes(recordings)[0] == (2, 0) and all(torch.equal(first, other) for other in others)
+
+
+def bytes_of(tensors):
+    """Of the memory of tensors, each piece once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_between_its_passes_a_step_holds_what_autograd_saves(monkeypatch):
+    imagen, saved, held = make_imagen(), [], []
+    warm(imagen)
+    weights = {parameter.data_ptr() for parameter in imagen.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        loss = loss_of(imagen)
+    autograd = bytes_of([x for x in saved if x.untyped_storage().data_ptr() not in weights])
+    del loss
+
+    def watched(*args):
+        recording = record(*args)
+
+        def run(**inputs):
+            passes = recording.run(**inputs)
+            gradient = yield next(passes)
+            held.append(bytes_of([x for x in passes.gi_frame.f_locals.values() if isinstance(x, torch.Tensor)]))
+            yield passes.send(gradient)
+
+        return Recording(run, recording.kept)
+
+    monkeypatch.setattr(recorded_training, "record", watched)
+    step(imagen)
+    assert 0.5 * autograd < held[0] < 1.02 * autograd
+
+
+# Passes that overlap
+
+
+def test_gradients_accumulate(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    expected = [eager(monkeypatch, imagen, seed)[1] for seed in (5, 6)]
+    imagen.zero_grad()
+    for seed in (5, 6):
+        loss_of(imagen, seed).backward()
+    for mine, *theirs in zip(gradients_of(imagen), *expected, strict=True):
+        assert mine is None or torch.equal(mine, sum(theirs))
+    assert passes(recordings) == [(2, 2)]
+
+
+def test_losses_keep_what_their_backward_passes_need(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    expected = [eager(monkeypatch, imagen, seed) for seed in (5, 6)]
+    first, second = loss_of(imagen, 5), loss_of(imagen, 6)
+    for loss, (value, gradients) in ((second, expected[1]), (first, expected[0])):
+        imagen.zero_grad()
+        loss.backward()
+        assert_same((loss.detach(), gradients_of(imagen)), (value, gradients))
+    assert passes(recordings) == [(2, 2)]
+
+
+def test_losses_may_be_changed(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    value, gradients = eager(monkeypatch, imagen, 5)
+    imagen.zero_grad()
+    loss = loss_of(imagen, 5)
+    loss /= 4
+    loss.backward()
+    assert torch.equal(loss.detach(), value / 4) and passes(recordings) == [(1, 1)]
+    for mine, theirs in zip(gradients_of(imagen), gradients, strict=True):
+        assert mine is None or distance(mine, theirs / 4) < 1e-6
+
+
+def test_the_losses_of_two_u_nets_in_one_backward_pass(recordings, monkeypatch):
+    imagen = make_imagen(stages=2)
+    for stage in (1, 2):
+        warm(imagen, stage=stage)
+    expected = [eager(monkeypatch, imagen, 5, stage=stage)[1] for stage in (1, 2)]
+    imagen.zero_grad()
+    (loss_of(imagen, 5, stage=1) + loss_of(imagen, 5, stage=2)).backward()
+    for mine, *theirs in zip(gradients_of(imagen), *expected, strict=True):
+        (one,) = [each for each in theirs if each is not None] or [None]
+        assert mine is one or torch.equal(mine, one)
+    assert passes(recordings) == [(1, 1), (1, 1)]
+
+
+def test_a_second_backward_pass(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    weight, seen = imagen.unets[0].final_conv.weight, []
+    value, gradients = eager(monkeypatch, imagen, 5)
+    weight.register_hook(lambda gradient: seen.append(1))
+    imagen.zero_grad()
+    loss = loss_of(imagen, 5)
+    for number in (1, 2):
+        loss.backward(retain_graph=number == 1)
+        assert_same((loss.detach(), gradients_of(imagen)), (value, [g if g is None else number * g for g in gradients]))
+    assert len(seen) == 2 and passes(recordings) == [(1, 1)]
+    # One more was not announced.
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_gradients_of_gradients(recordings, monkeypatch):
+    imagen = make_imagen().accelerate(kernels="reference", attention="reference")
+    warm(imagen)
+    weight = imagen.unets[0].final_conv.weight
+
+    def second():
+        (gradient,) = torch.autograd.grad(loss_of(imagen, 5), weight, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), weight)[0]
+
+    actual = second()
+    assert passes(recordings) == [(1, 0)]
+    imagen.accelerate("reference", memory_format="channels_last")
+    assert actual.abs().max() > 0 and distance(actual, second()) < 1e-5
+
+
+def test_some_gradients_alone(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    weight = imagen.unets[0].final_conv.weight
+    expected = dict(zip(imagen.parameters(), eager(monkeypatch, imagen, 5)[1], strict=True))[weight]
+    assert torch.equal(torch.autograd.grad(loss_of(imagen, 5), weight)[0], expected)
+    assert passes(recordings) == [(1, 1)]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_change_before_the_backward_pass_are_noticed(recordings, frozen):
+    imagen = make_imagen()
+    weight = imagen.unets[0].final_conv.weight.requires_grad_(not frozen)
+    warm(imagen)
+    loss = loss_of(imagen)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between"):
+        loss.backward()
+
+
+def test_images_that_change_before_the_backward_pass(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    expected = eager(monkeypatch, imagen, 5)
+    imagen.zero_grad()
+    torch.manual_seed(5)
+    images, words = torch.rand(BATCH, 3, 20, 20), make_words(BATCH, 5, seed=5)
+    loss = imagen(images, **words)
+    # They were noised before, and are needed no more.
+    images.zero_()
+    loss.backward()
+    assert_same((loss.detach(), gradients_of(imagen)), expected)
+    assert passes(recordings) == [(1, 1)]
+
+
+def test_inputs_that_are_needed_and_change_are_noticed(recordings, monkeypatch):
+    imagen, given = make_imagen(), []
+    warm(imagen)
+    contiguous = recorded_training._contiguous
+    monkeypatch.setattr(recorded_training, "_contiguous", lambda inputs: given.append(contiguous(inputs)) or given[0])
+    loss = loss_of(imagen)
+    given[0]["noise"].zero_()
+    with pytest.raises(RuntimeError, match="noise that the step was given, were changed in place"):
+        loss.backward()
+
+
+def test_steps_of_two_threads(recordings, monkeypatch):
+    imagen, seen = make_imagen(), {}
+    expected = {seed: eager(monkeypatch, imagen, seed)[0] for seed in range(4)}
+    warm(imagen)
+    step(imagen)
+
+    def losses(seeds):
+        for seed in seeds:
+            generator_lock.acquire()
+            try:
+                loss = loss_of(imagen, seed)
+            finally:
+                generator_lock.release()
+            seen[seed] = loss.detach()
+
+    generator_lock = threading.Lock()
+    threads = [threading.Thread(target=losses, args=(seeds,)) for seeds in ((0, 1), (2, 3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(seen[seed], expected[seed]) for seed in range(4))
+
+
+# What is recorded anew, or not at all
+
+
+@pytest.mark.parametrize("change", [freeze, replace, other_eps, torch.nn.Module.eval])
+def test_a_u_net_that_changes_is_recorded_anew(recordings, monkeypatch, change):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    change(imagen.unets[0])
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert passes(recordings) == [(1, 1), (2, 2)]
+
+
+def test_weights_that_lie_elsewhere_are_recorded_anew(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    weight = imagen.unets[0].final_conv.weight
+    weight.data = weight.data * 2
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert passes(recordings) == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("use", [dispatch.use_implementation, dispatch.use_attention])
+def test_other_kernels_are_recorded_anew(recordings, monkeypatch, use):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    with use("reference"):
+        for seed in range(3):
+            assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert passes(recordings) == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("change", [other_loss, not_normalised, other_schedule, weighed])
+def test_what_is_computed_otherwise_is_recorded_anew(recordings, monkeypatch, change):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    options = change(imagen) or {}
+    for seed in range(3):
+        assert_same(step(imagen, seed, **options), eager(monkeypatch, imagen, seed, **options))
+    assert passes(recordings) == [(1, 1), (1, 1)]
+
+
+def test_a_noise_schedule_that_is_edited_in_place_is_followed(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    before = step(imagen)
+    imagen.noise_schedulers[0].sqrt_one_minus_alphas_cumprod.mul_(0.5)
+    after = step(imagen)
+    assert_same(after, eager(monkeypatch, imagen))
+    assert distance(after[0], before[0]) > 1e-4 and passes(recordings) == [(2, 2)]
+
+
+def test_onednn_that_is_switched_off_is_recorded_anew(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    for seed in range(3):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert passes(recordings) == [(1, 1), (1, 1)]
+
+
+def test_autocast_of_the_caller_is_followed(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    with torch.autocast("cpu", torch.bfloat16):
+        for seed in range(3):
+            assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert_same(step(imagen, 5), eager(monkeypatch, imagen, 5))
+    assert passes(recordings) == [(2, 2)]
+
+
+@pytest.mark.parametrize("interfere", INTERFERENCES)
+def test_what_does_more_than_compute_is_called(recordings, interfere):
+    imagen, called = make_imagen(), []
+    warm(imagen)
+    undo = interfere(imagen, called)
+    try:
+        for number in range(1, 6):
+            step(imagen)
+            assert len(called) == number
+    finally:
+        if undo:
+            undo()
+    assert not recordings
+
+
+def test_modes_and_hooks_of_saved_tensors_see_the_step(recordings):
+    imagen, saved = make_imagen(), []
+    warm(imagen)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(1) or x, lambda x: x):
+        step(imagen)
+    with FlopCounterMode(display=False) as counter:
+        step(imagen)
+    with torch.no_grad():
+        loss_of(imagen)
+    assert saved and counter.get_total_flops() and not recordings
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_hooks_of_parameters_are_called_once(recordings, monkeypatch, early):
+    imagen, seen = make_imagen(), []
+    expected = eager(monkeypatch, imagen)
+    warm(imagen)
+    if not early:
+        step(imagen)
+    weight = imagen.unets[0].final_conv.weight
+    weight.register_hook(lambda gradient: seen.append("hook") or gradient * 2)
+    weight.register_post_accumulate_grad_hook(lambda _: seen.append("accumulated"))
+    actual = step(imagen)
+    index = [id(parameter) for parameter in imagen.parameters()].index(id(weight))
+    expected[1][index] *= 2
+    assert_same(actual, expected)
+    assert seen == ["hook", "accumulated"] and passes(recordings) == [(1, 1) if early else (2, 2)]
+
+
+def test_parameters_that_have_no_gradients(recordings, monkeypatch):
+    imagen = make_imagen()
+    unused = imagen.unets[0].final_conv.extra = torch.nn.Parameter(torch.ones(3))
+    unused.register_hook(lambda gradient: gradient * 2)
+    for seed in range(4):
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert unused.grad is None and passes(recordings) == [(2, 2)]
+
+
+def test_steps_of_many_kinds_are_not_all_recorded(recordings):
+    imagen = make_imagen()
+    for _ in range(3):
+        for tokens in range(1, 9):
+            step(imagen, tokens=tokens)
+    assert len(recordings) == recorded_training._AT_ONCE
+    # Where one kind comes again and again it pays.
+    while len(recordings) < recorded_training._AT_ONCE + 1:
+        step(imagen, tokens=8)
+        assert vars(imagen.unets[0])[KEPT[1]].steps < 100
+    for batch in range(1, 2 * recorded_training.RecordedStep.MOST_KINDS):
+        step(imagen, batch=batch)
+    assert len(vars(imagen.unets[0])[KEPT[1]].graphs) == recorded_training.RecordedStep.MOST_KINDS
+
+
+def test_steps_of_large_u_nets_are_not_recorded(recordings, monkeypatch):
+    monkeypatch.setattr(recorded_training, "_MOST_BYTES", 2**10)
+    imagen = make_imagen()
+    for seed in range(3):
+        step(imagen, seed)
+    assert not recordings
+    imagen.accelerate(recorded_steps="on")
+    for seed in range(3):
+        step(imagen, seed)
+    assert passes(recordings) == [(1, 1)]
+
+
+def test_several_processes_record_nothing(recordings, monkeypatch):
+    imagen = make_imagen()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for _ in range(4):
+        step(imagen)
+    assert not recordings
+
+
+def test_a_recording_that_fails_is_said_once(monkeypatch):
+    def refuse(*_):
+        raise NotRecordable("it reads a value")
+
+    imagen = make_imagen()
+    warm(imagen)
+    monkeypatch.setattr(recorded_training, "record", refuse)
+    with pytest.warns(UserWarning, match="could not be recorded and runs as it is: it reads.*steps='off'") as said:
+        for seed in range(3):
+            assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert len(said) == 1
+    imagen.accelerate(recorded_steps="on")
+    warm(imagen)
+    with pytest.raises(NotRecordable, match="it reads a value"):
+        step(imagen)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda imagen: pickle.loads(pickle.dumps(imagen))])
+def test_a_copy_begins_without_recordings(recordings, monkeypatch, copied):
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    other = copied(imagen)
+    change_weights(other)
+    for seed in range(3):
+        assert_same(step(other, seed), eager(monkeypatch, other, seed))
+        assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
+    assert passes(recordings) == [(4, 4), (1, 1)]
+
+
+def test_nothing_of_it_is_saved():
+    imagen = make_imagen()
+    before = list(imagen.state_dict())
+    warm(imagen)
+    step(imagen)
+    assert list(imagen.state_dict()) == before
+
+
+def test_a_model_that_is_let_go_goes_at_once():
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    gone = weakref.ref(imagen.unets[0]), weakref.ref(imagen.unets[0].final_conv.weight)
+    gc.disable()
+    try:
+        del imagen
+        assert [each() for each in gone] == [None, None]
+    finally:
+        gc.enable()

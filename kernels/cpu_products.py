@@ -152,6 +152,10 @@ def summed_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     rows = x.shape[0] * x.shape[1]
     if rows == 0:
         return x.new_zeros((x.shape[2], y.shape[2]))
+    if x.shape[2] < y.shape[2]:
+        # Of pixels oneDNN reads some channels of all, then the next: in rows so wide, that are in no cache any more, it
+        # would wait for nearly every number. Of gradients it reads whole rows.
+        return summed_products(y, x).t()
     # Of so many images even torch with one thread leaves the convolution to oneDNN.
     images = math.gcd(rows, 16)
     gradient, pixels = (

@@ -158,11 +158,12 @@ class _Recorder(TorchDispatchMode):
             raise NotRecordable(f"what comes of {func} is not told by shapes alone")
         if _draws(func, args, kwargs):
             raise NotRecordable(f"{func} draws random numbers")
-        reads = [self.name_of(tensor) for value in (*args, *kwargs.values()) for tensor in _tensors_in(value)]
+        tensors = [tensor for value in (*args, *kwargs.values()) for tensor in _tensors_in(value)]
+        reads = [self.name_of(tensor) for tensor in tensors]
         if func._schema.is_mutable:
             self._check_written(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func in _SAME:
+        if func in _SAME or (func.is_view and _is_whole(tensors, result)):
             self._names[result] = reads[0]
         elif _tensors_in(result) and not (func.is_view and self.constants.keys() >= set(reads)):
             # Not what is no tensor, such as a dtype: that is told by shapes and dtypes. And a view of what keeps its
@@ -219,6 +220,19 @@ def _draws(func, args, kwargs) -> bool:
         return False
     places = [place for place, argument in enumerate(func._schema.arguments) if argument.name == "dropout_p"]
     return not places or (args[places[0]] if places[0] < len(args) else kwargs.get("dropout_p", 0)) != 0
+
+
+def _is_whole(tensors: list[torch.Tensor], result: Any) -> bool:
+    """Whether a view is of all of a tensor, as it is."""
+    if not isinstance(result, torch.Tensor):
+        return False
+    (tensor,) = tensors
+    return (result.shape, result.stride(), result.storage_offset(), result.dtype) == (
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.dtype,
+    )
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:

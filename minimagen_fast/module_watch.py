@@ -1,5 +1,6 @@
 """Whether a module is still the one of which something was captured."""
 
+from itertools import chain
 from operator import is_
 
 import torch
@@ -25,22 +26,19 @@ class ModuleWatch:
 
     def __init__(self, module: nn.Module, besides: tuple[str, ...] = ()):
         self._besides = besides
-        # Not the module: it may keep this watch, and would not go at once when it is let go.
-        self._below = [vars(part) for part in module.modules() if part is not module]
+        # Not the module: it may keep this watch, and would not go at once when it is let go. The dictionaries inside of
+        # these are among their values: another one in the place of one is noticed.
+        attributes = [vars(part) for part in module.modules()]
+        inside = [each[name] for each in attributes for name in ("_modules", "_parameters", "_buffers")]
+        self._dictionaries = [*attributes[1:], *inside]
         self._objects = self._objects_of(module)
-        self._hooks = [part[name] for part in (vars(module), *self._below) for name in _HOOKS]
+        self._hooks = [each[name] for each in attributes for name in _HOOKS]
         self._tensors = [*module.parameters(), *module.buffers()]
         self._places = _places(self._tensors)
 
     def _objects_of(self, module: nn.Module) -> list[object]:
-        objects: list[object] = [value for name, value in vars(module).items() if name not in self._besides]
-        for part in (vars(module), *self._below):
-            objects += part["_modules"].values()
-            objects += part["_parameters"].values()
-            objects += part["_buffers"].values()
-        for part in self._below:
-            objects += part.values()
-        return objects
+        own = [value for name, value in vars(module).items() if name not in self._besides]
+        return [*own, *chain.from_iterable(map(dict.values, self._dictionaries))]
 
     def unchanged(self, module: nn.Module) -> bool:
         """Whether the module is as it was, and no part of it has hooks."""

@@ -11,17 +11,15 @@ This is right only for what depends on nothing but values of tensors: whoever ha
 import enum
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 # What comes of these is not told by shapes alone.
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-# They give what they are given.
-_SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
+_AS_STRIDED = torch.ops.aten.as_strided.default
 
 
 class NotRecordable(RuntimeError):
@@ -51,15 +49,16 @@ def record(
 
     Args:
         compute: From ``inputs``, by name, to losses. A replay reads all other tensors, such as weights, where they lie.
-        inputs: Its inputs. Those of a replay have the same shapes, strides and dtypes, and are None where these are.
+        inputs: Its inputs, contiguous and each at the beginning of memory of its own. So are those of a replay, which
+            have the same shapes and dtypes, and are None where these are.
         backward: From losses and a gradient of them to the gradients that are wanted.
 
     Returns:
         What was recorded.
 
     Raises:
-        NotRecordable: if an operator's result depends on more than its arguments' values and shapes, or something is
-            written to that was there before.
+        NotRecordable: if what an operator gives is not told by its arguments' shapes, or depends on chance, or if
+            something is written to that was there before.
     """
     recorder = _Recorder(inputs)
     with recorder:
@@ -103,8 +102,41 @@ class _Origin(enum.Enum):
     OTHER = enum.auto()
 
 
+class _Layout(NamedTuple):
+    """How a tensor lies in its memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Layout":
+        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+
+@dataclass
+class _Memory:
+    """Memory of tensors.
+
+    Attributes:
+        origin: Where it came from.
+        name: Of the tensor that was the first in it.
+        layout: Of this tensor.
+        storage: A weak reference keeps torch from giving its number to other memory.
+    """
+
+    origin: _Origin
+    name: str
+    layout: _Layout
+    storage: StorageWeakRef
+
+
 class _Recorder(TorchDispatchMode):
     """Takes down what torch runs.
+
+    What a tensor is called follows from its memory, and its layout there. So views are nothing to take down: one of a
+    view of a view, and so on, is made in one step, when it is first read, for both passes.
 
     Attributes:
         only_records: Operators run as they do without it: see :func:`.kernels.launch.nothing_looks`.
@@ -118,39 +150,53 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.lines: list[_Line] = []
         self.constants: dict[str, Any] = {}
-        self._names = WeakTensorKeyDictionary()
-        # What has a name lies there, of which inputs, operators or others were the first. A weak reference also keeps
-        # the number from being given to other memory.
-        self._memory: dict[int, tuple[StorageWeakRef, _Origin]] = {}
-        self._operators: dict[torch._ops.OpOverload, str] = {}
+        self._memory: dict[int, _Memory] = {}
+        self._views: dict[tuple[str, _Layout], str] = {}
+        # Names of what is no tensor, by what it looks like.
+        self._others: dict[str, str] = {}
         self._made = 0
         for name, value in inputs.items():
             if value is not None:
                 self.name(value, name, _Origin.INPUT)
 
-    def name(self, tensor: torch.Tensor, name: str, origin: "_Origin") -> str:
-        """Give a tensor a name."""
-        self._names[tensor] = name
+    def name(self, tensor: torch.Tensor, name: str, origin: _Origin) -> str:
+        """Give a tensor in memory that is not known yet a name."""
         storage = tensor.untyped_storage()
-        self._memory.setdefault(storage._cdata, (StorageWeakRef(storage), origin))
+        self._memory[storage._cdata] = _Memory(origin, name, _Layout.of(tensor), StorageWeakRef(storage))
         return name
 
     def name_of(self, tensor: torch.Tensor) -> str:
-        """The name of a tensor; without one it is a constant."""
-        if (name := self._names.get(tensor)) is not None:
-            return name
-        if self._origin_of(tensor) in (_Origin.INPUT, _Origin.OPERATOR):
-            raise NotRecordable("a tensor came of a recorded one by something else than an operator")
-        return self.name(tensor, self._constant(tensor), _Origin.OTHER)
+        """The name of a tensor, which is a constant if its memory is not known yet."""
+        memory, layout = self._memory_of(tensor), _Layout.of(tensor)
+        if memory is None:
+            return self.name(tensor, self._constant(tensor), _Origin.OTHER)
+        if layout == memory.layout:
+            return memory.name
+        if (memory.name, layout) not in self._views:
+            self._views[memory.name, layout] = self._view(tensor, memory, layout)
+        return self._views[memory.name, layout]
 
-    def _origin_of(self, tensor: torch.Tensor) -> "_Origin | None":
-        known = self._memory.get(tensor.untyped_storage()._cdata)
-        return None if known is None else known[1]
+    def _view(self, tensor: torch.Tensor, memory: _Memory, layout: _Layout) -> str:
+        if memory.origin is _Origin.OTHER:
+            return self._constant(tensor)
+        if layout.dtype != memory.layout.dtype:
+            raise NotRecordable(f"memory of {memory.layout.dtype} is read as {layout.dtype}")
+        name = self._new_name()
+        places = ", ".join(map(self._text, layout[:3]))
+        self.lines.append(_Line(f"{self._text(_AS_STRIDED)}({memory.name}, {places})", [memory.name], [name]))
+        return name
+
+    def _memory_of(self, tensor: torch.Tensor) -> _Memory | None:
+        return self._memory.get(tensor.untyped_storage()._cdata)
 
     def _constant(self, value: Any) -> str:
         name = f"c{len(self.constants)}"
         self.constants[name] = value
         return name
+
+    def _new_name(self) -> str:
+        self._made += 1
+        return f"v{self._made}"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -158,60 +204,62 @@ class _Recorder(TorchDispatchMode):
             raise NotRecordable(f"what comes of {func} is not told by shapes alone")
         if _draws(func, args, kwargs):
             raise NotRecordable(f"{func} draws random numbers")
-        tensors = [tensor for value in (*args, *kwargs.values()) for tensor in _tensors_in(value)]
-        reads = [self.name_of(tensor) for tensor in tensors]
-        if func._schema.is_mutable:
-            self._check_written(func, args, kwargs)
+        given = _tensors_in([*args, *kwargs.values()])
+        for tensor in given:
+            if self._memory_of(tensor) is None:
+                self.name_of(tensor)
+        written = self._written(func, args, kwargs) if func._schema.is_mutable else []
+        before = [_Layout.of(tensor) for tensor in written]
         result = func(*args, **kwargs)
-        if func in _SAME or (func.is_view and _is_whole(tensors, result)):
-            self._names[result] = reads[0]
-        elif _tensors_in(result) and not (func.is_view and self.constants.keys() >= set(reads)):
-            # Not what is no tensor, such as a dtype: that is told by shapes and dtypes. And a view of what keeps its
-            # place keeps its own: it will be a constant.
-            self._add_line(func, args, kwargs, reads, result)
+        if before != [_Layout.of(tensor) for tensor in written]:
+            raise NotRecordable(f"{func} gives a tensor another layout")
+        # What is no tensor, such as a dtype, is told by shapes and dtypes; and a view, by its layout.
+        if written or any(self._memory_of(tensor) is None for tensor in _tensors_in([result])):
+            self._add_line(func, args, kwargs, given, result, bool(written))
         return result
 
-    def _check_written(self, func, args, kwargs) -> None:
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.is_write:
-                given = args[place] if place < len(args) else kwargs.get(argument.name)
-                if any(self._origin_of(tensor) is not _Origin.OPERATOR for tensor in _tensors_in(given)):
-                    raise NotRecordable(f"{func} writes to what was there before")
+    def _written(self, func, args, kwargs) -> list[torch.Tensor]:
+        """The tensors that an operator writes to."""
+        arguments = enumerate(func._schema.arguments)
+        places = [(place, argument.name) for place, argument in arguments if argument.is_write]
+        found = _tensors_in([args[place] if place < len(args) else kwargs.get(name) for place, name in places])
+        memories = [self._memory_of(tensor) for tensor in found]
+        if any(memory is None or memory.origin is not _Origin.OPERATOR for memory in memories):
+            raise NotRecordable(f"{func} writes to what was there before")
+        return found
 
-    def _add_line(self, func, args, kwargs, reads, result) -> None:
+    def _add_line(self, func, args, kwargs, given, result, writes: bool) -> None:
         texts = [self._text(value) for value in args]
         texts += [f"{key}={self._text(value)}" for key, value in kwargs.items()]
-        if func not in self._operators:
-            self._operators[func] = self._constant(func)
         several = isinstance(result, tuple | list)
         self.lines.append(
             _Line(
-                f"{self._operators[func]}({', '.join(texts)})",
-                reads,
-                [None if each is None else self._name_of_result(each) for each in (result if several else [result])],
-                must_run=func._schema.is_mutable,
+                f"{self._text(func)}({', '.join(texts)})",
+                [self.name_of(tensor) for tensor in given],
+                [self._name_of_result(each) for each in (result if several else [result])],
+                must_run=writes,
                 several=several,
             )
         )
 
-    def _name_of_result(self, tensor: torch.Tensor) -> str:
-        # One that was written to has its name.
-        if tensor in self._names:
-            return self._names[tensor]
-        self._made += 1
-        return self.name(tensor, f"v{self._made}", _Origin.OPERATOR)
+    def _name_of_result(self, value: Any) -> str | None:
+        if not isinstance(value, torch.Tensor) or self._memory_of(value) is not None:
+            # One in known memory was written to, or shares that of another result.
+            return None
+        return self.name(value, self._new_name(), _Origin.OPERATOR)
 
     def _text(self, value: Any) -> str:
-        """An argument, as Python."""
+        """What is called, or an argument, as Python."""
         if isinstance(value, torch.Tensor):
             return self.name_of(value)
         if value is None or type(value) in (bool, int):
             return repr(value)
-        if isinstance(value, torch.UntypedStorage):
-            raise NotRecordable("memory was given to a tensor that another one has")
-        if _tensors_in(value):
+        if _tensors_in([value]):
             return f"[{', '.join(map(self._text, value))}]"
-        return self._constant(value)
+        looks = f"{type(value).__name__} {value!r}"
+        if looks not in self._others:
+            self._others[looks] = self._constant(value)
+        return self._others[looks]
 
 
 def _draws(func, args, kwargs) -> bool:
@@ -222,23 +270,15 @@ def _draws(func, args, kwargs) -> bool:
     return not places or (args[places[0]] if places[0] < len(args) else kwargs.get("dropout_p", 0)) != 0
 
 
-def _is_whole(tensors: list[torch.Tensor], result: Any) -> bool:
-    """Whether a view is of all of a tensor, as it is."""
-    if not isinstance(result, torch.Tensor):
-        return False
-    (tensor,) = tensors
-    return (result.shape, result.stride(), result.storage_offset(), result.dtype) == (
-        tensor.shape,
-        tensor.stride(),
-        tensor.storage_offset(),
-        tensor.dtype,
-    )
-
-
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    """An argument that is a tensor, or those in one that is a list."""
-    values = value if isinstance(value, tuple | list) else (value,)
-    return [each for each in values if isinstance(each, torch.Tensor)]
+def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    """Those among values, and in lists of them."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors_in(value)
+    return found
 
 
 def _function(name: str, arguments: Iterable[str], lines: list[_Line], constants: dict[str, Any]) -> Callable:
@@ -252,8 +292,7 @@ def _function(name: str, arguments: Iterable[str], lines: list[_Line], constants
         # As autograd does, let go of what nothing needs any more: its memory is used again.
         if done := [name for name in names if name not in needed and name not in constants]:
             body.append(f"    {' = '.join(done)} = None")
-        # One that is among the arguments was written to.
-        new = ["_" if name is None or name in line.reads else name for name in line.results]
+        new = [name or "_" for name in line.results]
         if any(name != "_" for name in new):
             body.append(f"    {', '.join(new)}{',' if line.several else ''} = {line.text}")
         else:

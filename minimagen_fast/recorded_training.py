@@ -45,7 +45,7 @@ class RecordedStep:
         if self._recorded is None and self._is_due(kept, unet, required):
             self._record(kept, unet, compute, inputs, required)
         if self._recorded is not None:
-            return _Replay.apply(self._recorded, compute, _contiguous(inputs), *self._recorded.parameters)
+            return _Replay.apply(self._recorded, compute, _as_recorded(inputs), *self._recorded.parameters)
         losses = compute(unet, **inputs)
         if losses.requires_grad:
             losses.register_hook(self._count)
@@ -77,8 +77,16 @@ class RecordedStep:
             )
 
 
-def _contiguous(inputs: "Inputs") -> "Inputs":
-    return {name: None if x is None else x.contiguous() for name, x in inputs.items()}
+def _as_recorded(inputs: "Inputs") -> "Inputs":
+    """Inputs as a recording takes them."""
+    return {
+        name: x if x is None or (x.is_contiguous() and not x.storage_offset()) else _copy(x)
+        for name, x in inputs.items()
+    }
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class _Recorded:
@@ -102,9 +110,7 @@ class _Recorded:
             return [each for _, each in used]
 
         # Two of them may be one tensor, which they need not be the next time.
-        own = {
-            name: None if x is None else x.clone(memory_format=torch.contiguous_format) for name, x in inputs.items()
-        }
+        own = {name: None if x is None else _copy(x) for name, x in inputs.items()}
         self.recording = record(functools.partial(compute, self._twin), own, backward)
 
     def versions(self, inputs: "Inputs") -> list[int]:

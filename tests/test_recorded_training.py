@@ -279,8 +279,8 @@ def test_images_that_change_before_the_backward_pass(recordings, monkeypatch):
 def test_inputs_that_are_needed_and_change_are_noticed(recordings, monkeypatch):
     imagen, given = make_imagen(), []
     warm(imagen)
-    contiguous = recorded_training._contiguous
-    monkeypatch.setattr(recorded_training, "_contiguous", lambda inputs: given.append(contiguous(inputs)) or given[0])
+    as_recorded = recorded_training._as_recorded
+    monkeypatch.setattr(recorded_training, "_as_recorded", lambda inputs: given.append(as_recorded(inputs)) or given[0])
     loss = loss_of(imagen)
     given[0]["noise"].zero_()
     with pytest.raises(RuntimeError, match="noise that the step was given, were changed in place"):

@@ -289,11 +289,7 @@ class MinimagenCollator:
         encodings = [item["encoding"].reshape(-1, item["encoding"].shape[-1]) for item in items]
         longest = max(len(mask) for mask in masks)
         padded = [
-            {
-                **item,
-                "mask": F.pad(mask, (0, longest - len(mask)), value=False),
-                "encoding": F.pad(encoding, (0, 0, 0, longest - len(encoding))),
-            }
+            {**item, "mask": _padded(mask, longest), "encoding": _padded(encoding, longest)}
             for item, mask, encoding in zip(items, masks, encodings, strict=True)
         ]
         collated = default_collate(padded)
@@ -303,6 +299,12 @@ class MinimagenCollator:
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in collated.items()
         }
+
+
+def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows, and zeros after them, if there are fewer."""
+    missing = length - len(rows)
+    return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows
 
 
 def get_minimagen_dl_opts(device: torch.device | str) -> dict[str, Any]:

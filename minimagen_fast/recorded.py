@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What comes of these is not told by shapes alone.
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_AS_STRIDED = torch.ops.aten.as_strided.default
 
 
 class NotRecordable(RuntimeError):
@@ -183,7 +182,9 @@ class _Recorder(TorchDispatchMode):
             raise NotRecordable(f"memory of {memory.layout.dtype} is read as {layout.dtype}")
         name = self._new_name()
         places = ", ".join(map(self._text, layout[:3]))
-        self.lines.append(_Line(f"{self._text(_AS_STRIDED)}({memory.name}, {places})", [memory.name], [name]))
+        self.lines.append(
+            _Line(f"{self._other('view', torch.as_strided)}({memory.name}, {places})", [memory.name], [name])
+        )
         return name
 
     def _memory_of(self, tensor: torch.Tensor) -> _Memory | None:
@@ -234,7 +235,8 @@ class _Recorder(TorchDispatchMode):
         several = isinstance(result, tuple | list)
         self.lines.append(
             _Line(
-                f"{self._text(func)}({', '.join(texts)})",
+                # What its own call passes on to.
+                f"{self._other(str(func), getattr(func, '_op', func))}({', '.join(texts)})",
                 [self.name_of(tensor) for tensor in given],
                 [self._name_of_result(each) for each in (result if several else [result])],
                 must_run=writes,
@@ -249,14 +251,17 @@ class _Recorder(TorchDispatchMode):
         return self.name(value, self._new_name(), _Origin.OPERATOR)
 
     def _text(self, value: Any) -> str:
-        """What is called, or an argument, as Python."""
+        """An argument, as Python."""
         if isinstance(value, torch.Tensor):
             return self.name_of(value)
         if value is None or type(value) in (bool, int):
             return repr(value)
         if _tensors_in([value]):
             return f"[{', '.join(map(self._text, value))}]"
-        looks = f"{type(value).__name__} {value!r}"
+        return self._other(f"{type(value).__name__} {value!r}", value)
+
+    def _other(self, looks: str, value: Any) -> str:
+        """The name of what is no tensor."""
         if looks not in self._others:
             self._others[looks] = self._constant(value)
         return self._others[looks]

@@ -3,7 +3,8 @@
 A good part of a short step of training on a CPU is Python: modules that call modules, checks, what autograd notes down.
 The operators that come of it are the same in every step of the same kind. :func:`record` takes them down while they run
 and writes them as one function of Python, one to a line, which runs them on other inputs: the same operators, hence the
-same numbers to the bit, and nothing is held longer than autograd would hold it.
+same numbers to the bit. Nothing is held longer than autograd would hold it, and what is fast to compute again is not
+kept for the backward pass.
 
 This is right only for what depends on nothing but values of tensors: whoever has something recorded must know that.
 """
@@ -19,6 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What comes of these is not told by shapes alone.
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+# Each number of what they give comes of one number of each argument, in about the time in which it would be read from
+# main memory. Smaller results stay in the cache.
+_CHEAP = {torch.ops.aten.silu.default, torch.ops.aten.addcmul.default}
+_LEAST_KEPT = 2**17
 
 
 class NotRecordable(RuntimeError):
@@ -70,7 +76,8 @@ def record(
         found = [recorder.name_of(each) for each in backward(losses, gradient)]
     recorder.lines.append(_Line(f"yield [{', '.join(found)}]", found, [], must_run=True))
     late = {name for line in recorder.lines[forward:] for name in line.reads}
-    run = _function("replay", inputs, recorder.lines, recorder.constants)
+    lines = _with_less_kept(recorder.lines[:forward], recorder.lines[forward:], recorder.written())
+    run = _function("replay", inputs, lines, recorder.constants)
     return Recording(run, [name for name in inputs if name in late])
 
 
@@ -84,6 +91,8 @@ class _Line:
         results: Names of what comes of it; None where nothing does.
         must_run: Whether it does more than to give results.
         several: Whether it gives a tuple or list.
+        again: Whether it is rather run again than that its result is kept.
+        is_view: Whether its result is a view of what it reads.
     """
 
     text: str
@@ -91,6 +100,8 @@ class _Line:
     results: list[str | None]
     must_run: bool = False
     several: bool = False
+    again: bool = False
+    is_view: bool = False
 
 
 class _Origin(enum.Enum):
@@ -149,6 +160,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.lines: list[_Line] = []
         self.constants: dict[str, Any] = {}
+        self._written_to: set[str] = set()
         self._memory: dict[int, _Memory] = {}
         self._views: dict[tuple[str, _Layout], str] = {}
         # Names of what is no tensor, by what it looks like.
@@ -182,13 +194,16 @@ class _Recorder(TorchDispatchMode):
             raise NotRecordable(f"memory of {memory.layout.dtype} is read as {layout.dtype}")
         name = self._new_name()
         places = ", ".join(map(self._text, layout[:3]))
-        self.lines.append(
-            _Line(f"{self._other('view', torch.as_strided)}({memory.name}, {places})", [memory.name], [name])
-        )
+        text = f"{self._other('view', torch.as_strided)}({memory.name}, {places})"
+        self.lines.append(_Line(text, [memory.name], [name], is_view=True))
         return name
 
     def _memory_of(self, tensor: torch.Tensor) -> _Memory | None:
         return self._memory.get(tensor.untyped_storage()._cdata)
+
+    def written(self) -> set[str]:
+        """Names of tensors whose memory an operator has written to after they were made."""
+        return self._written_to | {name for (base, _), name in self._views.items() if base in self._written_to}
 
     def _constant(self, value: Any) -> str:
         name = f"c{len(self.constants)}"
@@ -209,7 +224,7 @@ class _Recorder(TorchDispatchMode):
         for tensor in given:
             if self._memory_of(tensor) is None:
                 self.name_of(tensor)
-        written = self._written(func, args, kwargs) if func._schema.is_mutable else []
+        written = self._tensors_written(func, args, kwargs) if func._schema.is_mutable else []
         before = [_Layout.of(tensor) for tensor in written]
         result = func(*args, **kwargs)
         if before != [_Layout.of(tensor) for tensor in written]:
@@ -219,7 +234,7 @@ class _Recorder(TorchDispatchMode):
             self._add_line(func, args, kwargs, given, result, bool(written))
         return result
 
-    def _written(self, func, args, kwargs) -> list[torch.Tensor]:
+    def _tensors_written(self, func, args, kwargs) -> list[torch.Tensor]:
         """The tensors that an operator writes to."""
         arguments = enumerate(func._schema.arguments)
         places = [(place, argument.name) for place, argument in arguments if argument.is_write]
@@ -227,6 +242,7 @@ class _Recorder(TorchDispatchMode):
         memories = [self._memory_of(tensor) for tensor in found]
         if any(memory is None or memory.origin is not _Origin.OPERATOR for memory in memories):
             raise NotRecordable(f"{func} writes to what was there before")
+        self._written_to |= {memory.name for memory in memories if memory is not None}
         return found
 
     def _add_line(self, func, args, kwargs, given, result, writes: bool) -> None:
@@ -241,6 +257,7 @@ class _Recorder(TorchDispatchMode):
                 [self._name_of_result(each) for each in (result if several else [result])],
                 must_run=writes,
                 several=several,
+                again=func in _CHEAP and result.nbytes >= _LEAST_KEPT,
             )
         )
 
@@ -284,6 +301,40 @@ def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
         elif isinstance(value, tuple | list):
             found += _tensors_in(value)
     return found
+
+
+def _with_less_kept(forward: list[_Line], backward: list[_Line], written: set[str]) -> list[_Line]:
+    """All lines, and in the backward pass once more those of the forward pass that are better run again.
+
+    That is so where all that they read is kept in any case. What they give is then not kept from one to the other.
+    """
+    made = {name: line for line in forward for name in line.results if name}
+    kept = {name for line in backward for name in line.reads}
+
+    def is_made_again(name: str) -> bool:
+        line = made.get(name)
+        if line is None or line.is_view:
+            # A view takes no memory but that of which it is.
+            return line is not None and is_made_again(line.reads[0])
+        return line.again and written.isdisjoint([name, *line.reads]) and all(map(is_there, line.reads))
+
+    def is_there(name: str) -> bool:
+        return name in kept or name not in made or is_made_again(name)
+
+    lines, there = list(forward), set[str]()
+
+    def make(name: str) -> None:
+        if name not in there and is_made_again(name):
+            there.add(name)
+            for read in made[name].reads:
+                make(read)
+            lines.append(made[name])
+
+    for line in backward:
+        for name in line.reads:
+            make(name)
+        lines.append(line)
+    return lines
 
 
 def _function(name: str, arguments: Iterable[str], lines: list[_Line], constants: dict[str, Any]) -> Callable:

@@ -129,6 +129,42 @@ def test_nothing_is_held_longer_than_it_is_needed():
     assert alive == [2] and gone() is None
 
 
+def held_between_the_passes(recording, **inputs):
+    """Shapes of the tensors that are."""
+    with torch.no_grad():
+        passes = recording.run(**inputs)
+        next(passes)
+    return [tuple(value.shape) for value in passes.gi_frame.f_locals.values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("rows, held", [(2**14, 2), (2**14 - 1, 3)])
+def test_what_is_computed_in_no_time_is_not_kept(rows, held):
+    def compute(x):
+        return (torch.nn.functional.silu(x @ WEIGHT) @ WEIGHT).sum(1)
+
+    recording = record(compute, {"x": torch.randn(rows, 2)}, gradient_of_weight)
+    x, gradient = torch.randn(rows, 2), torch.randn(rows)
+    # The images, the product, and silu of it if it is small.
+    assert held_between_the_passes(recording, x=x).count((rows, 2)) == held
+    losses, (found,) = run(recording, gradient, x=x)
+    expected, (own,) = as_it_is(compute, gradient, x=x)
+    assert torch.equal(losses, expected) and torch.equal(found, own)
+
+
+def test_what_comes_of_memory_that_was_written_to_is_kept():
+    def compute(x):
+        doubled = x * 2
+        rows = torch.nn.functional.silu(doubled)
+        doubled.mul_(2)
+        return (rows @ WEIGHT).sum(1) + (doubled @ WEIGHT).sum(1)
+
+    recording = record(compute, {"x": torch.randn(2**15, 2)}, gradient_of_weight)
+    x, gradient = torch.randn(2**15, 2), torch.randn(2**15)
+    losses, (found,) = run(recording, gradient, x=x)
+    expected, (own,) = as_it_is(compute, gradient, x=x)
+    assert torch.equal(losses, expected) and torch.equal(found, own)
+
+
 def with_a_value(x):
     return (x @ WEIGHT).sum(1) * x[0, 0].item()
 

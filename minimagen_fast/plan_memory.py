@@ -12,6 +12,9 @@ every event of the trace:
 
 Where it is replicated, the buckets of DistributedDataParallel are the gradients, and always there; gradients that are
 accumulated over several batches stand beside them until the last.
+
+On a CPU a step that runs from a recording, see :mod:`.recorded_training`, hands its gradients over all at once: where
+they are accumulated, they stand beside those of the batches before.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +25,7 @@ import torch
 from .plan_setup import Setup
 from .plan_trace import Trace, trace
 from .plan_unet import Unit, units
+from .recorded_training import MOST_BYTES
 
 __all__ = ["Memory", "largest_batch", "memory"]
 
@@ -84,7 +88,9 @@ def memory(setup: Setup, strategy: str) -> Memory:
     traced = _trace(setup, "grown" if grown else "kept", sharded)
     gradients = FLOAT32 * own
     if not sharded:
-        step = traced.peak(setup.batch)
+        step: float = traced.peak(setup.batch)
+        if not grown and _is_recorded(setup, FLOAT32 * numel):
+            step = max(step, gradients)
         exchange: float = gradients if setup.gpus > 1 and setup.accumulate > 1 else 0
         peak = fixed + (max(step, gradients) if grown else gradients + exchange + step)
     else:
@@ -97,6 +103,10 @@ def memory(setup: Setup, strategy: str) -> Memory:
     saving = fixed + (weights if setup.ema else 0) + (FLOAT32 * numel if sharded else 0)
     saving += gradients if setup.gpus > 1 and not sharded else 0
     return Memory(strategy, weights, optimizer, averages, gradients, step, exchange, peak, saving)
+
+
+def _is_recorded(setup: Setup, weights: float) -> bool:
+    return setup.device == "cpu" and setup.gpus == 1 and not setup.checkpoint_levels and weights <= MOST_BYTES
 
 
 def largest_batch(setup: Setup, strategy: str, available: float) -> int:

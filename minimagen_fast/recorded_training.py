@@ -24,7 +24,7 @@ _BACKWARD_PASSES_FIRST = 2
 _AT_ONCE, _STEPS_FOR_ONE_MORE = 4, 32
 # Of parameters. Steps of larger U-Nets take so long that what is between operators does not count, and while they are
 # recorded there are gradients twice.
-_MOST_BYTES = 2**28
+MOST_BYTES = 2**28
 
 
 class RecordedStep:
@@ -57,7 +57,7 @@ class RecordedStep:
         if required:
             return True
         pays = kept.recordings < _AT_ONCE + kept.steps // _STEPS_FOR_ONE_MORE
-        return pays and not self._has_failed and sum(x.nbytes for x in unet.parameters()) <= _MOST_BYTES
+        return pays and not self._has_failed and sum(x.nbytes for x in unet.parameters()) <= MOST_BYTES
 
     def _count(self, _: torch.Tensor) -> None:
         self._backward_passes += 1

@@ -20,6 +20,8 @@ from minimagen_fast.plan_trace import trace
 from minimagen_fast.plan_unet import units
 from minimagen_fast.ranks import Ranks
 
+WIDE = replace(SMALL, name="wide@8", settings={**SMALL.settings, "dim": 64}, side=8)
+
 
 # What is compared: the most bytes that torch's CPU allocator has given out in two whole steps of training (forward,
 # backward, clipping, fused Adam, average), weights included, with the peak that the plan gives for the same. The plan
@@ -32,6 +34,8 @@ from minimagen_fast.ranks import Ranks
         (SMALL, {"batch": 1, "accumulate": 2}),
         (SMALL_SUPER, {"batch": 6, "checkpoint_levels": (0,)}),
         (SMALL_SUPER, {"batch": 2, "precision": "float32", "ema": True}),
+        # Few activations: what a recording has at its end counts, all its gradients beside those of the batch before.
+        (WIDE, {"batch": 1, "accumulate": 2, "precision": "float32"}),
     ],
     ids=lambda value: getattr(value, "name", None) or "-".join(value),
 )

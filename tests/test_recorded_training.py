@@ -458,7 +458,7 @@ def test_steps_of_many_kinds_are_not_all_recorded(recordings):
 
 
 def test_steps_of_large_u_nets_are_not_recorded(recordings, monkeypatch):
-    monkeypatch.setattr(recorded_training, "_MOST_BYTES", 2**10)
+    monkeypatch.setattr(recorded_training, "MOST_BYTES", 2**10)
     imagen = make_imagen()
     for seed in range(3):
         step(imagen, seed)

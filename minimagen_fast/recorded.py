@@ -75,8 +75,9 @@ def record(
     with recorder:
         found = [recorder.name_of(each) for each in backward(losses, gradient)]
     recorder.lines.append(_Line(f"yield [{', '.join(found)}]", found, [], must_run=True))
-    late = {name for line in recorder.lines[forward:] for name in line.reads}
     lines = _with_less_kept(recorder.lines[:forward], recorder.lines[forward:], recorder.written())
+    # Views may have been made before.
+    late = {recorder.viewed.get(name, name) for line in lines[forward:] for name in line.reads}
     run = _function("replay", inputs, lines, recorder.constants)
     return Recording(run, [name for name in inputs if name in late])
 
@@ -152,6 +153,7 @@ class _Recorder(TorchDispatchMode):
         only_records: Operators run as they do without it: see :func:`.kernels.launch.nothing_looks`.
         lines: What ran.
         constants: By name, the operators, and what they read that none of them made.
+        viewed: By the name of a view, that of the tensor whose memory it shows.
     """
 
     only_records = True
@@ -160,6 +162,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.lines: list[_Line] = []
         self.constants: dict[str, Any] = {}
+        self.viewed: dict[str, str] = {}
         self._written_to: set[str] = set()
         self._memory: dict[int, _Memory] = {}
         self._views: dict[tuple[str, _Layout], str] = {}
@@ -193,6 +196,7 @@ class _Recorder(TorchDispatchMode):
         if layout.dtype != memory.layout.dtype:
             raise NotRecordable(f"memory of {memory.layout.dtype} is read as {layout.dtype}")
         name = self._new_name()
+        self.viewed[name] = memory.name
         places = ", ".join(map(self._text, layout[:3]))
         text = f"{self._other('view', torch.as_strided)}({memory.name}, {places})"
         self.lines.append(_Line(text, [memory.name], [name], is_view=True))
@@ -203,7 +207,7 @@ class _Recorder(TorchDispatchMode):
 
     def written(self) -> set[str]:
         """Names of tensors whose memory an operator has written to after they were made."""
-        return self._written_to | {name for (base, _), name in self._views.items() if base in self._written_to}
+        return self._written_to | {name for name, base in self.viewed.items() if base in self._written_to}
 
     def _constant(self, value: Any) -> str:
         name = f"c{len(self.constants)}"

@@ -149,8 +149,8 @@ class _Replay(torch.autograd.Function):
         recorded = ctx.recorded
         if recorded.versions(ctx.inputs) != ctx.versions:
             raise RuntimeError(
-                "the U-Net's weights, or noise that the step was given, were changed in place between these losses and"
-                " their backward pass, which needs them as they were: call backward first"
+                "the U-Net's weights, or text or noise that the step was given, were changed in place between these"
+                " losses and their backward pass, which needs them as they were: call backward first"
             )
         passes, ctx.passes = ctx.passes, None
         if passes is None or torch.is_grad_enabled() or is_batched(gradient):

@@ -84,6 +84,11 @@ def test_what_is_none_and_what_the_backward_pass_reads():
     assert torch.equal(losses, compute(x, y, None).detach())
 
 
+def test_what_the_backward_pass_reads_as_a_view_that_was_made_before():
+    recording = record(lambda x: (x[:, :2] * WEIGHT[0]).sum(1), {"x": torch.randn(3, 3)}, gradient_of_weight)
+    assert recording.kept == ["x"]
+
+
 def test_views_of_views_are_made_in_one_step_and_once():
     def compute(x):
         rows = (x @ WEIGHT).t()[1:].unsqueeze(0)

@@ -287,6 +287,20 @@ def test_inputs_that_are_needed_and_change_are_noticed(recordings, monkeypatch):
         loss.backward()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_text_that_changes_before_the_backward_pass_is_noticed(recordings, masked):
+    imagen, images, words = make_imagen(), torch.rand(BATCH, 3, 20, 20), make_words(BATCH, 5)
+    if not masked:
+        del words["text_masks"]
+    for _ in range(3):
+        imagen(images, **words).backward()
+    assert len(recordings) == 1
+    loss = imagen(images, **words)
+    words["text_embeds"].zero_()
+    with pytest.raises(RuntimeError, match="text or noise that the step was given, were changed in place"):
+        loss.backward()
+
+
 def test_steps_of_two_threads(recordings, monkeypatch):
     imagen, seen = make_imagen(), {}
     expected = {seed: eager(monkeypatch, imagen, seed)[0] for seed in range(4)}

@@ -85,6 +85,11 @@ def _as_recorded(inputs: "Inputs") -> "Inputs":
     }
 
 
+def _version(x: torch.Tensor) -> int:
+    """It rises with every change in place; that of a tensor made in inference mode is not counted."""
+    return 0 if x.is_inference() else x._version
+
+
 def _copy(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -113,10 +118,10 @@ class _Recorded:
         own = {name: None if x is None else _copy(x) for name, x in inputs.items()}
         self.recording = record(functools.partial(compute, self._twin), own, backward)
 
-    def versions(self, inputs: "Inputs") -> list[int]:
-        """Those of what a backward pass may need: they rise with every change in place."""
-        kept = [value for name in self.recording.kept if (value := inputs[name]) is not None]
-        return [value._version for value in (*self._own, *self._buffers, *kept)]
+    def versions(self, inputs: "Inputs") -> dict[str, tuple[int, ...]]:
+        """Those of the tensors in place: they rise with every change. By name, and all of the U-Net's as one."""
+        given = {name: (_version(x),) for name, x in inputs.items() if x is not None}
+        return {**given, "": tuple(value._version for value in (*self._own, *self._buffers))}
 
     def gradients_anew(
         self, compute: "Compute", inputs: "Inputs", gradient: torch.Tensor
@@ -136,23 +141,30 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, recorded, compute, inputs, *parameters):
-        ctx.recorded, ctx.compute, ctx.inputs, ctx.versions = recorded, compute, inputs, recorded.versions(inputs)
-        # Autograd says so where a second backward pass was not announced.
-        ctx.save_for_backward(torch.empty(0))
+        ctx.recorded, ctx.compute, ctx.versions = recorded, compute, recorded.versions(inputs)
+        # Losses are often kept. Autograd lets go of what it saved once the backward pass has run, and says so where a
+        # second one was not announced. As saved tensors the inputs could not be changed, which most of them may.
+        saved = torch.empty(0)
+        saved.inputs = inputs  # type: ignore[attr-defined]
+        ctx.save_for_backward(saved)
         ctx.passes = recorded.recording.run(**inputs)
         # Whoever gets them may change them.
         return next(ctx.passes).clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        _ = ctx.saved_tensors
-        recorded = ctx.recorded
-        if recorded.versions(ctx.inputs) != ctx.versions:
+        (saved,) = ctx.saved_tensors
+        recorded, inputs = ctx.recorded, saved.inputs
+        is_anew = ctx.passes is None or torch.is_grad_enabled() or is_batched(gradient)
+        now = recorded.versions(inputs)
+        if any(now[name] != ctx.versions[name] for name in (now if is_anew else ["", *recorded.recording.kept])):
             raise RuntimeError(
-                "the U-Net's weights, or text or noise that the step was given, were changed in place between these"
-                " losses and their backward pass, which needs them as they were: call backward first"
+                "the U-Net's weights, or images, texts or noise that the step was given, were changed in place between"
+                " these losses and their backward pass, which needs them as they were: call backward first"
             )
         passes, ctx.passes = ctx.passes, None
-        if passes is None or torch.is_grad_enabled() or is_batched(gradient):
-            return None, None, None, *recorded.gradients_anew(ctx.compute, ctx.inputs, gradient)
-        return None, None, None, *passes.send(gradient.contiguous())
+        # The operators are those that ran in the precision of the step.
+        with torch.autocast(gradient.device.type, enabled=False):
+            if is_anew:
+                return None, None, None, *recorded.gradients_anew(ctx.compute, inputs, gradient)
+            return None, None, None, *passes.send(gradient.contiguous())

@@ -283,7 +283,7 @@ def test_inputs_that_are_needed_and_change_are_noticed(recordings, monkeypatch):
     monkeypatch.setattr(recorded_training, "_as_recorded", lambda inputs: given.append(as_recorded(inputs)) or given[0])
     loss = loss_of(imagen)
     given[0]["noise"].zero_()
-    with pytest.raises(RuntimeError, match="noise that the step was given, were changed in place"):
+    with pytest.raises(RuntimeError, match="texts or noise that the step was given, were changed in place"):
         loss.backward()
 
 
@@ -297,8 +297,48 @@ def test_text_that_changes_before_the_backward_pass_is_noticed(recordings, maske
     assert len(recordings) == 1
     loss = imagen(images, **words)
     words["text_embeds"].zero_()
-    with pytest.raises(RuntimeError, match="text or noise that the step was given, were changed in place"):
+    with pytest.raises(RuntimeError, match="images, texts or noise that the step was given, were changed in place"):
         loss.backward()
+
+
+def test_what_changes_before_a_second_backward_pass_is_noticed(recordings):
+    imagen = make_imagen()
+    warm(imagen)
+    images = torch.rand(BATCH, 3, 8, 8)
+    loss = imagen(images, **make_words(BATCH, 5))
+    loss.backward(retain_graph=True)
+    # The recorded pass did not need them. The next takes the step as it is.
+    images.zero_()
+    with pytest.raises(RuntimeError, match="images, texts or noise that the step was given, were changed in place"):
+        loss.backward()
+    assert passes(recordings) == [(1, 1)]
+
+
+def test_losses_that_are_kept_do_not_hold_what_the_step_was_given(recordings):
+    imagen = make_imagen()
+    warm(imagen)
+    images, words = torch.rand(BATCH, 3, 8, 8), make_words(BATCH, 5)
+    given = [weakref.ref(images), *map(weakref.ref, words.values())]
+    loss = imagen(images, **words)
+    loss.backward()
+    del images, words
+    assert [each() for each in given] == [None, None, None] and loss.grad_fn is not None
+    assert passes(recordings) == [(1, 1)]
+
+
+def test_a_backward_pass_under_autocast(recordings, monkeypatch):
+    imagen = make_imagen()
+    warm(imagen)
+    expected = eager(monkeypatch, imagen, 5)
+    imagen.zero_grad()
+    loss = loss_of(imagen, 5)
+    for number in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward(retain_graph=number == 1)
+        assert_same(
+            (loss.detach(), gradients_of(imagen)), (expected[0], [g if g is None else number * g for g in expected[1]])
+        )
+    assert passes(recordings) == [(1, 1)]
 
 
 def test_steps_of_two_threads(recordings, monkeypatch):

@@ -549,6 +549,16 @@ def test_a_recording_that_fails_is_said_once(monkeypatch):
         step(imagen)
 
 
+def test_a_u_net_that_cannot_be_copied_trains_as_it_is(recordings, monkeypatch):
+    imagen = make_imagen()
+    expected = [eager(monkeypatch, imagen, seed) for seed in range(4)]
+    imagen.unets[0].log_lock = threading.Lock()
+    with pytest.warns(UserWarning, match="runs as it is: .* attribute that cannot be copied .*lock") as said:
+        for seed in range(4):
+            assert_same(step(imagen, seed), expected[seed])
+    assert len(said) == 1 and not recordings
+
+
 # What is kept
 
 

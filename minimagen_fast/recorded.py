@@ -362,4 +362,5 @@ def _function(name: str, arguments: Iterable[str], lines: list[_Line], constants
     source = "\n".join([f"def {name}({', '.join(arguments)}):", *reversed(body)])
     namespace = dict(constants)
     exec(compile(source, f"<{name}>", "exec"), namespace)
-    return namespace[name]
+    # Left there the function would be in a cycle, in which the weights' memory would wait for the garbage collector.
+    return namespace.pop(name)

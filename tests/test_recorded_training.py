@@ -27,6 +27,7 @@ from replayed_steps import (
     warm,
     weighed,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimagen_fast import captured_training, recorded_training
@@ -587,10 +588,24 @@ def test_a_model_that_is_let_go_goes_at_once():
     imagen = make_imagen()
     warm(imagen)
     step(imagen)
-    gone = weakref.ref(imagen.unets[0]), weakref.ref(imagen.unets[0].final_conv.weight)
+    weight = imagen.unets[0].final_conv.weight
+    gone, memory = (weakref.ref(imagen.unets[0]), weakref.ref(weight)), StorageWeakRef(weight.untyped_storage())
     gc.disable()
     try:
-        del imagen
-        assert [each() for each in gone] == [None, None]
+        del imagen, weight
+        assert [each() for each in gone] == [None, None] and memory.expired()
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_is_converted_leaves_its_memory_at_once():
+    imagen = make_imagen()
+    warm(imagen)
+    step(imagen)
+    memory = StorageWeakRef(imagen.unets[0].final_conv.weight.untyped_storage())
+    gc.disable()
+    try:
+        imagen.double()
+        assert memory.expired()
     finally:
         gc.enable()

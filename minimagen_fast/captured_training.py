@@ -75,7 +75,9 @@ def losses_of(unet: "Unet", compute: Compute, inputs: Inputs, acceleration: Acce
             # Who has it in force may have it so in the backward pass or not.
             return compute(unet, **inputs)
         settings = dispatch.implementation(), dispatch.attention_override(None), autocast, library_settings()
-        shapes = tuple(None if x is None else (x.shape, x.dtype) for x in inputs.values())
+        # A graph reads copies of one layout. A recording reads what is given: in another layout, a single text that
+        # stands for all images, for example, torch may compute in other ways.
+        shapes = tuple(None if x is None else (x.shape, x.dtype, () if graphs else x.stride()) for x in inputs.values())
         step = kept.step((acceleration, settings, what, shapes), _Step if graphs else RecordedStep)
         required = acceleration.asks_for("cuda_graphs" if graphs else "recorded_steps")
         return step.losses(kept, unet, compute, inputs, required=required)

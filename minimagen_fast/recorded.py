@@ -54,8 +54,8 @@ def record(
 
     Args:
         compute: From ``inputs``, by name, to losses. A replay reads all other tensors, such as weights, where they lie.
-        inputs: Its inputs, contiguous and each at the beginning of memory of its own. So are those of a replay, which
-            have the same shapes and dtypes, and are None where these are.
+        inputs: Its inputs, each at the beginning of memory of its own. So are those of a replay, which have the same
+            shapes, strides and dtypes, and are None where these are.
         backward: From losses and a gradient of them to the gradients that are wanted.
 
     Returns:

@@ -79,10 +79,7 @@ class RecordedStep:
 
 def _as_recorded(inputs: "Inputs") -> "Inputs":
     """Inputs as a recording takes them."""
-    return {
-        name: x if x is None or (x.is_contiguous() and not x.storage_offset()) else _copy(x)
-        for name, x in inputs.items()
-    }
+    return {name: x if x is None or not x.storage_offset() else _copy(x) for name, x in inputs.items()}
 
 
 def _version(x: torch.Tensor) -> int:
@@ -91,7 +88,9 @@ def _version(x: torch.Tensor) -> int:
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+    """The same values, which lie in the same way in memory of their own."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((extent,), (1,)).clone().as_strided(x.shape, x.stride())
 
 
 class _Recorded:

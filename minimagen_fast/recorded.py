@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # What comes of these is not told by shapes alone.
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
+# It writes to averages, and does not say so.
+_WRITES_UNSAID = torch.ops.aten.native_batch_norm.default
 # Each number of what they give comes of one number of each argument, in about the time in which it would be read from
 # main memory. Smaller results stay in the cache.
 _CHEAP = {torch.ops.aten.silu.default, torch.ops.aten.addcmul.default}
@@ -224,6 +226,8 @@ class _Recorder(TorchDispatchMode):
             raise NotRecordable(f"what comes of {func} is not told by shapes alone")
         if _draws(func, args, kwargs):
             raise NotRecordable(f"{func} draws random numbers")
+        if func is _WRITES_UNSAID:
+            raise NotRecordable(f"{func} writes to what was there before")
         given = _tensors_in([*args, *kwargs.values()])
         for tensor in given:
             if self._memory_of(tensor) is None:

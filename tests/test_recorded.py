@@ -203,9 +203,18 @@ def counted(x):
     return (x @ WEIGHT).sum(1)
 
 
+NORM = torch.nn.BatchNorm1d(2, affine=False)
+NORM.num_batches_tracked = None
+
+
+def averaged(x):
+    return NORM(x @ WEIGHT).sum(1)
+
+
 @pytest.mark.parametrize(
     "compute, reason",
     [
+        (averaged, "writes to what was there before"),
         (with_a_value, "not told by shapes alone"),
         (with_a_shape_of_values, "not told by shapes alone"),
         (at_random, "draws random numbers"),

@@ -470,6 +470,15 @@ def test_autocast_of_the_caller_is_followed(recordings, monkeypatch):
     assert passes(recordings) == [(2, 2)]
 
 
+def test_what_tritons_interpreter_does_is_not_recorded(recordings, monkeypatch):
+    settings = SimpleNamespace(implementation=lambda: "triton", attention_override=lambda _: None)
+    monkeypatch.setattr(captured_training, "dispatch", settings)
+    imagen = make_imagen()
+    for seed in range(4):
+        step(imagen, seed)
+    assert not recordings
+
+
 @pytest.mark.parametrize("interfere", INTERFERENCES)
 def test_what_does_more_than_compute_is_called(recordings, interfere):
     imagen, called = make_imagen(), []

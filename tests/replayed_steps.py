@@ -2,14 +2,16 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fast_path import make_words
 
-from minimagen_fast import captured_training
+from minimagen_fast import captured_training, recorded_training
 from minimagen_fast.diffusion_model import GaussianDiffusion
 from minimagen_fast.helpers import identity
+from minimagen_fast.recorded import Recording, record
 from minimagen_fast.Unet import Unet
 
 BATCH = 3
@@ -175,3 +177,29 @@ INTERFERENCES = [
     with_another_method_of_the_class,
     parametrised,
 ]
+
+
+def replays(graphs):
+    """How often each pair of graphs was replayed: (forward, backward)."""
+    return [(forward.replays, backward.replays) for forward, backward in zip(graphs[::2], graphs[1::2], strict=True)]
+
+
+def count_recordings(monkeypatch):
+    """The recordings that are made, and how often each has run: forward passes, backward passes."""
+    made = []
+
+    def counted(*args):
+        recording, runs = record(*args), SimpleNamespace(passes=[0, 0])
+        made.append(runs)
+
+        def run(**inputs):
+            runs.passes[0] += 1
+            passes = recording.run(**inputs)
+            gradient = yield next(passes)
+            runs.passes[1] += 1
+            yield passes.send(gradient)
+
+        return Recording(run, recording.kept)
+
+    monkeypatch.setattr(recorded_training, "record", counted)
+    return made

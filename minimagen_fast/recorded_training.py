@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _BACKWARD_PASSES_FIRST = 2
 # A recording takes as long as some steps: where few steps are of one kind it would not pay.
 _AT_ONCE, _STEPS_FOR_ONE_MORE = 4, 32
-# Of parameters. Steps of larger U-Nets take so long that what is between operators does not count, and while they are
+# Of parameters. Steps of larger U-Nets take long, beside what lies between operators, and while they are
 # recorded there are gradients twice.
 MOST_BYTES = 2**28
 

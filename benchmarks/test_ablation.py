@@ -15,9 +15,10 @@ from .results import Identity
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
-SAMPLING = ablation("kernels", "channels_last", "condition_cache", "freed_memory", "bfloat16", "compile", "cuda_graphs")
+_LATER = "freed_memory", "recorded_steps", "bfloat16", "compile", "cuda_graphs"
+SAMPLING = ablation("kernels", "channels_last", "condition_cache", *_LATER)
 # A step of training has no conditions to keep.
-TRAINING = ablation("kernels", "channels_last", "freed_memory", "recorded_steps", "bfloat16", "compile", "cuda_graphs")
+TRAINING = ablation("kernels", "channels_last", *_LATER)
 
 Prepare = Callable[[Network, ImagenVariant, int, Context], Prepared]
 

@@ -71,8 +71,9 @@ class Acceleration:
             for all modules. Hooks of the block itself are called around it.
         cuda_graphs: ``on`` if a step of sampling is captured and replayed, :mod:`.sampling` says when it is captured
             anew; and if both passes of a step of training are, where :mod:`.captured_training` says that they may.
-        recorded_steps: ``on`` if a step of training runs from a recording of its operators, without the Python that
-            called for them, where :mod:`.captured_training` says that it may.
+        recorded_steps: ``on`` if a step runs from a recording of its operators, without the Python that called for
+            them: one of training where :mod:`.captured_training` says that it may, one of sampling where
+            :mod:`.sampling` does.
         condition_cache: ``on`` if what the steps of a sampling share is computed once, and guidance takes one call of
             the U-Net a step, not two.
         freed_memory: ``kept`` if main memory that is freed stays with the process, for the next tensors, from the first

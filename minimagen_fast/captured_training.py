@@ -26,16 +26,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from .acceleration import Acceleration, autocast_dtype
 from .cuda_capture import capturing, library_settings
 from .kept import KEPT, TRAINING, InOrder, KeptGraphs
 from .kernels import dispatch
-from .kernels.launch import in_forward_mode, nothing_looks
 from .module_watch import ModuleWatch, only_computes
-from .plain import classes_are_as_made
+from .plain import classes_are_as_made, no_calls_are_seen
 from .recorded_training import RecordedStep
 from .twins import twin_of
 
@@ -97,10 +94,7 @@ def _may_be_replayed(inputs: Inputs) -> bool:
     tensors = tuple(value for value in inputs.values() if value is not None)
     return (
         torch.is_grad_enabled()
-        and nothing_looks(tensors)
-        and not in_forward_mode()
-        # What `torch.set_default_device` puts there does not look either.
-        and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+        and no_calls_are_seen(tensors)
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and classes_are_as_made()
         and not torch.is_anomaly_enabled()

@@ -4,6 +4,8 @@ What is faster than one module after another (kernels that do the work of severa
 not call those modules. That is right only while they are what they were made as: not for one that was replaced (by an
 adapter such as LoRA, by a quantised layer), parametrised, compiled, or that has hooks, be they for all modules; nor
 where another method was put into one, or into its class, torch's or ours. Such a module is called.
+
+The same is asked of calls of torch's functions, which a step that was captured or recorded does not make again.
 """
 
 import functools
@@ -11,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -19,7 +22,21 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
     _has_any_global_hook,
 )
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.module_tracker import ModuleTracker
+
+from .kernels.launch import in_forward_mode, nothing_looks
+
+
+def no_calls_are_seen(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether no mode, transform or class of tensors sees which functions are called with these tensors."""
+    return (
+        nothing_looks(tensors)
+        and not in_forward_mode()
+        # What `torch.set_default_device` puts there does not look either.
+        and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    )
 
 
 def is_untouched(module: nn.Module) -> bool:

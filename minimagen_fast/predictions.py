@@ -203,6 +203,10 @@ class CachedPrediction(Prediction):
         mask = self._task.text_mask
         return self._task.text_embeds[images], None if mask is None else mask[images]
 
+    def written(self) -> list[torch.Tensor]:
+        """The tensors that a step writes to."""
+        return [each.context for each in self._conditions]
+
     def rest(self) -> None:
         """Let go of the task and the U-Net, until :meth:`load`: this is kept with the U-Net, and must not hold it."""
         self._task = self._unet = None  # type: ignore[assignment]

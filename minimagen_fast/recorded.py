@@ -1,10 +1,11 @@
-"""A computation and its gradients, taken down operator by operator, and run again without what called for them.
+"""A computation, with its gradients or without, taken down operator by operator, and run again without its callers.
 
-A good part of a short step of training on a CPU is Python: modules that call modules, checks, what autograd notes down.
-The operators that come of it are the same in every step of the same kind. :func:`record` takes them down while they run
-and writes them as one function of Python, one to a line, which runs them on other inputs: the same operators, hence the
-same numbers to the bit. Nothing is held longer than autograd would hold it, and what is fast to compute again is not
-kept for the backward pass.
+A good part of a short step on a CPU is Python: modules that call modules, checks, what autograd notes down. The
+operators that come of it are the same in every step of the same kind. They are taken down while they run, and written
+as one function of Python, one to a line, which runs them again: the same operators, hence the same numbers to the bit.
+:func:`record` is for steps of training, of new inputs each; nothing is held longer than autograd would hold it, and
+what is fast to compute again is not kept for the backward pass. :func:`record_in_place` is for steps of sampling, which
+read and write tensors that stay where they are.
 
 This is right only for what depends on nothing but values of tensors: whoever has something recorded must know that.
 """
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # What comes of these is not told by shapes alone.
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
+# What they change is how a tensor lies, and nothing in its memory; torch.quantile calls them.
+_LAYS_OTHERWISE = {torch.ops.aten.squeeze_.dim, torch.ops.aten.unsqueeze_.default}
 # It writes to averages, and does not say so.
 _WRITES_UNSAID = torch.ops.aten.native_batch_norm.default
 # Each number of what they give comes of one number of each argument, in about the time in which it would be read from
@@ -84,6 +87,28 @@ def record(
     return Recording(run, [name for name in inputs if name in late])
 
 
+def record_in_place(step: Callable[[], object], written: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """Run a computation that reads and writes tensors which stay where they are, and take down its operators.
+
+    Args:
+        step: The computation, without gradients.
+        written: Those that it writes to, each with memory of its own.
+
+    Returns:
+        Does the same again. To be run without gradients and autocast, by one thread at a time.
+
+    Raises:
+        NotRecordable: as :func:`record`, but for writing to what may be written to; before the operator that cannot be
+            taken down.
+    """
+    recorder = _Recorder({})
+    for tensor in written:
+        recorder.will_write(tensor)
+    with recorder:
+        step()
+    return _function("replay", (), recorder.lines, recorder.constants)
+
+
 @dataclass
 class _Line:
     """One line of the function.
@@ -112,7 +137,9 @@ class _Origin(enum.Enum):
 
     INPUT = enum.auto()
     OPERATOR = enum.auto()
-    OTHER = enum.auto()
+    # It was there before, and stays: to be read, or also to be written to.
+    READ = enum.auto()
+    WRITTEN = enum.auto()
 
 
 class _Layout(NamedTuple):
@@ -160,6 +187,11 @@ class _Recorder(TorchDispatchMode):
 
     only_records = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # For this torch would import its compiler, which nothing here needs and takes longer than to record.
+        return False
+
     def __init__(self, inputs: Mapping[str, torch.Tensor | None]) -> None:
         super().__init__()
         self.lines: list[_Line] = []
@@ -181,11 +213,15 @@ class _Recorder(TorchDispatchMode):
         self._memory[storage._cdata] = _Memory(origin, name, _Layout.of(tensor), StorageWeakRef(storage))
         return name
 
+    def will_write(self, tensor: torch.Tensor) -> None:
+        """Allow that a tensor, which is there already, is written to."""
+        self.name(tensor, self._constant(tensor), _Origin.WRITTEN)
+
     def name_of(self, tensor: torch.Tensor) -> str:
         """The name of a tensor, which is a constant if its memory is not known yet."""
         memory, layout = self._memory_of(tensor), _Layout.of(tensor)
         if memory is None:
-            return self.name(tensor, self._constant(tensor), _Origin.OTHER)
+            return self.name(tensor, self._constant(tensor), _Origin.READ)
         if layout == memory.layout:
             return memory.name
         if (memory.name, layout) not in self._views:
@@ -193,7 +229,7 @@ class _Recorder(TorchDispatchMode):
         return self._views[memory.name, layout]
 
     def _view(self, tensor: torch.Tensor, memory: _Memory, layout: _Layout) -> str:
-        if memory.origin is _Origin.OTHER:
+        if memory.origin in (_Origin.READ, _Origin.WRITTEN):
             return self._constant(tensor)
         if layout.dtype != memory.layout.dtype:
             raise NotRecordable(f"memory of {memory.layout.dtype} is read as {layout.dtype}")
@@ -203,6 +239,11 @@ class _Recorder(TorchDispatchMode):
         text = f"{self._other('view', torch.as_strided)}({memory.name}, {places})"
         self.lines.append(_Line(text, [memory.name], [name], is_view=True))
         return name
+
+    def _is_made(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is in memory in which an operator made one."""
+        memory = self._memory_of(tensor)
+        return memory is not None and memory.origin is _Origin.OPERATOR
 
     def _memory_of(self, tensor: torch.Tensor) -> _Memory | None:
         return self._memory.get(tensor.untyped_storage()._cdata)
@@ -235,6 +276,8 @@ class _Recorder(TorchDispatchMode):
         written = self._tensors_written(func, args, kwargs) if func._schema.is_mutable else []
         before = [_Layout.of(tensor) for tensor in written]
         result = func(*args, **kwargs)
+        if func in _LAYS_OTHERWISE and all(self._is_made(tensor) for tensor in written):
+            return result
         if before != [_Layout.of(tensor) for tensor in written]:
             raise NotRecordable(f"{func} gives a tensor another layout")
         # What is no tensor, such as a dtype, is told by shapes and dtypes; and a view, by its layout.
@@ -248,7 +291,7 @@ class _Recorder(TorchDispatchMode):
         places = [(place, argument.name) for place, argument in arguments if argument.is_write]
         found = _tensors_in([args[place] if place < len(args) else kwargs.get(name) for place, name in places])
         memories = [self._memory_of(tensor) for tensor in found]
-        if any(memory is None or memory.origin is not _Origin.OPERATOR for memory in memories):
+        if any(memory is None or memory.origin in (_Origin.INPUT, _Origin.READ) for memory in memories):
             raise NotRecordable(f"{func} writes to what was there before")
         self._written_to |= {memory.name for memory in memories if memory is not None}
         return found

@@ -1,8 +1,9 @@
 """The loop that takes one U-Net's images from pure noise to x_0, and what it does to be fast.
 
 A step predicts the noise, with text and without in one call of the U-Net where guidance needs both, and updates the
-images in place. It reads nothing but tensors that stay where they are, the number of the step among them: so on CUDA it
-is captured once, and replayed for all steps of all samplings of its kind. Nothing in it waits for the device.
+images in place. It reads nothing but tensors that stay where they are, the number of the step among them: so it is
+captured once on CUDA, and recorded on a CPU, see :mod:`.recorded`, and replayed for all steps of all samplings of its
+kind. Nothing in it waits for the device. What is said here of capturing holds for recording.
 
 Samplings are of one kind if they differ in their words, their low-resolution images, the noise level of those, their
 guidance weight, ``dynamic_thresholding_percentile`` and ``eta``, their random numbers, and the values of weights and
@@ -16,6 +17,11 @@ noise schedules alone. A step is captured anew for
 - memory that did not suffice: what is captured is given up for it.
 
 The last four kinds are kept for each U-Net.
+
+A recording takes as long as it saves in some steps: it is made where at least as many are left, or were run. Steps
+are not recorded, and run as they are without a word, where a mode or transform sees which functions are called, in
+Triton's interpreter, and with weights that are parametrised or of other classes than torch's own. Of large batches a
+recording goes at the end of the sampling.
 """
 
 import warnings
@@ -33,15 +39,20 @@ from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing, library_settings
 from .kept import Kept, forget_idle_graphs, kept_with
 from .kernels import dispatch
-from .module_watch import has_tensors_in_attributes, is_known
-from .plain import is_untouched, methods_of, overridden
+from .module_watch import has_tensors_in_attributes, is_known, only_computes
+from .plain import is_untouched, methods_of, no_calls_are_seen, overridden
 from .predictions import CachedPrediction, PlainPrediction, Prediction, Task
 from .progress import progress_bar
+from .recorded import NotRecordable, record_in_place
 from .samplers import Update
 from .Unet import Unet, dtype_of
 
 # Captured steps that are kept for each U-Net: every one holds the memory of a step.
 _MOST_GRAPHS = 4
+# So many steps from a recording save the time that it takes: 11 to 15, measured on two cores.
+_PAID_BACK_BY = 16
+# Bytes of the keys and values that recorded steps may hold on to from one sampling to the next.
+_MOST_KEPT = 2**26
 # Of the methods that take part in a whole call of a U-Net, those that the fast path stands in for.
 _OF_CALLS = methods_of(
     Unet, "forward", "forward_with_cond_scale", "_check_inputs", "_text_condition", "_block_conditions"
@@ -188,25 +199,24 @@ class _Steps:
 
 
 class _ReplayedSteps(_Steps):
-    """The same, by replaying a CUDA graph.
-
-    Attributes:
-        graph: What was captured, if anything.
-        find_other: Finds a graph that never runs at the same time, to share its memory.
-    """
+    """The same, of which one is taken down, and replayed."""
 
     def __init__(self, predict: CachedPrediction, update: Update, x: torch.Tensor, required: bool):
         super().__init__(predict, update, x)
         self._conditions, self._required = predict, required
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.find_other: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
-        self._may_capture = True
-        self._has_run = False
+        self._replay: Callable[[], None] | None = None
+        self._may_be_taken_down = True
+        # As they are, and how many are left of this sampling.
+        self._runs, self._left = 0, len(update.times)
 
-    def begin(self, task: Task, unet: Unet, x: torch.Tensor) -> None:
+    def begin(self, task: Task, unet: Unet, x: torch.Tensor, required: bool) -> None:
         """Start again with another task, of the same signature, and images of the same shape."""
+        self._required = required
+        # What has failed before is an error for whom it is required by.
+        self._may_be_taken_down = self._may_be_taken_down or required
         self.x.copy_(x)
         self.number.zero_()
+        self._left = len(task.update.times)
         self._update.load(task.update)
         self._conditions.load(task, unet)
 
@@ -218,42 +228,106 @@ class _ReplayedSteps(_Steps):
         """Whether the noise in these images is predicted by this one."""
         return self._predict is predict
 
-    def drop_graph(self) -> bool:
-        """Free what was captured, and say whether there was anything; the next steps run as before a capture."""
-        had, self.graph, self._has_run = self.graph is not None, None, False
+    def drop(self) -> bool:
+        """Free what was taken down, and say whether there was anything; the next steps run as before that."""
+        had, self._replay, self._runs = self._replay is not None, None, 0
         return had
 
     def advance(self, first: bool) -> None:
-        differs = first and self._update.multistep
-        # Before it is captured a step must run once, for what libraries and compilers do at first.
-        if self.graph is None and self._may_capture and self._has_run and not differs:
-            self.graph = self._capture()
-        if self.graph is None or differs:
+        self._left -= 1
+        if first and self._update.multistep:
             super().advance(first)
-            self._has_run = self._has_run or not differs
+        elif self._replay is not None:
+            self._replay()
+        # Before it is taken down a step must run once, for what libraries and compilers do at first.
+        elif self._runs and self._may_be_taken_down and self._pays():
+            self._take_down()
         else:
-            self.graph.replay()
+            self._run()
+
+    def _run(self) -> None:
+        super().advance(first=False)
+        self._runs += 1
+
+    def _pays(self) -> bool:
+        """Whether it pays to take a step down."""
+        return True
+
+    def _take_down(self) -> None:
+        """Make a step that is replayed from then on."""
+        raise NotImplementedError
+
+    def _give_up(self, failed: str, setting: str, error: RuntimeError) -> None:
+        """Go on without. To be called while the error is handled."""
+        if self._required:
+            raise
+        self._may_be_taken_down = False
+        warnings.warn(
+            f"a step of sampling could not be {failed}: {error}. To do without: imagen.accelerate({setting}='off')",
+            stacklevel=2,
+        )
+
+
+class _CapturedSteps(_ReplayedSteps):
+    """By replaying a CUDA graph.
+
+    Attributes:
+        graph: What was captured, if anything.
+        find_other: Finds a graph that never runs at the same time, to share its memory.
+    """
+
+    def __init__(self, predict: CachedPrediction, update: Update, x: torch.Tensor, required: bool):
+        super().__init__(predict, update, x, required)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.find_other: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
+
+    def drop(self) -> bool:
+        self.graph = None
+        return super().drop()
+
+    def _take_down(self) -> None:
+        self.graph = self._capture()
+        if self.graph is None:
+            self._run()
+        else:
+            self._replay = self.graph.replay
+            self._replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         while True:
             graph = torch.cuda.CUDAGraph()
             try:
                 with capturing(graph, self.x.device, self.find_other()):
-                    super().advance(first=False)
+                    self._run()
                 return graph
             except RuntimeError as error:
                 # What was captured for another U-Net may hold the memory that this takes.
                 if isinstance(error, torch.OutOfMemoryError) and forget_idle_graphs():
                     continue
-                if self._required:
-                    raise
-                self._may_capture = False
-                warnings.warn(
-                    f"a step of sampling could not be captured in a CUDA graph and is launched anew each time: {error}."
-                    " To do without: imagen.accelerate(cuda_graphs='off')",
-                    stacklevel=2,
-                )
+                self._give_up("captured in a CUDA graph and is launched anew each time", "cuda_graphs", error)
                 return None
+
+
+def _graph_of(steps: _ReplayedSteps) -> torch.cuda.CUDAGraph | None:
+    return steps.graph if isinstance(steps, _CapturedSteps) else None
+
+
+class _RecordedSteps(_ReplayedSteps):
+    """By running a recording of its operators."""
+
+    def _pays(self) -> bool:
+        return self._required or max(self._left, self._runs) >= _PAID_BACK_BY
+
+    def _take_down(self) -> None:
+        written = [self.x, self.number, *self._conditions.written()]
+        if self._x_start is not None:
+            written.append(self._x_start)
+        try:
+            self._replay = record_in_place(self._run, written)
+        except NotRecordable as error:
+            self._give_up("recorded and runs as it is each time", "recorded_steps", error)
+            # The images are written to at its end, which can be recorded.
+            self._run()
 
 
 def _autocast_if_needed(
@@ -313,7 +387,9 @@ def _steps_of(
     if copied:
         unet = kept.working_copy(unet, acceleration.dtype, acceleration.layout)
     # Autocast keeps converted weights while it is active: a graph must not hold on to those.
-    replays = acceleration.cuda_graphs == "on" and copied and update.is_plain
+    replays = (
+        copied and update.is_plain and (acceleration.cuda_graphs == "on" or _may_be_recorded(task, x, acceleration))
+    )
     if not replays:
         kept.forget_graphs()
     if acceleration.condition_cache == "off" or hand.calls is not None:
@@ -337,17 +413,31 @@ def _steps_of(
         kept.lock.release()
 
 
+def _may_be_recorded(task: Task, x: torch.Tensor, acceleration: Acceleration) -> bool:
+    """Whether steps do nothing but run operators that a recorder sees."""
+    kernels = dispatch.implementation(), dispatch.attention_override(None)
+    return (
+        acceleration.recorded_steps == "on"
+        # What Triton's interpreter does no recorder sees.
+        and "triton" not in (*kernels, acceleration.kernels, acceleration.attention)
+        and no_calls_are_seen((x,))
+        and only_computes(task.unet)
+    )
+
+
 def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration: Acceleration) -> _ReplayedSteps:
     """The captured step for this task, or one to be captured."""
     graphs: OrderedDict[tuple, _ReplayedSteps] = kept.graphs
     in_force = dispatch.implementation(), dispatch.attention_override(None)
     settings = acceleration, in_force, library_settings()
     key = (*settings, unet.dtype, x.shape, task.signature, task.update.signature)
+    captures = acceleration.cuda_graphs == "on"
+    required = acceleration.asks_for("cuda_graphs" if captures else "recorded_steps")
     if key in graphs:
         graphs.move_to_end(key)
         steps = graphs[key]
         try:
-            steps.begin(task, unet, x)
+            steps.begin(task, unet, x, required)
         except BaseException:
             steps.rest()
             raise
@@ -366,7 +456,7 @@ def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration:
         for key, steps in list(graphs.items()):
             if steps.predicts_with(predict):
                 # After a division its graph would read what is no longer there.
-                freed = steps.drop_graph() or freed
+                freed = steps.drop() or freed
             else:
                 del graphs[key]
                 freed = True
@@ -376,7 +466,12 @@ def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration:
     while len(graphs) >= _MOST_GRAPHS:
         graphs.popitem(last=False)
     predict = CachedPrediction(task, unet, acceleration.layout, unet.dtype, make_room)
-    steps = _ReplayedSteps(predict, task.update, x, acceleration.asks_for("cuda_graphs"))
-    steps.find_other = lambda: next((other.graph for other in all_steps().values() if other.graph is not None), None)
-    graphs[key] = steps
-    return steps
+    if captures:
+        captured = _CapturedSteps(predict, task.update, x, required)
+        captured.find_other = lambda: next(filter(None, map(_graph_of, all_steps().values())), None)
+        graphs[key] = captured
+        return captured
+    recorded = _RecordedSteps(predict, task.update, x, required)
+    if sum(tensor.nbytes for tensor in predict.written()) <= _MOST_KEPT:
+        graphs[key] = recorded
+    return recorded

@@ -4,6 +4,7 @@ import dataclasses
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,9 +13,20 @@ from torch.utils._pytree import tree_leaves
 from minimagen_fast import acceleration, captured_training, cuda_capture, sampling
 from minimagen_fast.ema import EMA
 from minimagen_fast.Imagen import Imagen
+from minimagen_fast.kept import kept_with
 from minimagen_fast.Unet import BaseTest, SuperTest, Unet
 
 T = 20
+# Rounding, which the steps carry on; images are in [0, 1].
+FLOAT32 = 2e-4
+SAMPLERS = [
+    {},
+    {"steps": 5},
+    {"sampler": "ddim", "steps": 5},
+    {"sampler": "ddim", "steps": 5, "eta": 0.7},
+    {"sampler": "dpmpp_2m", "steps": 5},
+]
+FEW = {"sampler": "dpmpp_2m", "steps": 4, "cond_scale": 3.0}
 ATTENDING = {"layer_attns": (False, True), "layer_cross_attns": (True, False), "attend_at_middle": True}
 LOWRES = {"lowres_cond": True, "layer_cross_attns": (False, True)}
 
@@ -231,3 +243,44 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
     # Training has a stand-in of its own.
     monkeypatch.setattr(captured_training, "_may_be_replayed", lambda inputs: False)
     return made
+
+
+def watched_recordings(monkeypatch):
+    """Every sampling on a CPU records a step as soon as it may; gives the list of the recordings that are made."""
+    made, record = [], sampling.record_in_place
+
+    def counted(step, written):
+        replay = record(step, written)
+        # Who records a step makes it.
+        recording = SimpleNamespace(replays=1)
+        made.append(recording)
+
+        def run():
+            recording.replays += 1
+            replay()
+
+        return run
+
+    monkeypatch.setattr(sampling, "record_in_place", counted)
+    monkeypatch.setattr(sampling, "_PAID_BACK_BY", 0)
+    return made
+
+
+def run(imagen, preset="auto", *, arguments=FEW, words=None, **settings):
+    return sample(imagen.accelerate(preset, **settings), words, **arguments)
+
+
+def kept_graphs(imagen):
+    """The steps that are kept with the first U-Net."""
+    return list(kept_with(imagen.unets[0]).graphs.values())
+
+
+class Refused(RuntimeError):
+    pass
+
+
+@contextmanager
+def refuse(graph, **_):
+    """In the place of ``torch.cuda.graph``: a capture that fails."""
+    raise Refused("operation not permitted when stream is capturing")
+    yield

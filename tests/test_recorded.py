@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from minimagen_fast.recorded import NotRecordable, record
+from minimagen_fast.recorded import NotRecordable, record, record_in_place
 
 T = torch.tensor
 WEIGHT = torch.nn.Parameter(T([[2.0, -1.0], [0.5, 3.0]]))
@@ -238,3 +238,63 @@ def test_a_tensor_that_no_operator_made_of_another_is_refused():
 
     with pytest.raises(NotRecordable, match="gives a tensor another layout"):
         record(compute, {"x": torch.randn(3, 2)}, gradient_of_weight)
+
+
+# In place
+
+
+def sums_in_place(x, total, turned):
+    """What is read and written to, parts of it, and what is made in between and lies in another way later."""
+
+    def step():
+        made = torch.quantile(x * total[1], 0.3, dim=-1).unsqueeze_(0)
+        total[:2] += made.squeeze_(0)
+        turned.t()[0] = total.flip(0)
+        total.add_(turned.sum()).sin_()
+        x.copy_(x + total[:, None])
+
+    return step
+
+
+def in_place_state():
+    return torch.arange(6.0).reshape(2, 3), T([1.0, 0.5]), torch.ones(2, 4)
+
+
+def test_a_step_in_place_is_made_again():
+    own, expected = in_place_state(), in_place_state()
+    made_again, step = record_in_place(sums_in_place(*own), own), sums_in_place(*expected)
+    step()
+    for number in range(3):
+        assert all(map(torch.equal, own, expected)), number
+        made_again()
+        step()
+    own[0].fill_(0.25)
+    expected[0].fill_(0.25)
+    made_again()
+    step()
+    assert all(map(torch.equal, own, expected)) and own[0].unique().numel() > 1
+
+
+def test_what_may_not_be_written_to_is_refused():
+    x, total, turned = in_place_state()
+    with pytest.raises(NotRecordable, match="writes to what was there before"):
+        record_in_place(sums_in_place(x, total, turned), [x, total])
+    fresh = torch.zeros(2)
+    with pytest.raises(NotRecordable, match="writes to what was there before"):
+        record_in_place(lambda: fresh.unsqueeze_(0), [])
+    with pytest.raises(NotRecordable, match="gives a tensor another layout"):
+        record_in_place(lambda: fresh.unsqueeze_(0), [fresh])
+
+
+def test_nothing_but_the_tensors_is_held():
+    own = in_place_state()
+    made_again = record_in_place(sums_in_place(*own), own)
+    waiting = [weakref.ref(tensor) for tensor in own]
+    gc.disable()
+    try:
+        del own
+        assert all(one() is not None for one in waiting)
+        del made_again
+        assert not any(one() is not None for one in waiting)
+    finally:
+        gc.enable()

@@ -60,10 +60,14 @@ def has_tensors_in_attributes(part: nn.Module) -> bool:
 
 def only_computes(module: nn.Module) -> bool:
     """Whether nothing in a module but known classes computes, on tensors of torch's own, without hooks."""
-    for part in module.modules():
-        # A parametrised weight may be one that was computed before, and kept.
-        if not is_known(part) or not is_untouched(part) or is_parametrized(part):
-            return False
+    return has_plain_tensors(module) and all(is_known(part) and is_untouched(part) for part in module.modules())
+
+
+def has_plain_tensors(module: nn.Module) -> bool:
+    """Whether all parameters and buffers of a module are tensors of torch's own, and lie where it has them."""
+    # A parametrised weight may be one that was computed before, and kept.
+    if any(map(is_parametrized, module.modules())):
+        return False
     return all(type(value) in (torch.Tensor, nn.Parameter) for value in (*module.parameters(), *module.buffers()))
 
 

@@ -39,7 +39,7 @@ from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing, library_settings
 from .kept import Kept, forget_idle_graphs, kept_with
 from .kernels import dispatch
-from .module_watch import has_tensors_in_attributes, is_known, only_computes
+from .module_watch import has_plain_tensors, has_tensors_in_attributes, is_known
 from .plain import is_untouched, methods_of, no_calls_are_seen, overridden
 from .predictions import CachedPrediction, PlainPrediction, Prediction, Task
 from .progress import progress_bar
@@ -414,14 +414,14 @@ def _steps_of(
 
 
 def _may_be_recorded(task: Task, x: torch.Tensor, acceleration: Acceleration) -> bool:
-    """Whether steps do nothing but run operators that a recorder sees."""
+    """Whether steps of a U-Net that may be copied do nothing but run operators that a recorder sees."""
     kernels = dispatch.implementation(), dispatch.attention_override(None)
     return (
         acceleration.recorded_steps == "on"
         # What Triton's interpreter does no recorder sees.
         and "triton" not in (*kernels, acceleration.kernels, acceleration.attention)
         and no_calls_are_seen((x,))
-        and only_computes(task.unet)
+        and has_plain_tensors(task.unet)
     )
 
 

@@ -13,7 +13,9 @@ from .group_norm_tiles import Operands, added_to, affine, load_both, run_forward
 from .launch import tl, triton
 
 # Bytes of a group, both sides rounded up to powers of two, and of it for each thread of a program, such that what both
-# directions keep of each value stays in registers: forward one float32, backward two, and per channel some vectors.
+# directions keep of each value stays in registers: forward one float32, backward two, and per channel some vectors. Of
+# twice as many bytes in half precision and channels_last memory registers spill forward, too, on every target that is
+# compiled for, although one program then has all of a multiprocessor's.
 LARGEST_TILE, BYTES_PER_THREAD = 32768, 32
 # Values of a tile with more pixels than the images: in NCHW memory, where each value has an address of its own, and, of
 # these, of one with many channels or read from two images; in channels_last memory of one with many channels.

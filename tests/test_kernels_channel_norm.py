@@ -265,6 +265,17 @@ def test_nan_and_infinity_stay_in_their_pixel(value, wide, gelu, memory_format, 
 
 @FORMATS
 @pytest.mark.parametrize("wide", [False, True])
+def test_a_gain_that_is_nan_spoils_its_channel_and_a_residual_its_value(wide, memory_format, request):
+    if wide:
+        request.getfixturevalue("every_width_is_wide")
+    inputs = case(2, 100, 3, 5, memory_format=memory_format, residual=True)
+    inputs["gain"][0, 3] = inputs["residual"][1, 7, 2, 1] = float("nan")
+    out = check(inputs, True, dtype=torch.float32)
+    assert out[:, 3].isnan().all() and out.isnan().sum() == 2 * 15 + 1
+
+
+@FORMATS
+@pytest.mark.parametrize("wide", [False, True])
 def test_a_gradient_that_is_nan_stays_in_its_pixel(wide, memory_format, request):
     if wide:
         request.getfixturevalue("every_width_is_wide")

@@ -5,9 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
 
 from minimagen_fast.kernels.conv1x1_concat import conv1x1_concat
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 FORMATS = pytest.mark.parametrize("memory_format", [NCHW, NHWC], ids=["nchw", "nhwc"])
@@ -84,6 +88,31 @@ def test_a_gradient_that_is_nan_stays_in_its_pixel_and_channel(memory_format):
 
     inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
     check_parity(ours, reference, inputs, dtype=torch.float32, cotangent=cotangent)
+
+
+@FORMATS
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_goes_where_it_does_in_torch(name, memory_format):
+    for value in (float("nan"), float("inf"), float("-inf")):
+        inputs = case(2, 8, 4, 6, 3, 3, memory_format=memory_format)
+        inputs[name][(-1,) * inputs[name].ndim] = value
+        # cuDNN may transform tiles, which then are not finite as a whole.
+        with torch.backends.cudnn.flags(enabled=False):
+            check_parity(ours, reference, inputs, dtype=torch.float32)
+
+
+@FORMATS
+def test_finite_differences(memory_format):
+    inputs = case(2, 3, 2, 2, 2, 2, memory_format=memory_format)
+    exact = [value.double().requires_grad_() for value in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *tensors: ours(**dict(zip(NAMES, tensors, strict=True))), exact)
+
+
+@settings(derandomize=True, max_examples=10, deadline=None)
+@given(st.tuples(*[st.integers(1, 9)] * 6), st.sampled_from([NCHW, NHWC]))
+def test_any_shape(shape, memory_format):
+    inputs = case(*shape, memory_format=memory_format)
+    check_parity(ours, reference, inputs, dtype=torch.float32, wider="two products")
 
 
 @FORMATS

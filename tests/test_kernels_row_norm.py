@@ -200,6 +200,13 @@ def test_nan_and_infinity_stay_in_their_row(value):
     check_parity(ours, reference, case(4, 40) | {"residual": residual}, dtype=torch.float32)
 
 
+def test_a_gain_that_is_nan_spoils_its_column():
+    inputs = case(4, 40, residual=True)
+    inputs["gain"][3] = float("nan")
+    out = check_parity(ours, reference, inputs, dtype=torch.float32)
+    assert out[:, 3].isnan().all() and out.isnan().sum() == 4
+
+
 def test_a_gradient_that_is_nan_stays_in_its_row():
     def cotangent(out):
         gradient = randn("dy", *out.shape)

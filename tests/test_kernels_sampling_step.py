@@ -372,6 +372,18 @@ def test_a_nan_spoils_its_image_alone(way, step):
         assert out[1].isnan().all() and not out[[0, 2]].isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["x_t", "pred", "null_pred", "third"])
+@pytest.mark.parametrize("step", ["ancestral", "ddim", "dpm_solver"])
+def test_what_is_not_finite_goes_where_it_does_in_torch(way, step, name):
+    x_t, t, pred, third = images((3, 3, 4, 4))
+    inputs = {"x_t": x_t, "pred": pred, "third": third, "null_pred": randn("null", 3, 3, 4, 4)}
+    # Each image has its own.
+    inputs[name][:, 2, 3, 0] = torch.tensor([math.nan, math.inf, -math.inf])
+    outs = check(step, t=t, **inputs, cond_scale=3.0)
+    assert not outs[0].isfinite().all()
+
+
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
 def test_the_last_step_adds_no_noise(way, implementation):
     x_t, t, pred, third = images((2, 3, 4, 4))

@@ -13,6 +13,8 @@ from minimagen_fast.kernels import upsample_conv as module
 from minimagen_fast.kernels import upsample_conv3x3, use_implementation
 from minimagen_fast.kernels.upsample_conv import summed_kernel
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 FORMATS = pytest.mark.parametrize("memory_format", [NCHW, NHWC], ids=["nchw", "nhwc"])
 NAMES = ("x", "weight", "bias")
@@ -103,12 +105,13 @@ def test_vmap(memory_format, axis):
     torch.testing.assert_close(out, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_second_derivatives():
-    inputs = {name: value.double().requires_grad_() for name, value in case(1, 2, 3, 2, 3).items()}
+@FORMATS
+def test_finite_differences_of_first_and_second_derivatives(memory_format):
+    inputs = case(1, 2, 3, 2, 3, memory_format=memory_format)
+    exact = tuple(value.double().requires_grad_() for value in inputs.values())
     # cuDNN's gradients of weights may be summed in another order every time.
-    assert torch.autograd.gradgradcheck(
-        lambda *given: upsample_conv3x3(*given).sin(), tuple(inputs.values()), nondet_tol=1e-12
-    )
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda *given: upsample_conv3x3(*given).sin(), exact, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

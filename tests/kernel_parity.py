@@ -34,6 +34,8 @@ TOLERANCE: dict[torch.dtype | str, tuple[float, float]] = {
     "an image among others": (1.6e-2, 2e-5),
     # Sums of up to 2^31 terms in float32, in two orders.
     "long sums": (1e-4, 1e-4),
+    # Slopes over a finite step, of values in float32: see check_slopes().
+    "finite differences": (5e-3, 2e-3),
 }
 # What allows more than that: how many times, and why.
 WIDER = {
@@ -142,3 +144,40 @@ def check_parity(
         elif value is not None:
             assert value.grad is None, name
     return out
+
+
+def check_slopes(
+    operation: Callable[..., torch.Tensor],
+    inputs: dict[str, torch.Tensor | None],
+    *,
+    gradients_of: Iterable[str] | None = None,
+    step: float = 1e-2,
+) -> None:
+    """Compare a kernel's gradients with finite differences of its own values, of each input along one direction.
+
+    It is a random one, but has much of the gradient's own, so that a gradient that is too long or too short shows.
+
+    Args:
+        operation: Called with ``inputs`` by name.
+        inputs: Tensors in float32, or None.
+        gradients_of: Names of the inputs whose gradients are looked at; all floating-point ones if not given.
+        step: How far each value goes to either side, about.
+    """
+    names = gradients_of or [k for k, v in inputs.items() if v is not None and v.is_floating_point()]
+    ours = {k: v.detach().requires_grad_() if k in names else v for k, v in inputs.items()}
+    out = operation(**ours)
+    cotangent = randn("cotangent", *out.shape)
+    gradients = torch.autograd.grad(out, [ours[name] for name in names], cotangent)
+
+    def value(**changed: torch.Tensor) -> float:
+        with torch.no_grad():
+            return (operation(**inputs | changed).double() * cotangent.double()).sum().item()
+
+    relative, absolute = TOLERANCE["finite differences"]
+    for name, gradient in zip(names, gradients, strict=True):
+        length = gradient.norm().item()
+        direction = randn("direction", *gradient.shape) + 3 * gradient / max(length, 1e-30)
+        ends = [value(**{name: inputs[name] + sign * step * direction}) for sign in (1, -1)]
+        slope, expected = (ends[0] - ends[1]) / (2 * step), (gradient.double() * direction).sum().item()
+        allowed = relative * abs(expected) + absolute * length
+        assert abs(slope - expected) <= allowed, f"gradient of {name}: {expected} where values rise by {slope}"

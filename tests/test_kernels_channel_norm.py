@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
+from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, check_slopes, randn
 
 from minimagen_fast.kernels import channel_norm_planes, launch, layer_norm_rows
 from minimagen_fast.kernels.channel_norm import channel_layer_norm
@@ -316,20 +316,8 @@ def test_two_runs_are_identical(wide, memory_format, request):
 def test_finite_differences(wide, gelu, memory_format, request):
     if wide:
         request.getfixturevalue("every_width_is_wide")
-    inputs, weight = case(2, 12, 2, 2, memory_format=memory_format), randn("weight", 2, 12, 2, 2)
-    x, gain = (inputs[name].requires_grad_() for name in ("x", "gain"))
-    (ours(x=x, gain=gain, gelu=gelu) * weight).sum().backward()
-    step = 1e-2
-    for name, tensor, places in (("x", x, [(0, 0, 0, 0), (1, 5, 0, 1), (1, 11, 1, 1)]), ("gain", gain, [(0, 7, 0, 0)])):
-        for place in places:
-            ends = []
-            for sign in (1, -1):
-                moved = tensor.detach().clone()
-                moved[place] += sign * step
-                new = {"x": x.detach(), "gain": gain.detach()} | {name: moved}
-                ends.append((ours(**new, gelu=gelu) * weight).double().sum())
-            slope = (ends[0] - ends[1]) / (2 * step)
-            torch.testing.assert_close(tensor.grad[place].double(), slope, rtol=3e-3, atol=3e-3)
+    inputs = case(2, 12, 2, 2, memory_format=memory_format, residual=True)
+    check_slopes(lambda **given: ours(**given, gelu=gelu), inputs)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

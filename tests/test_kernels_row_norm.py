@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, randn
+from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, check_slopes, randn
 
 from minimagen_fast.kernels import launch, layer_norm_rows, layer_norm_tiles, programs
 from minimagen_fast.kernels.row_norm import layer_norm
@@ -226,21 +226,7 @@ def test_two_runs_are_identical():
 
 
 def test_finite_differences():
-    inputs = case(3, 12)
-    weight = randn("weight", 3, 12)
-    x, gain = (inputs[name].requires_grad_() for name in ("x", "gain"))
-    (ours(x=x, gain=gain) * weight).sum().backward()
-    step = 1e-2
-    for tensor in (x, gain):
-        for i in (0, 5, 11):
-            ends = []
-            for sign in (1, -1):
-                moved = tensor.detach().clone()
-                moved.view(-1)[i] += sign * step
-                new = {"x": x.detach(), "gain": gain.detach()} | {"x" if tensor is x else "gain": moved}
-                ends.append((ours(**new) * weight).double().sum())
-            slope = (ends[0] - ends[1]) / (2 * step)
-            torch.testing.assert_close(tensor.grad.view(-1)[i].double(), slope, rtol=2e-3, atol=2e-3)
+    check_slopes(ours, case(3, 12, residual=True))
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

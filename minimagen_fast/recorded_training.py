@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .kernels import dispatch
 from .kernels.launch import is_batched
 from .recorded import record
 from .twins import twin_of
@@ -104,6 +105,8 @@ class _Recorded:
     def __init__(self, unet: "Unet", compute: "Compute", inputs: "Inputs"):
         self._own, self._buffers = list(unet.parameters()), list(unet.buffers())
         self._twin = twin_of(unet)
+        # A backward pass may come outside of the block of code that chose.
+        self._choices = dispatch.as_now()
         pairs = zip(self._own, self._twin.parameters(), strict=True)
         trained = [(weight, twin) for weight, twin in pairs if weight.requires_grad]
 
@@ -127,7 +130,7 @@ class _Recorded:
     ) -> tuple[torch.Tensor | None, ...]:
         """The parameters' gradients, from the step as it is; with gradients of their own, if these are wanted."""
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._choices:
             # What comes of the parameters here is no business of their hooks, which will see the gradients later.
             values = {id(own): own.view_as(own) for own in self._own}
             losses = compute(twin_of(self._twin, values.values()), **inputs)

@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from minimagen_fast import captured_training, recorded_training
 from minimagen_fast.kept import KEPT
+from minimagen_fast.kernels import dispatch
 from minimagen_fast.recorded import NotRecordable, Recording, record
 
 
@@ -226,6 +227,19 @@ def test_gradients_of_gradients(recordings, monkeypatch):
     assert passes(recordings) == [(1, 0)]
     imagen.accelerate("reference", memory_format="channels_last")
     assert actual.abs().max() > 0 and distance(actual, second()) < 1e-5
+
+
+def test_gradients_of_gradients_by_the_kernels_that_were_chosen_for_the_losses(recordings):
+    imagen = make_imagen()
+    weight = imagen.unets[0].init_conv.convs[0].weight
+    seconds = []
+    for _ in range(4):
+        with dispatch.use_implementation("reference"):
+            loss = loss_of(imagen, 5)
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        seconds.append(torch.autograd.grad(gradient.square().sum(), weight)[0])
+    assert passes(recordings) == [(2, 0)]
+    assert seconds[0].abs().max() > 0 and distance(seconds[0], seconds[3]) < 1e-5
 
 
 def test_some_gradients_alone(recordings, monkeypatch):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,9 @@ HUB_TIMEOUT_SECONDS = 10
 
 # Entries of every T5 that is not documented, by folder or hub id, in the form of `T5_VERSIONS`.
 _OTHER_T5: dict[str, dict[str, Any]] = {}
+
+# Models that were loaded here. Programs put others into the table, of which no file is known.
+_models_of_files: WeakSet[torch.nn.Module] = WeakSet()
 
 _REGISTERED: dict[str, tuple[TextEncoder, int]] = {}
 _registrations: Counter[str] = Counter()
@@ -133,23 +137,25 @@ def token_counts(text: list[str], name: str, max_length: int) -> list[int] | Non
     _check_name(name)
     if name in _REGISTERED:
         return None
-    with _lock:
-        entry = _loaded(_entry(name))
-        tokens = entry["tokenizer"](captions, truncation=True, max_length=max_length)
-    return [len(ids) for ids in tokens["input_ids"]]
+    with _lock, torch.device("cpu"):
+        _, mask = _tokens(_loaded(_entry(name)), captions, max_length)
+    return mask.sum(1).tolist()
 
 
 def encoder_files(name: str) -> list[Path]:
     """Returns the files on this machine that decide an encoder's answers: configuration, tokenizer and weights.
 
-    They are downloaded first where they are not here yet. There are none for a registered encoder. The errors are those
-    of `t5_encode_text`.
+    They are downloaded first where they are not here yet. There are none for a registered encoder, nor for a model that
+    a program put into `T5_VERSIONS` itself. The errors are those of `t5_encode_text`.
     """
     _check_name(name)
     if name in _REGISTERED:
         return []
     with _lock:
-        handle = _loaded(_entry(name))["handle"]
+        entry = _loaded(_entry(name))
+    if entry["model"] not in _models_of_files:
+        return []
+    handle = entry["handle"]
     if os.path.isdir(handle):
         folder = Path(handle)
     else:
@@ -270,16 +276,14 @@ def _default_device() -> torch.device:
 def _encode_t5(
     entry: dict[str, Any], captions: list[str], max_length: int, device: torch.device, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    model, tokenizer = _loaded(entry)["model"], entry["tokenizer"]
+    model = _loaded(entry)["model"]
     # Of what users put into the table no more is asked than minimagen asks: that its model knows `to` where it must
-    # move, and that its tokenizer has the method of older versions of transformers.
+    # move.
     if isinstance(model, torch.nn.Module) or device.type != "cpu":
         model = model.to(device)
     # In training mode, where users may have put it or left their own, dropout would make every answer another.
     model.eval()
-    tokenize = tokenizer if callable(tokenizer) else tokenizer.batch_encode_plus
-    tokens = tokenize(captions, padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
-    ids, mask = tokens.input_ids.cpu(), tokens.attention_mask.cpu().bool()
+    ids, mask = _tokens(entry, captions, max_length)
     encodings = []
     # Autocast off: the result must not depend on what surrounds the call, and T5 overflows in fp16.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -291,6 +295,15 @@ def _encode_t5(
             hidden = hidden.float().masked_fill(~batch_mask[..., None], 0.0)
             encodings.append(F.pad(hidden, (0, 0, 0, mask.shape[1] - width)))
     return torch.cat(encodings), mask.to(device)
+
+
+def _tokens(entry: dict[str, Any], captions: list[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Their ids, and which of them are tokens and not padding."""
+    tokenizer = entry["tokenizer"]
+    # Those that users put into the table may have the method of older versions of transformers alone.
+    tokenize = tokenizer if callable(tokenizer) else tokenizer.batch_encode_plus
+    tokens = tokenize(captions, padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
+    return tokens.input_ids.cpu(), tokens.attention_mask.cpu().bool()
 
 
 def _encode_registered(
@@ -355,6 +368,7 @@ def _load(entry: dict[str, Any]) -> None:
             "as the name."
         )
     entry["tokenizer"], entry["model"] = tokenizer, model
+    _models_of_files.add(model)
 
 
 def _is_cached(handle: str) -> bool:

@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader
 
 from minimagen_fast import t5
 from minimagen_fast.shapes import ShapesDataset, all_captions
-from minimagen_fast.t5 import T5_VERSIONS, get_encoded_dim, register_text_encoder, t5_encode_text
+from minimagen_fast.t5 import (
+    T5_VERSIONS,
+    encoder_files,
+    get_encoded_dim,
+    register_text_encoder,
+    t5_encode_text,
+    token_counts,
+)
 from minimagen_fast.tiny_t5 import embedded_t5_directory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,6 +348,8 @@ def test_a_model_of_ones_own_in_the_table_is_evaluated(monkeypatch):
     encodings, mask = t5_encode_text(["a red circle", "a"], "own", batch_size=1)
     assert encodings.shape == (*mask.shape, 8) and not encodings[~mask].any() and not model.training
     assert torch.equal(t5_encode_text(["a red circle", "a"], "own")[0], encodings)
+    # Those that the entry names are of another model.
+    assert encoder_files("own") == []
 
 
 class OwnTokenizer:
@@ -370,6 +379,7 @@ def test_no_more_is_asked_of_what_is_put_into_the_table_than_the_original_asks(m
     monkeypatch.setitem(T5_VERSIONS, "own", {"tokenizer": OwnTokenizer(), "model": model(), "dim": 8})
     encodings, mask = t5_encode_text(["a circle", "a"], "own", device="cpu")
     assert encodings.shape == (2, 2, 8) and mask.all()
+    assert token_counts(["a circle", "a"], "own", 8) == [2, 2] and encoder_files("own") == []
     with pytest.raises(ValueError, match="'unknown' is no text encoder"):
         t5_encode_text("a", "unknown")
     child = os.fork()

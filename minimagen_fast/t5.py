@@ -27,7 +27,8 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 
-from minimagen_fast.arguments import check_not_meta, whole_number
+from minimagen_fast.arguments import whole_number
+from minimagen_fast.helpers import device_for_values
 from minimagen_fast.tiny_t5 import TINY_T5_DIM, TINY_T5_NAME, embedded_t5_directory
 
 MAX_LENGTH = 256
@@ -110,15 +111,15 @@ def t5_encode_text(
     Raises:
         TypeError: If `text`, one of its entries, `name`, `max_length` or `batch_size` has the wrong type.
         ValueError: If `text` is an empty list, `max_length` or `batch_size` is less than 1, `name` is unknown,
-            `device` is ``meta``, or a registered encoder's answer is not what it should be.
+            `device` cannot be used here or is ``meta``, or a registered encoder's answer is not what it should be.
         OSError: If the encoder's files are nowhere to be had, or are not a T5's.
     """
     captions = _as_captions(text)
     max_length = whole_number("max_length", max_length, least=1)
     batch_size = BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size, least=1, else_=" or None")
     _check_name(name)
-    device = _default_device() if device is None else torch.device(device)
-    check_not_meta(device, "device")  # from where the one model that there is could not come back
+    # Not on meta, from where the one model that there is could not come back.
+    device = device_for_values(_default_device() if device is None else device)
 
     if name in _REGISTERED:
         return _encode_registered(name, captions, max_length, device)

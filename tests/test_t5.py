@@ -204,6 +204,14 @@ def test_whole_numbers_of_numpy_are_taken():
     assert get_encoded_dim("mine") == 3
 
 
+@pytest.mark.parametrize("name", ["t5_tiny", "registered"])
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
+def test_a_device_that_there_is_not_is_refused_by_name(monkeypatch, name, device):
+    monkeypatch.setattr(t5, "_REGISTERED", {"registered": (lambda *_: None, 8)})
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+        t5_encode_text(["a"], name, device=device)
+
+
 def test_the_meta_device_is_refused_and_the_encoder_stays():
     before = t5_encode_text(["a"], "t5_tiny")[0]
     with pytest.raises(ValueError, match="device 'meta' cannot be used here"):

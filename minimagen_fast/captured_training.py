@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.hooks import unserializable_hook
 
 from .acceleration import Acceleration, autocast_dtype
 from .cuda_capture import capturing, library_settings
@@ -214,6 +215,7 @@ class _Step:
             return False
         return required or not self._has_failed
 
+    @unserializable_hook  # torch warns of others where losses are saved
     def _count(self, _: torch.Tensor) -> None:
         self._backward_passes += 1
 

@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.hooks import unserializable_hook
 
 from .kernels import dispatch
 from .kernels.launch import is_batched
@@ -60,6 +61,7 @@ class RecordedStep:
         pays = kept.recordings < _AT_ONCE + kept.steps // _STEPS_FOR_ONE_MORE
         return pays and not self._has_failed and sum(x.nbytes for x in unet.parameters()) <= MOST_BYTES
 
+    @unserializable_hook  # torch warns of others where losses are saved
     def _count(self, _: torch.Tensor) -> None:
         self._backward_passes += 1
 

@@ -1,10 +1,13 @@
 """What is the same for steps of training that are captured in graphs and for those that are recorded."""
 
+import io
+
 import pytest
 import torch
 from fast_path import distance, make_imagen
 from recorded_graph import record_cuda_graphs
 from replayed_steps import (
+    BACKWARD_PASSES_FIRST,
     INTERFERENCES,
     assert_same,
     count_recordings,
@@ -167,6 +170,18 @@ def test_hooks_of_unused_parameters_are_not_called(replayed, monkeypatch):
     for seed in range(4):
         assert_same(step(imagen, seed), eager(monkeypatch, imagen, seed))
     assert unused.grad is None and replayed() == [(2, 2)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_losses_can_be_saved(replayed):
+    imagen = make_imagen()
+    for _ in range(BACKWARD_PASSES_FIRST + 1):
+        file, loss = io.BytesIO(), loss_of(imagen)
+        torch.save({"loss": loss}, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file)["loss"], loss)
+        loss.backward()
+    assert replayed() == [(1, 1)]
 
 
 def test_several_processes_take_nothing_down(replayed, monkeypatch):

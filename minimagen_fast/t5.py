@@ -290,11 +290,12 @@ def _encode_t5(
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, len(captions), batch_size):
             batch = slice(start, start + batch_size)
-            width = int(mask[batch].sum(1).max())
+            # Up to the last token of any: tokenizers that users put into the table may pad on the left.
+            width = 1 + max(mask[batch].any(0).nonzero().flatten().tolist(), default=0)
             batch_mask = mask[batch, :width].to(device)
             hidden = model(input_ids=ids[batch, :width].to(device), attention_mask=batch_mask.long()).last_hidden_state
             hidden = hidden.float().masked_fill(~batch_mask[..., None], 0.0)
-            encodings.append(F.pad(hidden, (0, 0, 0, mask.shape[1] - width)))
+            encodings.append(F.pad(hidden, (0, 0, 0, mask.shape[1] - batch_mask.shape[1])))
     return torch.cat(encodings), mask.to(device)
 
 

@@ -381,6 +381,22 @@ class OwnCallable:
         return self.model(**inputs)
 
 
+class OwnPaddingOnTheLeft:
+    def batch_encode_plus(self, text, padding, max_length, truncation, return_tensors):
+        longest = max(map(len, text))
+        mask = torch.tensor([[place >= longest - len(caption) for place in range(longest)] for caption in text])
+        return SimpleNamespace(input_ids=mask * torch.arange(1, longest + 1), attention_mask=mask.long())
+
+
+def test_what_a_tokenizer_of_ones_own_pads_on_the_left_is_encoded_in_every_batch(monkeypatch):
+    monkeypatch.setitem(T5_VERSIONS, "own", {"tokenizer": OwnPaddingOnTheLeft(), "model": OwnModel(), "dim": 8})
+    captions = ["a", "a circle", "", "red"]
+    encodings, mask = t5_encode_text(captions, "own", batch_size=1)
+    whole = t5_encode_text(captions, "own")
+    assert torch.equal(encodings, whole[0]) and torch.equal(mask, whole[1])
+    assert torch.equal(mask.sum(1), torch.tensor([1, 8, 0, 3])) and encodings[0, -1].any()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
 @pytest.mark.parametrize("model", [OwnModel, OwnCallable])
 def test_no_more_is_asked_of_what_is_put_into_the_table_than_the_original_asks(monkeypatch, capfd, model):

@@ -83,11 +83,10 @@ def quantile(x: torch.Tensor, q: float | torch.Tensor) -> torch.Tensor:
         return x.new_empty(0)
     if isinstance(q, torch.Tensor):
         # As the kernels do: the nearest in the range, and 0 for NaN.
-        q = q.to(x.dtype).nan_to_num(0.0).clamp(0, 1)
+        return _quantile_in_memory(x, q.to(x.dtype).nan_to_num(0.0).clamp(0, 1))
     if x.numel() <= _TORCH_LIMIT:
-        return torch.quantile(x, q.reshape(()) if isinstance(q, torch.Tensor) else q, dim=-1)
-    found = _quantile_in_memory(x, q) if isinstance(q, torch.Tensor) else _quantile(x, q)
-    return torch.where(x.isnan().any(dim=-1), torch.nan, found)
+        return torch.quantile(x, q, dim=-1)
+    return torch.where(x.isnan().any(dim=-1), torch.nan, _quantile(x, q))
 
 
 def _quantile(x: torch.Tensor, q: float) -> torch.Tensor:
@@ -103,7 +102,8 @@ def _quantile(x: torch.Tensor, q: float) -> torch.Tensor:
 
 
 def _quantile_in_memory(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    # A rank that is not waited for can be looked up in a sorted row, and not selected.
+    # A rank that is not waited for can be looked up in a sorted row, and not selected. Torch's own does the same, but
+    # on CPUs, before torch 2.13, it looks at q first: such a step could not be recorded.
     rank = q.double() * (x.shape[-1] - 1)
     if x.dtype == torch.float32 and is_rounded(x.shape[-1]):
         rank = rank.float().double()
@@ -111,7 +111,9 @@ def _quantile_in_memory(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     weight = (rank - below).to(x.dtype)
     ordered = x.sort(dim=-1).values
     low, high = (ordered.index_select(1, place)[:, 0] for place in (below, below + (weight > 0)))
-    return torch.lerp(low, high, weight)
+    # NaN comes last.
+    last = ordered[:, -1]
+    return torch.where(last.isnan(), last, torch.lerp(low, high, weight))
 
 
 @triton.jit

@@ -22,8 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # What comes of these is not told by shapes alone.
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
-# What they change is how a tensor lies, and nothing in its memory; torch.quantile calls them.
-_LAYS_OTHERWISE = {torch.ops.aten.squeeze_.dim, torch.ops.aten.unsqueeze_.default}
 # It writes to averages, and does not say so.
 _WRITES_UNSAID = torch.ops.aten.native_batch_norm.default
 # Each number of what they give comes of one number of each argument, in about the time in which it would be read from
@@ -240,11 +238,6 @@ class _Recorder(TorchDispatchMode):
         self.lines.append(_Line(text, [memory.name], [name], is_view=True))
         return name
 
-    def _is_made(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is in memory in which an operator made one."""
-        memory = self._memory_of(tensor)
-        return memory is not None and memory.origin is _Origin.OPERATOR
-
     def _memory_of(self, tensor: torch.Tensor) -> _Memory | None:
         return self._memory.get(tensor.untyped_storage()._cdata)
 
@@ -276,8 +269,6 @@ class _Recorder(TorchDispatchMode):
         written = self._tensors_written(func, args, kwargs) if func._schema.is_mutable else []
         before = [_Layout.of(tensor) for tensor in written]
         result = func(*args, **kwargs)
-        if func in _LAYS_OTHERWISE and all(self._is_made(tensor) for tensor in written):
-            return result
         if before != [_Layout.of(tensor) for tensor in written]:
             raise NotRecordable(f"{func} gives a tensor another layout")
         # What is no tensor, such as a dtype, is told by shapes and dtypes; and a view, by its layout.

@@ -353,6 +353,16 @@ def test_quantile_beyond_the_limit_of_torch(dtype, deterministic, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 3, 48, 769, 12_288])
+def test_a_quantile_in_memory_is_that_of_torch_to_the_bit(dtype, n):
+    x = torch.stack((spread(n), spread(n) * 0.1, spread(n), spread(n))).to(dtype).abs()
+    x[2, 0], x[3, 0] = torch.nan, torch.inf
+    for q in (0.0, 0.3, 0.5, 0.903, 0.95, 0.999, 1.0):
+        expected = torch.quantile(x, stored(q)[0].to(dtype), dim=-1)
+        torch.testing.assert_close(threshold.quantile(x, stored(q)), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("limit", [10, 1000])
 def test_a_quantile_in_memory_beyond_the_limit_of_torch(dtype, limit, monkeypatch):
     monkeypatch.setattr(threshold, "_TORCH_LIMIT", limit)

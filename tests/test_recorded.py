@@ -244,11 +244,11 @@ def test_a_tensor_that_no_operator_made_of_another_is_refused():
 
 
 def sums_in_place(x, total, turned):
-    """What is read and written to, parts of it, and what is made in between and lies in another way later."""
+    """What is read and written to, parts of it, and what is made in between."""
 
     def step():
-        made = torch.quantile(x * total[1], 0.3, dim=-1).unsqueeze_(0)
-        total[:2] += made.squeeze_(0)
+        made = (x * total[1]).sort(dim=-1).values
+        total[:2] += made[:, 1]
         turned.t()[0] = total.flip(0)
         total.add_(turned.sum()).sin_()
         x.copy_(x + total[:, None])
@@ -279,11 +279,8 @@ def test_what_may_not_be_written_to_is_refused():
     x, total, turned = in_place_state()
     with pytest.raises(NotRecordable, match="writes to what was there before"):
         record_in_place(sums_in_place(x, total, turned), [x, total])
-    fresh = torch.zeros(2)
-    with pytest.raises(NotRecordable, match="writes to what was there before"):
-        record_in_place(lambda: fresh.unsqueeze_(0), [])
     with pytest.raises(NotRecordable, match="gives a tensor another layout"):
-        record_in_place(lambda: fresh.unsqueeze_(0), [fresh])
+        record_in_place(lambda: total.unsqueeze_(0), [total])
 
 
 def test_nothing_but_the_tensors_is_held():

@@ -576,8 +576,13 @@ class Imagen(nn.Module):
             "text_mask": text_mask,
             "keep_text": keep_text,
         }
+        # The loss is the one of now: a backward pass may compute the step again after another was set.
         losses = functools.partial(
-            self._losses, noise_scheduler=noise_scheduler, acceleration=acceleration, per_image=per_image
+            self._losses,
+            loss_fn=self.loss_fn,
+            noise_scheduler=noise_scheduler,
+            acceleration=acceleration,
+            per_image=per_image,
         )
         schedulers = noise_scheduler, self.lowres_noise_schedule
         # What users have put in the place of ours is called; and an attribute that cannot be is refused by the U-Net.
@@ -593,6 +598,7 @@ class Imagen(nn.Module):
         self,
         unet: Unet,
         *,
+        loss_fn: Callable,
         noise_scheduler: GaussianDiffusion,
         acceleration: Acceleration,
         per_image: bool,
@@ -628,8 +634,8 @@ class Imagen(nn.Module):
         wide = torch.promote_types(pred.dtype, torch.float32)
         pred, noise = pred.to(wide), noise.to(wide)
         if per_image:
-            return self.loss_fn(pred, noise, reduction="none").flatten(1).mean(dim=1)
-        return self.loss_fn(pred, noise)
+            return loss_fn(pred, noise, reduction="none").flatten(1).mean(dim=1)
+        return loss_fn(pred, noise)
 
     def _noised(
         self,

@@ -214,6 +214,15 @@ def test_a_second_backward_pass(recordings, monkeypatch):
         loss.backward()
 
 
+def test_a_second_backward_pass_when_another_loss_was_set(recordings):
+    imagen = make_imagen()
+    warm(imagen)
+    weight, loss = imagen.unets[0].init_conv.convs[0].weight, loss_of(imagen, 5)
+    imagen.loss_fn = torch.nn.functional.l1_loss
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and passes(recordings) == [(1, 1)]
+
+
 def test_gradients_of_gradients(recordings, monkeypatch):
     imagen = make_imagen().accelerate(kernels="reference", attention="reference")
     warm(imagen)

@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import unserializable_hook
 
 from .kernels import dispatch
@@ -27,6 +28,13 @@ _AT_ONCE, _STEPS_FOR_ONE_MORE = 4, 32
 # Of parameters. Steps of larger U-Nets take long, beside what lies between operators, and while they are
 # recorded there are gradients twice.
 MOST_BYTES = 2**28
+# What torch's attention may be computed by, and whether it may now.
+_BACKENDS = {
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+}
 
 
 class RecordedStep:
@@ -109,6 +117,7 @@ class _Recorded:
         self._twin = twin_of(unet)
         # A backward pass may come outside of the block of code that chose.
         self._choices = dispatch.as_now()
+        self._backends = [backend for backend, is_allowed in _BACKENDS.items() if is_allowed()]
         pairs = zip(self._own, self._twin.parameters(), strict=True)
         trained = [(weight, twin) for weight, twin in pairs if weight.requires_grad]
 
@@ -132,7 +141,7 @@ class _Recorded:
     ) -> tuple[torch.Tensor | None, ...]:
         """The parameters' gradients, from the step as it is; with gradients of their own, if these are wanted."""
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad(), self._choices:
+        with torch.enable_grad(), self._choices, sdpa_kernel(self._backends):
             # What comes of the parameters here is no business of their hooks, which will see the gradients later.
             values = {id(own): own.view_as(own) for own in self._own}
             losses = compute(twin_of(self._twin, values.values()), **inputs)

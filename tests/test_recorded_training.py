@@ -21,6 +21,7 @@ from replayed_steps import (
     warm,
 )
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimagen_fast import captured_training, recorded_training
 from minimagen_fast.kept import KEPT
@@ -238,12 +239,15 @@ def test_gradients_of_gradients(recordings, monkeypatch):
     assert actual.abs().max() > 0 and distance(actual, second()) < 1e-5
 
 
-def test_gradients_of_gradients_by_the_kernels_that_were_chosen_for_the_losses(recordings):
+@pytest.mark.parametrize(
+    "chosen", [lambda: dispatch.use_implementation("reference"), lambda: sdpa_kernel(SDPBackend.MATH)]
+)
+def test_gradients_of_gradients_by_the_kernels_that_were_chosen_for_the_losses(recordings, chosen):
     imagen = make_imagen()
     weight = imagen.unets[0].init_conv.convs[0].weight
     seconds = []
     for _ in range(4):
-        with dispatch.use_implementation("reference"):
+        with chosen():
             loss = loss_of(imagen, 5)
         (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
         seconds.append(torch.autograd.grad(gradient.square().sum(), weight)[0])

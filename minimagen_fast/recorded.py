@@ -219,7 +219,7 @@ class _Recorder(TorchDispatchMode):
         """The name of a tensor, which is a constant if its memory is not known yet."""
         memory, layout = self._memory_of(tensor), _Layout.of(tensor)
         if memory is None:
-            return self.name(tensor, self._constant(tensor), _Origin.READ)
+            return self.name(tensor, self._constant(_alone(tensor)), _Origin.READ)
         if layout == memory.layout:
             return memory.name
         if (memory.name, layout) not in self._views:
@@ -228,7 +228,7 @@ class _Recorder(TorchDispatchMode):
 
     def _view(self, tensor: torch.Tensor, memory: _Memory, layout: _Layout) -> str:
         if memory.origin in (_Origin.READ, _Origin.WRITTEN):
-            return self._constant(tensor)
+            return self._constant(_alone(tensor))
         if layout.dtype != memory.layout.dtype:
             raise NotRecordable(f"memory of {memory.layout.dtype} is read as {layout.dtype}")
         name = self._new_name()
@@ -324,6 +324,15 @@ class _Recorder(TorchDispatchMode):
         if looks not in self._others:
             self._others[looks] = self._constant(value)
         return self._others[looks]
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or one like it that does not hold on to the one of which it is a view.
+
+    A parameter that something in torch holds on to cannot be swapped, as ``torch.__future__`` has it on request.
+    """
+    # Below autograd, where a recorder is called, this is no view again.
+    return tensor if tensor._base is None else tensor.detach()
 
 
 def _draws(func, args, kwargs) -> bool:

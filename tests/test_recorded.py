@@ -295,3 +295,14 @@ def test_nothing_but_the_tensors_is_held():
         assert not any(one() is not None for one in waiting)
     finally:
         gc.enable()
+
+
+@torch.no_grad()
+def test_weights_can_be_swapped():
+    """As conversions and load_state_dict do where ``torch.__future__`` says so, unless a view holds on to them."""
+    weight, out = torch.nn.Parameter(torch.ones(2, 2)), torch.zeros(3, 2)
+    made_again = record_in_place(lambda: out.copy_(torch.ones(3, 2) @ weight.t() + weight[0]), [out])
+    made_again()
+    assert torch.equal(out, torch.full((3, 2), 3.0))
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(torch.zeros(2, 2)))
+    assert not weight.any()

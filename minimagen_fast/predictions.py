@@ -207,6 +207,12 @@ class CachedPrediction(Prediction):
         """The tensors that a step writes to."""
         return [each.context for each in self._conditions]
 
+    @property
+    def nbytes(self) -> int:
+        """How large what is held is: conditions, weights that were joined for them, and low-resolution images."""
+        parts = (self, self._shared, *self._conditions)
+        return sum(value.nbytes for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor))
+
     def rest(self) -> None:
         """Let go of the task and the U-Net, until :meth:`load`: this is kept with the U-Net, and must not hold it."""
         self._task = self._unet = None  # type: ignore[assignment]

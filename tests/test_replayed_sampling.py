@@ -27,6 +27,7 @@ from fast_path import (
     refuse,
     run,
     sample,
+    tensors_of,
     watched_recordings,
 )
 from torch import nn
@@ -500,8 +501,14 @@ def test_a_step_that_cannot_be_recorded_is_said_once(recordings, monkeypatch):
 
 def test_recordings_that_hold_much_are_not_kept(recordings, monkeypatch):
     imagen, expected = make_imagen(), run(make_imagen())
+    run(imagen)
+    (steps,) = kept_graphs(imagen)
+    (conditions,) = steps._conditions._conditions
+    held = sum(tensor.nbytes for tensor in (steps.x, steps.noise, steps._x_start, *tensors_of(conditions)))
     monkeypatch.setattr(sampling, "_PAID_BACK_BY", 0)
-    monkeypatch.setattr(sampling, "_MOST_KEPT", 1)
-    for number in (1, 2):
-        assert torch.equal(run(imagen), expected)
-        assert len(recordings) == number and not kept_graphs(imagen)
+    for most, are_kept in ((held, True), (held - 1, False)):
+        monkeypatch.setattr(sampling, "_MOST_KEPT", most)
+        imagen = make_imagen()
+        recordings.clear()
+        assert torch.equal(run(imagen), expected) and torch.equal(run(imagen), expected)
+        assert len(recordings) == 2 - are_kept and bool(kept_graphs(imagen)) == are_kept

@@ -29,7 +29,7 @@ from torch.utils.module_tracker import ModuleTracker
 from .kernels.launch import in_forward_mode, nothing_looks
 
 
-def no_calls_are_seen(tensors: tuple[torch.Tensor, ...]) -> bool:
+def no_calls_are_seen(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether no mode, transform or class of tensors sees which functions are called with these tensors."""
     return (
         nothing_looks(tensors)

@@ -19,9 +19,9 @@ noise schedules alone. A step is captured anew for
 The last four kinds are kept for each U-Net.
 
 A recording takes as long as it saves in some steps: it is made where at least as many are left, or were run. Steps
-are not recorded, and run as they are without a word, where a mode or transform sees which functions are called, in
-Triton's interpreter, and with weights that are parametrised or of other classes than torch's own. Of large batches or
-U-Nets a recording goes at the end of the sampling.
+are not recorded, and run as they are without a word, where a mode, a transform or the class of a start image sees which
+functions are called, in Triton's interpreter, and with weights that are parametrised or of other classes than torch's
+own. Of large batches or U-Nets a recording goes at the end of the sampling.
 """
 
 import warnings
@@ -420,7 +420,7 @@ def _may_be_recorded(task: Task, x: torch.Tensor, acceleration: Acceleration) ->
         acceleration.recorded_steps == "on"
         # What Triton's interpreter does no recorder sees.
         and "triton" not in (*kernels, acceleration.kernels, acceleration.attention)
-        and no_calls_are_seen((x,))
+        and no_calls_are_seen((x, task.lowres_cond_img))
         and has_plain_tensors(task.unet)
     )
 

@@ -476,6 +476,18 @@ def test_steps_that_are_not_recorded(monkeypatch, change):
     assert not recordings
 
 
+class Pictures(torch.Tensor):
+    pass
+
+
+def test_steps_that_read_a_start_image_of_another_class_are_not_recorded(monkeypatch):
+    recordings, imagen = watched_recordings(monkeypatch), make_imagen(stages=2)
+    start = torch.rand(2, 3, 8, 8)
+    images = run(imagen, arguments={**FEW, "start_image": start.as_subclass(Pictures)})
+    assert not recordings and torch.equal(images, run(imagen, arguments={**FEW, "start_image": start}))
+    assert len(recordings) == 1
+
+
 def draws(imagen):
     denoise = Unet.denoise
 

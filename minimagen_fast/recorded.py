@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # What comes of these is not told by shapes alone.
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
-# It writes to averages, and does not say so.
+# In training it writes to averages, if it is given any, and does not say so.
 _WRITES_UNSAID = torch.ops.aten.native_batch_norm.default
 # Each number of what they give comes of one number of each argument, in about the time in which it would be read from
 # main memory. Smaller results stay in the cache.
@@ -260,7 +260,7 @@ class _Recorder(TorchDispatchMode):
             raise NotRecordable(f"what comes of {func} is not told by shapes alone")
         if _draws(func, args, kwargs):
             raise NotRecordable(f"{func} draws random numbers")
-        if func is _WRITES_UNSAID:
+        if func is _WRITES_UNSAID and _trains_averages(*args):
             raise NotRecordable(f"{func} writes to what was there before")
         given = _tensors_in([*args, *kwargs.values()])
         for tensor in given:
@@ -341,6 +341,11 @@ def _draws(func, args, kwargs) -> bool:
         return False
     places = [place for place, argument in enumerate(func._schema.arguments) if argument.name == "dropout_p"]
     return not places or (args[places[0]] if places[0] < len(args) else kwargs.get("dropout_p", 0)) != 0
+
+
+def _trains_averages(x, weight, bias, mean, variance, training, *_) -> bool:
+    """Whether a batch normalisation of these arguments writes to its averages."""
+    return training and mean is not None
 
 
 def _tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:

@@ -53,7 +53,17 @@ def of_parts(x):
     return torch.einsum("nk,mk->n", x[:, 1:], WEIGHT.unsqueeze(0)[0, :, :1]).exp()
 
 
-@pytest.mark.parametrize("compute", [products, in_place, several_results, of_constants, of_parts])
+FROZEN = torch.nn.BatchNorm1d(2).eval()
+
+
+def of_norms_that_keep_no_averages(x):
+    rows = x @ WEIGHT
+    return (FROZEN(rows) * torch.nn.functional.instance_norm(rows.t()[None])[0].t()).sum(1)
+
+
+@pytest.mark.parametrize(
+    "compute", [products, in_place, several_results, of_constants, of_parts, of_norms_that_keep_no_averages]
+)
 def test_other_inputs_other_weights(compute):
     recording = record(compute, {"x": torch.randn(3, 2)}, gradient_of_weight)
     kept = WEIGHT.detach().clone()

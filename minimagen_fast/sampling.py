@@ -35,6 +35,7 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from .acceleration import Acceleration, autocast_dtype
+from .blocks import blocks_are_compiled
 from .conditioning import can_be_conditioned_ahead
 from .cuda_capture import capturing, library_settings
 from .kept import Kept, forget_idle_graphs, kept_with
@@ -315,15 +316,25 @@ def _graph_of(steps: _ReplayedSteps) -> torch.cuda.CUDAGraph | None:
 class _RecordedSteps(_ReplayedSteps):
     """By running a recording of its operators."""
 
+    def __init__(self, predict: CachedPrediction, update: Update, x: torch.Tensor, required: bool, in_force: tuple):
+        super().__init__(predict, update, x, required)
+        self._in_force = in_force
+
     def _pays(self) -> bool:
-        return self._required or max(self._left, self._runs) >= _PAID_BACK_BY
+        pays = self._required or max(self._left, self._runs) >= _PAID_BACK_BY
+        return pays and self._is_in_force()
+
+    def _is_in_force(self) -> bool:
+        """Whether what is set is what these steps are for: another thread may have set something else for a time."""
+        return self._in_force == _in_force()
 
     def _take_down(self) -> None:
         written = [self.x, self.number, *self._conditions.written()]
         if self._x_start is not None:
             written.append(self._x_start)
         try:
-            self._replay = record_in_place(self._run, written)
+            replay = record_in_place(self._run, written)
+            self._replay = replay if self._is_in_force() else None
         except NotRecordable as error:
             self._give_up("recorded and runs as it is each time", "recorded_steps", error)
             # The images are written to at its end, which can be recorded.
@@ -425,12 +436,16 @@ def _may_be_recorded(task: Task, x: torch.Tensor, acceleration: Acceleration) ->
     )
 
 
+def _in_force() -> tuple:
+    """What is set for the process, and says which operators a step runs."""
+    return dispatch.implementation(), dispatch.attention_override(None), blocks_are_compiled(), library_settings()
+
+
 def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration: Acceleration) -> _ReplayedSteps:
     """The captured step for this task, or one to be captured."""
     graphs: OrderedDict[tuple, _ReplayedSteps] = kept.graphs
-    in_force = dispatch.implementation(), dispatch.attention_override(None)
-    settings = acceleration, in_force, library_settings()
-    key = (*settings, unet.dtype, x.shape, task.signature, task.update.signature)
+    in_force = _in_force()
+    key = (acceleration, in_force, unet.dtype, x.shape, task.signature, task.update.signature)
     captures = acceleration.cuda_graphs == "on"
     required = acceleration.asks_for("cuda_graphs" if captures else "recorded_steps")
     if key in graphs:
@@ -471,7 +486,7 @@ def _replayed(kept: Kept, task: Task, unet: Unet, x: torch.Tensor, acceleration:
         captured.find_other = lambda: next(filter(None, map(_graph_of, all_steps().values())), None)
         graphs[key] = captured
         return captured
-    recorded = _RecordedSteps(predict, task.update, x, required)
+    recorded = _RecordedSteps(predict, task.update, x, required, in_force)
     # Beside the conditions: images, noise and, for some samplers, x_0.
     if predict.nbytes + 3 * x.nbytes <= _MOST_KEPT:
         graphs[key] = recorded

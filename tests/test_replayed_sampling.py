@@ -436,6 +436,23 @@ def test_a_recording_is_asked_for(recordings):
         assert len(recordings) == number
 
 
+def test_what_is_set_for_a_time_is_not_recorded(recordings):
+    """As another thread may, for all of the process."""
+    imagen, few = make_imagen(), {"sampler": "ddim", "steps": 5}
+    expected = run(imagen, arguments=few, recorded_steps="off")
+    with contextlib.ExitStack() as other:
+
+        def callback(unet, step, images):
+            if step == 0:
+                other.enter_context(dispatch.use_implementation("reference"))
+            if step == 2:
+                other.close()
+
+        run(imagen, arguments={**few, "callback": callback}, recorded_steps="on")
+    assert len(recordings) == 1
+    assert torch.equal(run(imagen, arguments=few, recorded_steps="on"), expected) and len(recordings) == 1
+
+
 class SeesFunctions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))

@@ -14,7 +14,8 @@ settings. A step runs as it is, without a word, where
 - the losses of an earlier one are still there and their backward pass has not run: its activations would be lost;
 - several processes train together: gradients are exchanged while the backward pass goes on;
 - something else has a part in it: hooks or methods of its own of the U-Net, modules of other classes than torch's and
-  ours, hooks of saved tensors, a mode that sees functions or operators, ``torch.func``, another capture.
+  ours, sparse weights, hooks of saved tensors, a mode that sees functions or operators, ``torch.func``, another
+  capture.
 
 On a CPU steps are recorded instead, by :mod:`.recorded_training`: there memory and losses that wait are no obstacle.
 """

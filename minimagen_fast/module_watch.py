@@ -59,17 +59,20 @@ def has_tensors_in_attributes(part: nn.Module) -> bool:
 
 
 def only_computes(module: nn.Module) -> bool:
-    """Whether nothing in a module but known classes computes, on tensors of torch's own, without hooks."""
+    """Whether nothing in a module but known classes computes, on tensors of torch's own with strides, without hooks."""
     return has_plain_tensors(module) and all(is_known(part) and is_untouched(part) for part in module.modules())
 
 
 def has_plain_tensors(module: nn.Module) -> bool:
-    """Whether all parameters and buffers of a module are tensors of torch's own, and lie where it has them."""
+    """Whether all parameters and buffers of a module are tensors of torch's own with strides, and lie where it has them."""
     # A parametrised weight may be one that was computed before, and kept.
     if any(map(is_parametrized, module.modules())):
         return False
-    return all(type(value) in (torch.Tensor, nn.Parameter) for value in (*module.parameters(), *module.buffers()))
+    tensors = (*module.parameters(), *module.buffers())
+    return all(type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided for value in tensors)
 
 
 def _places(tensors: list[torch.Tensor]) -> list[tuple]:
-    return [(x.data_ptr(), x.stride(), x.dtype, x.requires_grad) for x in tensors]
+    # Sparse ones lie in no one place; of what has any, nothing is captured.
+    strided = (x for x in tensors if x.layout == torch.strided)
+    return [(x.data_ptr(), x.stride(), x.dtype, x.requires_grad) for x in strided]

@@ -190,6 +190,10 @@ def test_sparse_weights():
     for layer in layers:
         layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
     assert distance(sample(imagen, **RUN), expected) < ROUNDING
+    # As many steps as are recorded otherwise, and steps of training.
+    assert sample(imagen, **{**RUN, "steps": T}).isfinite().all()
+    for _ in range(3):
+        imagen(torch.rand(2, 3, 8, 8), **make_words()).backward()
 
 
 def test_no_cross_attention():

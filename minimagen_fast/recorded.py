@@ -96,8 +96,8 @@ def record_in_place(step: Callable[[], object], written: Iterable[torch.Tensor])
         Does the same again. To be run without gradients and autocast, by one thread at a time.
 
     Raises:
-        NotRecordable: as :func:`record`, but for writing to what may be written to; before the operator that cannot be
-            taken down.
+        NotRecordable: as :func:`record`, but for writing to what may be written to. What was written until then stays
+            so.
     """
     recorder = _Recorder({})
     for tensor in written:

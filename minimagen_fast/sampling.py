@@ -20,8 +20,9 @@ The last four kinds are kept for each U-Net.
 
 A recording takes as long as it saves in some steps: it is made where at least as many are left, or were run. Steps
 are not recorded, and run as they are without a word, where a mode, a transform or the class of a start image sees which
-functions are called, in Triton's interpreter, and with weights that are sparse, parametrised or of other classes than
-torch's own. Of large batches or U-Nets a recording goes at the end of the sampling.
+functions are called, in Triton's interpreter, of a U-Net whose class is not ours, and with weights that are sparse,
+parametrised or of other classes than torch's own. Of large batches or U-Nets a recording goes at the end of the
+sampling.
 """
 
 import warnings

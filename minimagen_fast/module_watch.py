@@ -64,7 +64,7 @@ def only_computes(module: nn.Module) -> bool:
 
 
 def has_plain_tensors(module: nn.Module) -> bool:
-    """Whether all parameters and buffers of a module are tensors of torch's own with strides, and none are parametrised."""
+    """Whether all parameters and buffers of a module are tensors of torch's own with strides, none parametrised."""
     # A parametrised weight may be one that was computed before, and kept.
     if any(map(is_parametrized, module.modules())):
         return False

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minimagen_fast import acceleration, captured_training, cuda_capture, sampling
+from minimagen_fast import acceleration, captured_training, cuda_capture, sampled_steps, sampling
 from minimagen_fast.ema import EMA
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.kept import kept_with
@@ -225,7 +225,7 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
         finally:
             FakeGraph.capturing = None
 
-    advance = sampling._Steps.advance
+    advance = sampled_steps.Steps.advance
 
     def run_or_capture(steps, first):
         graph = FakeGraph.capturing
@@ -239,7 +239,7 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
     FakeGraph.streams = []
     made = stand_in_for_cuda_graphs(monkeypatch, FakeGraph, capture, reason=reason)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: FakeGraph.streams.append(stream))
-    monkeypatch.setattr(sampling._Steps, "advance", run_or_capture)
+    monkeypatch.setattr(sampled_steps.Steps, "advance", run_or_capture)
     # Training has a stand-in of its own.
     monkeypatch.setattr(captured_training, "_may_be_replayed", lambda inputs: False)
     return made
@@ -247,7 +247,7 @@ def fake_cuda_graphs(monkeypatch, *, reason="always, in this test"):
 
 def watched_recordings(monkeypatch):
     """Every sampling on a CPU records a step as soon as it may; gives the list of the recordings that are made."""
-    made, record = [], sampling.record_in_place
+    made, record = [], sampled_steps.record_in_place
 
     def counted(step, written):
         replay = record(step, written)
@@ -261,8 +261,8 @@ def watched_recordings(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(sampling, "record_in_place", counted)
-    monkeypatch.setattr(sampling, "_PAID_BACK_BY", 0)
+    monkeypatch.setattr(sampled_steps, "record_in_place", counted)
+    monkeypatch.setattr(sampled_steps, "_PAID_BACK_BY", 0)
     return made
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fast_path import BANDS, T, apart, denoise_by, distance, make_imagen, make_unet, make_words, sample, trained
 
-from minimagen_fast import sampling
+from minimagen_fast import sampled_steps
 from minimagen_fast.kept import kept_with
 from minimagen_fast.Unet import Unet
 
@@ -131,8 +131,8 @@ def test_other_shapes_are_captured_anew_and_few_are_kept():
         words = make_words(batch, device="cuda")
         assert distance(sample(imagen, words, **FEW), reference(imagen, words, **FEW)) < 2e-3
         seen.update(map(id, graphs_of(imagen)))
-        assert len(graphs_of(imagen)) <= sampling._MOST_GRAPHS
-    assert len(graphs_of(imagen)) == sampling._MOST_GRAPHS
+        assert len(graphs_of(imagen)) <= sampled_steps._MOST_GRAPHS
+    assert len(graphs_of(imagen)) == sampled_steps._MOST_GRAPHS
 
 
 @pytest.mark.parametrize("settings", [EXACT, EAGER], ids=["float32", "bfloat16"])
@@ -295,13 +295,13 @@ class Watched:
     """Runs a check between two steps of the loop, without the loop's knowing."""
 
     def __init__(self, monkeypatch, check):
-        advance = sampling._ReplayedSteps.advance
+        advance = sampled_steps.ReplayedSteps.advance
 
         def watched(steps, first):
             with check():
                 advance(steps, first)
 
-        monkeypatch.setattr(sampling._ReplayedSteps, "advance", watched)
+        monkeypatch.setattr(sampled_steps.ReplayedSteps, "advance", watched)
 
 
 @pytest.mark.parametrize("arguments", SAMPLERS, ids=str)
@@ -319,7 +319,7 @@ def test_nothing_in_a_step_waits_for_the_device(monkeypatch, arguments):
     Watched(monkeypatch, Check)
     sample(imagen, **arguments)
     # Also where nothing is captured.
-    monkeypatch.setattr(sampling._ReplayedSteps, "advance", sampling._Steps.advance)
+    monkeypatch.setattr(sampled_steps.ReplayedSteps, "advance", sampled_steps.Steps.advance)
     Watched(monkeypatch, Check)
     sample(imagen, **arguments)
 

@@ -35,7 +35,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from minimagen_fast import sampling
+from minimagen_fast import sampled_steps, sampling
 from minimagen_fast.acceleration import ASKED_FOR
 from minimagen_fast.kept import Kept, kept_with
 from minimagen_fast.kernels import dispatch
@@ -83,12 +83,12 @@ def test_both_stages_have_their_graphs(graphs):
 @contextlib.contextmanager
 def nothing_replayed(monkeypatch):
     def steps_of(graphs, task, unet, x, acceleration):
-        steps = sampling._Steps(CachedPrediction(task, unet, acceleration.layout, unet.dtype), task.update, x)
+        steps = sampled_steps.Steps(CachedPrediction(task, unet, acceleration.layout, unet.dtype), task.update, x)
         steps.rest = lambda: None
         return steps
 
     with monkeypatch.context() as plain:
-        plain.setattr(sampling, "_replayed", steps_of)
+        plain.setattr(sampling, "replayed_steps", steps_of)
         yield
 
 
@@ -238,8 +238,8 @@ def test_few_graphs_are_kept_and_the_last_used_among_them(graphs):
     for steps in range(3, 9):
         run(imagen, arguments={**FEW, "steps": steps})
         run(imagen, arguments={**FEW, "steps": 3})
-        assert len(kept_graphs(imagen)) <= sampling._MOST_GRAPHS
-    assert len(kept_graphs(imagen)) == sampling._MOST_GRAPHS
+        assert len(kept_graphs(imagen)) <= sampled_steps._MOST_GRAPHS
+    assert len(kept_graphs(imagen)) == sampled_steps._MOST_GRAPHS
     # 3 was used again each time and never captured anew.
     assert len(graphs) == 6
 
@@ -393,13 +393,13 @@ def test_threads_that_sample_with_one_model(graphs):
 
 
 def test_a_step_runs_once_before_it_is_captured(cuda_graphs, monkeypatch):
-    order, capture, advance = [], torch.cuda.graph, sampling._Steps.advance
+    order, capture, advance = [], torch.cuda.graph, sampled_steps.Steps.advance
 
     def noted(steps, first):
         order.append("captured" if FakeGraph.capturing else "first" if first else "run")
         advance(steps, first)
 
-    monkeypatch.setattr(sampling._Steps, "advance", noted)
+    monkeypatch.setattr(sampled_steps.Steps, "advance", noted)
     run(make_imagen())
     assert order == ["first", "run", "captured"], "the second step of a multistep sampler is not like the first"
     order.clear()
@@ -413,14 +413,14 @@ def test_a_step_runs_once_before_it_is_captured(cuda_graphs, monkeypatch):
 
 @pytest.fixture
 def recordings(monkeypatch):
-    least = sampling._PAID_BACK_BY
+    least = sampled_steps._PAID_BACK_BY
     made = watched_recordings(monkeypatch)
-    monkeypatch.setattr(sampling, "_PAID_BACK_BY", least)
+    monkeypatch.setattr(sampled_steps, "_PAID_BACK_BY", least)
     return made
 
 
 def test_a_step_is_recorded_once_that_pays(recordings):
-    least = sampling._PAID_BACK_BY
+    least = sampled_steps._PAID_BACK_BY
     run(make_imagen(), arguments={"sampler": "ddim", "steps": least + 2})
     assert [each.replays for each in recordings] == [least + 1]
     imagen = make_imagen()
@@ -515,7 +515,7 @@ def draws(imagen):
 
 
 def test_a_step_that_cannot_be_recorded_is_said_once(recordings, monkeypatch):
-    monkeypatch.setattr(sampling, "_PAID_BACK_BY", 0)
+    monkeypatch.setattr(sampled_steps, "_PAID_BACK_BY", 0)
     imagen, expected = make_imagen(), run(make_imagen())
     recordings.clear()
     denoise_by(monkeypatch, draws(imagen))
@@ -534,9 +534,9 @@ def test_recordings_that_hold_much_are_not_kept(recordings, monkeypatch):
     (steps,) = kept_graphs(imagen)
     (conditions,) = steps._conditions._conditions
     held = sum(tensor.nbytes for tensor in (steps.x, steps.noise, steps._x_start, *tensors_of(conditions)))
-    monkeypatch.setattr(sampling, "_PAID_BACK_BY", 0)
+    monkeypatch.setattr(sampled_steps, "_PAID_BACK_BY", 0)
     for most, are_kept in ((held, True), (held - 1, False)):
-        monkeypatch.setattr(sampling, "_MOST_KEPT", most)
+        monkeypatch.setattr(sampled_steps, "_MOST_KEPT", most)
         imagen = make_imagen()
         recordings.clear()
         assert torch.equal(run(imagen), expected) and torch.equal(run(imagen), expected)

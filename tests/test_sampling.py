@@ -19,7 +19,7 @@ from fast_path import (
     run,
 )
 
-from minimagen_fast import layers, sampling
+from minimagen_fast import layers
 from minimagen_fast.acceleration import ASKED_FOR
 from minimagen_fast.conditioning import Conditions
 from minimagen_fast.kept import kept_with
@@ -198,7 +198,7 @@ def test_less_memory_than_in_the_last_call_and_other_words(monkeypatch, argument
     graphs = fake_cuda_graphs(monkeypatch)
     if not captures:
         monkeypatch.setattr(torch.cuda, "graph", refuse)
-        monkeypatch.setattr(sampling.warnings, "warn", lambda *_, **__: None)
+        monkeypatch.setattr(warnings, "warn", lambda *_, **__: None)
     run(imagen, words=words, arguments=arguments)
     # A graph that was captured takes no memory when it is replayed: only an eager step can find that there is less.
     if captures and arguments is not FEW:

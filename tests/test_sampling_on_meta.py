@@ -7,7 +7,7 @@ import pytest
 import torch
 from fast_path import Counts, make_imagen, make_super, make_unet, make_words
 
-from minimagen_fast import sampling
+from minimagen_fast import sampled_steps
 from minimagen_fast.Imagen import Imagen
 from minimagen_fast.kernels import launch, use_implementation
 from minimagen_fast.layers import Attention, ChanLayerNorm, CrossAttention
@@ -44,7 +44,7 @@ def steps_of(sampler=SAMPLERS[0], cond_scale=3.0, stage=1, batch=2, batch_size=N
         **(lowres if unet.lowres_cond else dict.fromkeys(lowres)),
     )
     predict = CachedPrediction(task, unet, torch.channels_last, torch.bfloat16)
-    return unet, sampling._Steps(predict, task.update, x)
+    return unet, sampled_steps.Steps(predict, task.update, x)
 
 
 def counted(steps, first=False):
@@ -252,7 +252,7 @@ def test_large_images_fit_one_card(cascade, side):
     )
     live = _Live([*cascade.parameters(), *cascade.buffers()])
     with live:
-        steps = sampling._Steps(CachedPrediction(task, unet, torch.channels_last, torch.bfloat16), task.update, x)
+        steps = sampled_steps.Steps(CachedPrediction(task, unet, torch.channels_last, torch.bfloat16), task.update, x)
         steps.advance(True)
     assert 0.9 * MOST[side] < max(live.live) / 2**30 < MOST[side]
 

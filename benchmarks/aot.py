@@ -6,6 +6,7 @@ table; ``--all`` compiles all of them, ``--changed`` all of the kernels that cha
 since the kept table was made, of which the rest is taken; with either ``--write`` keeps the table in
 benchmarks/results/aot.md. It is not written while a kernel has complaints: what one need not meet stands in
 :mod:`.aot_code`, with its reason. Nor is it where a row is worse than the kept one, unless ``--worse`` takes that in.
+After a change of how kernels are launched ``--search`` looks for sizes of images that ``ALL_SIZES`` then lacks.
 
 tests/test_aot.py holds the representative part to :func:`.aot_code.complaints`, and to the kept table, and knows by the
 kernels' :func:`.fingerprints.fingerprint` and by the :func:`.fingerprints.digests` of what is launched whether all were
@@ -19,8 +20,10 @@ writes and reads the table.
 import argparse
 import itertools
 import os
+import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import triton
@@ -52,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--worse", action="store_true", help="with --write: also where rows are worse than the kept ones"
     )
+    parser.add_argument(
+        "--search", type=float, metavar="MINUTES", help="compile nothing: look for sizes that launch something else"
+    )
     options = parser.parse_args(arguments)
     if options.write and not (options.all or options.changed):
         parser.error("the table is of all configurations: --write needs --all, or --changed")
@@ -59,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"the kept table is not of {_versions()}, and none of it can be taken: use --all")
     if launch.INTERPRETED:
         parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    if options.search is not None:
+        return _search(options.search)
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
         if options.changed:
@@ -127,6 +135,20 @@ def _compiled(
     return rows, wrong or (steps_back and not worse)
 
 
+def _search(minutes: float) -> int:
+    """Print sizes of random images that launch what none of the table's sizes does; 1 if there are any."""
+    end, known, found = time.monotonic() + 60 * minutes, set(enumerate_builds(ALL_SIZES)), 0
+    while time.monotonic() < end:
+        # Most heuristics are about small images and few of them.
+        most_side, most_batch = random.choice(((64, 4), (128, 16), (1024, 256)))
+        size = random.randrange(8, most_side + 1, 2), random.randint(1, most_batch)
+        if more := set(enumerate_builds([size])) - known:
+            known |= more
+            found += 1
+            print(f"{size}: {len(more)} more, of {', '.join(sorted({build.key[0] for build in more}))}")
+    return int(found > 0)
+
+
 def _finish(lines: str, chosen: list[Row], number: int, write: bool, wrong: bool) -> int:
     details = table(chosen)
     print(f"{lines}\n{details}")
@@ -139,10 +161,15 @@ def _finish(lines: str, chosen: list[Row], number: int, write: bool, wrong: bool
 
 _REMEDY = "python -m benchmarks.aot --changed --write"
 
-# Sides of square images in pixels, and batch sizes: powers of two, and some that are none.
+# Sides of square images in pixels, and batch sizes. Sides in powers of two, and some that are none, in batches of few
+# and of many; and where --search found launches that none of these makes, mostly sides that only the Test U-Nets take.
+# Sides of 54, 58, 62, 66 and 70 are not among them: of their sampling steps some spill on a B200.
 ALL_SIZES = (
-    *itertools.product([2**i for i in range(3, 11)], [2**i for i in range(9)]),
+    *itertools.product([2**i for i in range(3, 11)], (1, 2, 16, 256)),
     *itertools.product((24, 40, 48, 104, 144, 200), (3, 100)),
+    *((side, 1) for side in (10, 12, 20, 22, 24, 28, 34, 40, 42, 48, 50, 52, 72, 80, 86, 100, 112, 430, 1000)),
+    *((20, 2), (46, 2), (80, 2), (12, 3), (10, 4), (14, 4), (154, 4), (218, 5), (80, 6), (22, 20), (56, 20), (30, 26)),
+    *((78, 52), (14, 74), (20, 133), (112, 133), (10, 137), (72, 192), (12, 203), (18, 217), (142, 224), (34, 245)),
 )
 SOME_SIZES = tuple(itertools.product((16, 64, 256), (2, 16)))
 
@@ -158,11 +185,12 @@ and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
 
 ## The worst of every kernel
 
-All {number} configurations: square images of 8 to 1024 pixels a side in batches of 1 to 256, both powers of two; sides
-of 24, 40, 48, 104, 144 and 200 in batches of 3 and 100; attention with all head widths. The fingerprint is that of a
-kernel's code and of the functions it calls, launches that of its configurations; a test fails when one of the two has
-changed since. What is moved, over the floor, is the operation's that the kernel belongs to, at worst, from
-[traffic.md](traffic.md): counted at small shapes, launched as on an H200.
+All {number} configurations: those of square images of 8 to 1024 pixels a side in batches of 1 to 256, of every size of
+which a search found that it launches another one; attention with all head widths. Left out are sides of 54, 58, 62, 66
+and 70 pixels, where some sampling steps spill on a B200. The fingerprint is that of a kernel's code and of the
+functions it calls, launches that of its configurations; a test fails when one of the two has changed since. What is
+moved, over the floor, is the operation's that the kernel belongs to, at worst, from [traffic.md](traffic.md): counted
+at small shapes, launched as on an H200.
 
 {overview}
 ## Representative configurations

@@ -277,8 +277,9 @@ def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: 
     config = _config(operands)
     if _unaligned(operands):
         config["num_warps"] = 4
-    if operands.skip is not None and config["BLOCK_P"] <= 32:
-        # Many short lines in two images: their addresses need the registers of more threads.
+    unaligned_floats = _unaligned(operands) and operands.x.element_size() > 2 and config["BLOCK_P"] == 256
+    if operands.skip is not None and (config["BLOCK_P"] <= 32 or unaligned_floats):
+        # Many short lines in two images, or unaligned ones: their addresses need the registers of more threads.
         config["num_warps"] = max(config["num_warps"], 8)
     if operands.x_bias is not None and operands.channels_last and operands.x.element_size() > 2:
         # So does what is added to every channel.

@@ -128,8 +128,9 @@ def _forward_kernel(
 
 def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: float) -> None:
     """See :func:`.run_forward`."""
-    # Twice as much for each thread needs fewer registers in channels_last memory, and more in NCHW.
-    most = 16 if operands.channels_last else 32
+    # Twice as much for each thread needs fewer registers in channels_last memory, and more in NCHW. Of unaligned lines,
+    # where each value has an address, the compiler gives too few of them to each of 32 warps.
+    most = 16 if operands.channels_last or operands.pixels % 16 else 32
     options = config(operands, most)
     if operands.channels_last and options["BLOCK_C"] == 1:
         # A channel's values are far from each other, each with an address of its own.

@@ -221,6 +221,9 @@ def _warps(operands: Operands, single: bool) -> int:
     warps = config(operands, 8 if few else 32 if planes else 16)["num_warps"]
     if masked and modulated and (planes and half or widened and operands.group_width == 1) and warps < 8:
         return 2 * warps
+    if planes and half and operands.skip is not None and operands.pixels % 16 and size(operands) == 8192:
+        # Values of unaligned lines in two images have two addresses each.
+        return 2 * warps
     # Masks beside a modulation need registers too, masks alone the threads.
     short = not planes and operands.group_width <= 16 and (not masked or modulated)
     full = size(operands) == LARGEST_TILE and (widened or (not planes and masked and modulated and not wide))

@@ -304,6 +304,9 @@ def forward(operands: Operands, y: torch.Tensor, statistics: torch.Tensor, eps: 
         EPS=eps,
         **reduction(operands),
     )
+    if not operands.channels_last and operands.pixels % 16 and tile["num_warps"] == 8:
+        # Values of unaligned lines have an address each.
+        tile = {**tile, "num_warps": 16}
     launch.run(
         _apply_kernel,
         programs,

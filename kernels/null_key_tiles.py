@@ -62,7 +62,9 @@ def key_tile(q: torch.Tensor, d: int, m: int) -> Tile:
     if q.dtype == torch.float32 and d == 128:
         return Tile(32, 16, 8, 2)
     if q.dtype == torch.float32:
-        return Tile(32, 64, 8, 2) if d == 32 and major in (9, 10) else Tile(16, 32, 4, 2)
+        if d == 32 and major in (9, 10):
+            return Tile(32 if major == 9 else 16, 64, 8, 2)
+        return Tile(16, 32, 4, 2)
     if major not in (9, 10):
         return Tile(32, 64, 8 if d == 128 else 4, 2)
     if d == 128:

@@ -363,8 +363,9 @@ def step(
             EXTRA_SAME=is_channels_last(third) == last,
             ROUNDED=threshold.is_rounded(n),
             SIZE=size,
-            # With 8 or 16 warps the compiler spills for one kind of step or another.
-            num_warps=32 if size >= 8192 else min(max(size // 512, 4), 8),
+            # With other numbers, such as 16, or 4 for values that are not aligned, the compiler spills for one kind of
+            # step or another.
+            num_warps=32 if size >= 8192 else 8 if size == 4096 or (n % 16 and size > 512) else 4,
         )
     else:
         selection = threshold.Selection(start, (stored_q, q, stored))

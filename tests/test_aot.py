@@ -312,6 +312,16 @@ def test_launches_that_are_not_those_of_the_table_are_found_out(made_up, capsys,
     assert aot.main([]) == 0
 
 
+def test_a_search_finds_sizes_of_images_that_launch_something_else(made_up, monkeypatch, capsys):
+    builds, compiled = made_up
+    assert aot.main(["--search", "0.001"]) == 0
+    other = {build("layer_norm_rows", num_warps=8): True}
+    monkeypatch.setattr(aot, "enumerate_builds", lambda sizes: builds if sizes is aot.ALL_SIZES else other)
+    assert aot.main(["--search", "0.001"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()[-1:]
+    assert line.endswith(": 1 more, of layer_norm_rows._forward_kernel") and not compiled
+
+
 def test_the_digest_of_launches_is_of_the_set_of_configurations():
     one, other = build("layer_norm_rows"), build("layer_norm_rows", num_warps=8)
     kind = one.key[0], one.key[2]

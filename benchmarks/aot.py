@@ -163,11 +163,11 @@ _REMEDY = "python -m benchmarks.aot --changed --write"
 
 # Sides of square images in pixels, and batch sizes. Sides in powers of two, and some that are none, in batches of few
 # and of many; and where --search found launches that none of these makes, mostly sides that only the Test U-Nets take.
-# Sides of 54, 58, 62, 66 and 70 are not among them: of their sampling steps some spill on a B200.
 ALL_SIZES = (
     *itertools.product([2**i for i in range(3, 11)], (1, 2, 16, 256)),
     *itertools.product((24, 40, 48, 104, 144, 200), (3, 100)),
     *((side, 1) for side in (10, 12, 20, 22, 24, 28, 34, 40, 42, 48, 50, 52, 72, 80, 86, 100, 112, 430, 1000)),
+    *((54, 1), (58, 1), (62, 1), (66, 1), (70, 1), (54, 16), (62, 2), (66, 100)),
     *((20, 2), (46, 2), (80, 2), (12, 3), (10, 4), (14, 4), (154, 4), (218, 5), (80, 6), (22, 20), (56, 20), (30, 26)),
     *((78, 52), (14, 74), (20, 133), (112, 133), (10, 137), (72, 192), (12, 203), (18, 217), (142, 224), (34, 245)),
 )
@@ -186,11 +186,10 @@ and HMMA are the tensor cores' instructions of sm_90, sm_100 and sm_80.
 ## The worst of every kernel
 
 All {number} configurations: those of square images of 8 to 1024 pixels a side in batches of 1 to 256, of every size of
-which a search found that it launches another one; attention with all head widths. Left out are sides of 54, 58, 62, 66
-and 70 pixels, where some sampling steps spill on a B200. The fingerprint is that of a kernel's code and of the
-functions it calls, launches that of its configurations; a test fails when one of the two has changed since. What is
-moved, over the floor, is the operation's that the kernel belongs to, at worst, from [traffic.md](traffic.md): counted
-at small shapes, launched as on an H200.
+which a search found that it launches another one; attention with all head widths. The fingerprint is that of a kernel's
+code and of the functions it calls, launches that of its configurations; a test fails when one of the two has changed
+since. What is moved, over the floor, is the operation's that the kernel belongs to, at worst, from
+[traffic.md](traffic.md): counted at small shapes, launched as on an H200.
 
 {overview}
 ## Representative configurations

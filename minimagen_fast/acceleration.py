@@ -69,11 +69,12 @@ class Acceleration:
         compile: ``blocks`` if the U-Net's blocks run through torch.compile; but a block in which a module has hooks, or
             another ``forward`` than its class was made with, is called as it is, and so are all while torch has hooks
             for all modules. Hooks of the block itself are called around it.
-        cuda_graphs: ``on`` if a step of sampling is captured and replayed, :mod:`.sampling` says when it is captured
-            anew; and if both passes of a step of training are, where :mod:`.captured_training` says that they may.
+        cuda_graphs: ``on`` if a step of sampling is captured and replayed, :mod:`.sampled_steps` says when it is
+            captured anew; and if both passes of a step of training are, where :mod:`.captured_training` says that they
+            may.
         recorded_steps: ``on`` if a step runs from a recording of its operators, without the Python that called for
             them: one of training where :mod:`.captured_training` says that it may, one of sampling where
-            :mod:`.sampling` does.
+            :mod:`.sampled_steps` does.
         condition_cache: ``on`` if what the steps of a sampling share is computed once, and guidance takes one call of
             the U-Net a step, not two.
         freed_memory: ``kept`` if main memory that is freed stays with the process, for the next tensors, from the first

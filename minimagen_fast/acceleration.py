@@ -100,6 +100,13 @@ class Acceleration:
         """Whether someone has chosen this setting, in a call or in the environment."""
         return self.reasons.get(name) in (ASKED_FOR, ASKED_FOR_IN_ENVIRONMENT)
 
+    def interprets_triton(self) -> bool:
+        """Whether a step on a CPU runs in Triton's interpreter, by this or by what is in force: a recorder sees nothing
+        of that.
+        """
+        in_force = dispatch.implementation(), dispatch.attention_override(None)
+        return "triton" in (self.kernels, self.attention, *in_force)
+
     @property
     def dtype(self) -> torch.dtype:
         """The precision as torch has it."""

@@ -70,12 +70,10 @@ def losses_of(unet: "Unet", compute: Compute, inputs: Inputs, acceleration: Acce
             return compute(unet, **inputs)
         graphs = acceleration.cuda_graphs == "on"
         autocast = autocast_dtype(unet.null_text_embed.device)
-        kernels = dispatch.implementation(), dispatch.attention_override(None)
-        interpreted = "triton" in (*kernels, acceleration.kernels, acceleration.attention)
-        if not graphs and (autocast is not None or interpreted):
-            # Who has autocast in force may have it so in the backward pass or not. What Triton's interpreter does no
-            # recorder sees.
+        if not graphs and (autocast is not None or acceleration.interprets_triton()):
+            # Who has autocast in force may have it so in the backward pass or not.
             return compute(unet, **inputs)
+        kernels = dispatch.implementation(), dispatch.attention_override(None)
         settings = *kernels, autocast, library_settings()
         # A graph reads copies of one layout. A recording reads what is given: in another layout, a single text that
         # stands for all images, for example, torch may compute in other ways.

@@ -215,11 +215,9 @@ class RecordedSteps(ReplayedSteps):
 
 def may_be_recorded(task: Task, x: torch.Tensor, acceleration: Acceleration) -> bool:
     """Whether steps of a U-Net that may be copied do nothing but run operators that a recorder sees."""
-    kernels = dispatch.implementation(), dispatch.attention_override(None)
     return (
         acceleration.recorded_steps == "on"
-        # What Triton's interpreter does no recorder sees.
-        and "triton" not in (*kernels, acceleration.kernels, acceleration.attention)
+        and not acceleration.interprets_triton()
         and no_calls_are_seen((x, task.lowres_cond_img))
         and has_plain_tensors(task.unet)
     )

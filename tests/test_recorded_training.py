@@ -23,7 +23,7 @@ from replayed_steps import (
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minimagen_fast import captured_training, recorded_training
+from minimagen_fast import acceleration, captured_training, recorded_training
 from minimagen_fast.kept import KEPT
 from minimagen_fast.kernels import dispatch
 from minimagen_fast.recorded import NotRecordable, Recording, record
@@ -394,7 +394,7 @@ def test_autocast_of_the_caller_is_followed(recordings, monkeypatch):
 
 def test_what_tritons_interpreter_does_is_not_recorded(recordings, monkeypatch):
     settings = SimpleNamespace(implementation=lambda: "triton", attention_override=lambda _: None)
-    monkeypatch.setattr(captured_training, "dispatch", settings)
+    monkeypatch.setattr(acceleration, "dispatch", settings)
     imagen = make_imagen()
     for seed in range(4):
         step(imagen, seed)

@@ -8,6 +8,7 @@ import gc
 import itertools
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from minimagen_fast import sampled_steps, sampling
+from minimagen_fast import acceleration, sampled_steps, sampling
 from minimagen_fast.acceleration import ASKED_FOR
 from minimagen_fast.kept import Kept, kept_with
 from minimagen_fast.kernels import dispatch
@@ -503,6 +504,14 @@ def test_steps_that_read_a_start_image_of_another_class_are_not_recorded(monkeyp
     images = run(imagen, arguments={**FEW, "start_image": start.as_subclass(Pictures)})
     assert not recordings and torch.equal(images, run(imagen, arguments={**FEW, "start_image": start}))
     assert len(recordings) == 1
+
+
+def test_what_tritons_interpreter_does_is_not_recorded(monkeypatch):
+    recordings = watched_recordings(monkeypatch)
+    settings = SimpleNamespace(implementation=lambda: "triton", attention_override=lambda _: None)
+    monkeypatch.setattr(acceleration, "dispatch", settings)
+    run(make_imagen())
+    assert not recordings
 
 
 def draws(imagen):

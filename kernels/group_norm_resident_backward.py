@@ -181,15 +181,16 @@ def _room_for_sums(operands: Operands) -> bool:
     """Whether registers hold sums that last for several samples beside everything else.
 
     That is not so where a thread has values of many channels, nor beside masks in the largest tile, and in NCHW memory,
-    where the compiler needs more for addresses, beside any masks or addresses in two images.
+    where the compiler needs more for addresses, beside masks of pixels, or of the channels of many.
     """
-    if padded(operands) and size(operands) > LARGEST_TILE // 2:
+    if operands.pixels < 16:
         return False
-    plain = tile(operands.pixels, operands.group_width) == (operands.pixels, operands.group_width)
-    plain = plain and operands.skip is None
+    if padded(operands) and (size(operands) > LARGEST_TILE // 2 or not operands.channels_last):
+        return False
+    exact = tile(operands.pixels, operands.group_width) == (operands.pixels, operands.group_width)
     if operands.channels_last:
-        return operands.pixels >= 16 and (plain or operands.group_width <= 256)
-    return operands.pixels >= 16 and plain
+        return operands.group_width <= 256 or (exact and operands.skip is None)
+    return operands.group_width <= 128 or exact
 
 
 def _chunks(operands: Operands, dy: torch.Tensor) -> int:
@@ -227,7 +228,10 @@ def _warps(operands: Operands, single: bool) -> int:
     # Masks beside a modulation need registers too, masks alone the threads.
     short = not planes and operands.group_width <= 16 and (not masked or modulated)
     full = size(operands) == LARGEST_TILE and (widened or (not planes and masked and modulated and not wide))
-    if (warps > 8 and (short or full)) or (warps > (8 if widened and not planes else 4) and not single):
+    # Sums of many channels in NCHW memory need all threads, unless a modulation takes more of each.
+    many = planes and wide and not modulated
+    most_with_sums = 32 if many else 8 if widened and not planes else 4
+    if (warps > 8 and (short or full)) or (warps > most_with_sums and not single):
         return warps // 2
     return warps
 

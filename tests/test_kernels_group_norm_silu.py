@@ -309,10 +309,11 @@ def test_programs_take_several_samples_of_small_images():
         assert _backward_programs(2, 1024, 8, memory_format) == [(8, False)]
         assert _backward_programs(16, 1024, 8, memory_format) == [(8 * 8, False), (32, None)]
         assert _backward_programs(16, 512, 16, memory_format) == [(8 * 16, True), (16, None)]
+        assert _backward_programs(16, 512, 8, memory_format, skip=512)[0] == (8 * 8, False)
     assert _backward_programs(16, 1024, 8, dtype=torch.float32) == [(8 * 16, True), (32, None)]
     # Where registers are short, one sample all the same.
-    assert _backward_programs(16, 512, 8, NHWC, skip=512)[0] == (8 * 8, False)
-    assert _backward_programs(16, 512, 8, NCHW, skip=512)[0] == (8 * 16, True)
+    assert _backward_programs(16, 1536, 8, NHWC)[0] == (8 * 8, False)
+    assert _backward_programs(16, 1536, 8, NCHW)[0] == (8 * 16, True)
 
 
 @FORMATS

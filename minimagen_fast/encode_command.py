@@ -10,7 +10,7 @@ from typing import Any
 from .caption_encoding import BATCH_SIZE, SHARD_SIZE, encode_captions
 from .caption_format import DTYPES
 from .data import MinimagenDataset, conceptual_rows
-from .files import named_path
+from .files import check_folder, named_path
 from .helpers import device_of_rank
 from .shapes import all_captions
 from .sources import BUILT_IN, CONCEPTUAL, add_source_arguments, check_columns, open_captions
@@ -45,6 +45,7 @@ def run_encode_captions(args: argparse.Namespace) -> int:
         _from_environment(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     device = device_of_rank(args.DEVICE, local_rank)
+    check_folder("--OUT", args.OUT)
     args.T5_NAME = absolute_name(args.T5_NAME)  # as a training keeps it
     report = encode_captions(
         _captions(args),

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import checkpoint
 from .cascade_origins import description, open_folders, origins_of
 from .diffusion_model import GaussianDiffusion
-from .files import file_digest, named_path, sync_folder
+from .files import check_folder, file_digest, named_path, sync_folder
 from .generate import build_imagen
 from .Imagen import Imagen
 from .model_card import KIND_WORDS, ExportedUnet, model_card, training_facts
@@ -111,11 +111,13 @@ def export_cascade(
 
     Raises:
         FileExistsError: There is something in `out`.
+        NotADirectoryError: There can be no folder, because a file is there.
         FileNotFoundError: Parameters are missing.
         ValueError: An argument is out of range; the descriptions differ; a U-Net was trained nowhere, or in two
             directories; or its weights cannot be read.
         OSError: The folder cannot be written.
     """
+    check_folder("--OUT", Path(out))
     if format not in FORMATS:
         raise ValueError(f"format must be {' or '.join(FORMATS)}, got {format!r}")
     if weights not in KINDS:
@@ -158,8 +160,6 @@ def export_cascade(
 def _written_whole(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `out` at the end of the block, or goes if there is an error in it."""
     out = Path(os.path.realpath(out))  # what a link leads to can be replaced
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--OUT {out} is a file: name a folder that is not there yet")
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"--OUT {out} is not empty: name another folder, or delete this one")
     out.parent.mkdir(parents=True, exist_ok=True)

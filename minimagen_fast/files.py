@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = [
+    "check_folder",
     "file_digest",
     "file_fault",
+    "folder_fault",
     "lines_of",
     "named_path",
     "naming_file",
@@ -35,6 +37,29 @@ def path_text(text: str) -> str:
 def named_path(text: str) -> Path:
     """A path, as a type of argparse; refuses what :func:`path_text` does."""
     return Path(path_text(text))
+
+
+def check_folder(name: str, directory: Path) -> None:
+    """Refuse a path that :func:`folder_fault` finds fault with.
+
+    Args:
+        name: The argument that gives it.
+        directory: The path.
+
+    Raises:
+        NotADirectoryError: there can be no folder.
+    """
+    if (fault := folder_fault(name, directory)) is not None:
+        raise NotADirectoryError(fault)
+
+
+def folder_fault(name: str, directory: Path) -> str | None:
+    """Why there can be no folder at a path that the argument `name` gives: a file lies there, or further up in it."""
+    there = next((path for path in (directory, *directory.absolute().parents) if os.path.lexists(path)), None)
+    if there is None or there.is_dir():
+        return None
+    kind = "a file" if there.exists() else "a link that leads nowhere"
+    return f"{name} {directory} cannot be a folder: {there} is {kind}. Name another path"
 
 
 def replace_file(path: Path, content: bytes) -> None:

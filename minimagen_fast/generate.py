@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 
 from .arguments import check_tensor
+from .files import check_folder
 from .helpers import device_for_values
 from .Imagen import Imagen
 from .pictures import to_pil_images
@@ -200,6 +201,7 @@ def sample_and_save(
         FileExistsError: In the save directory ``generated_images`` is there already and not empty, or one of the text
             files with other content.
         IsADirectoryError: A file's place there is taken by a directory.
+        NotADirectoryError: A directory's place is taken by a file.
     """
     if not isinstance(captions, list | tuple):
         raise TypeError(
@@ -222,6 +224,7 @@ def sample_and_save(
         save_directory = datetime.now().strftime("generated_images_%Y%m%d_%H%M%S")
     root = Path(save_directory).absolute()
     folder = root / "generated_images"
+    check_folder("save_directory", folder)
     texts = {"captions.txt": "".join(" ".join(re.split(r"[\r\n]+", caption)) + "\n" for caption in captions)}
     if training_directory is not None:
         texts["imagen_training_directory.txt"] = os.fspath(training_directory)

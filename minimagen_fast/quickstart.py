@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from . import __version__
+from .files import check_folder
 from .generate import load_minimagen, sample_and_save
 from .Imagen import Imagen
 from .judge import Scores, score
@@ -56,6 +57,7 @@ def run_quickstart(out: Path, seed: int, minutes: float = DEFAULT_MINUTES, *, re
 
     Raises:
         FileExistsError: if the folder has something in it.
+        NotADirectoryError: if there can be no folder, because a file is there.
         ValueError: if the seed or the time is out of range.
     """
     started = time.time()
@@ -64,7 +66,8 @@ def run_quickstart(out: Path, seed: int, minutes: float = DEFAULT_MINUTES, *, re
     if not 0.5 <= minutes < math.inf:
         raise ValueError(f"minutes must be at least 0.5, got {minutes}")
     out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_folder("--out", out)
+    if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is there already and not empty: choose another folder")
     recipe = recipe or Recipe()
     directory = out / "training"

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from .files import folder_fault
 from .Imagen import Imagen
 from .progress import say
 from .ranks import Ranks
@@ -44,12 +45,15 @@ def find_run(out: Path | None, restart_directory: str | None, ranks: Ranks) -> R
 
     Raises:
         ValueError: there is something in the directory that it would write over.
+        NotADirectoryError: there can be no such directory.
     """
     now = ranks.from_first(datetime.now().strftime("%Y%m%d_%H%M%S"))
     restart = None if restart_directory is None else Path(restart_directory).absolute()
     if out is None:
         return Run(Path(f"training_{now}").absolute(), now, restart)
     directory = out.absolute()
+    if (fault := ranks.from_first(folder_fault("--OUT", directory))) is not None:
+        raise NotADirectoryError(fault)
     exported = [path.name for path in (directory / EXPORTED, *directory.glob("unet_*.safetensors")) if path.is_file()]
     if ranks.from_first(bool(exported)):
         raise ValueError(

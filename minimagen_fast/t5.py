@@ -396,10 +396,14 @@ def _from_files(entry: dict[str, Any], read: Callable[[str, bool], Any]) -> Any:
         except (ImportError, MemoryError):
             raise
         except Exception as error:
-            raise OSError(
-                f"the folder {os.path.abspath(handle)} does not hold what is wanted: {error}\n"
+            remedy = (
                 "It should hold a T5 as save_pretrained writes it: config.json, a tokenizer (spiece.model or "
                 "tokenizer.json) and the weights (model.safetensors or pytorch_model.bin)."
+            )
+            if re.fullmatch(f"{TINY_T5_NAME}-[0-9a-f]+", Path(handle).name):
+                remedy = "It holds the embedded text encoder, which is built anew where the folder is deleted."
+            raise OSError(
+                f"the folder {os.path.abspath(handle)} does not hold what is wanted: {error}\n{remedy}"
             ) from error
     try:
         return read(handle, True)

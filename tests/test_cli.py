@@ -345,3 +345,27 @@ def test_an_empty_path_is_not_the_folder_one_is_in(words, tmp_path, monkeypatch,
     assert status == cli.MISUSED
     assert "must not be empty" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["taken", "taken/inside", "lost"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--OUT"],
+        ["encode-captions", "--DATA", "built-in", "--OUT"],
+        ["export", "run", "--OUT"],
+        ["sample", "-d", "nowhere", "-c", "a circle", "--out"],
+        ["quickstart", "--out"],
+    ],
+    ids=" ".join,
+)
+def test_where_there_is_a_file_no_folder_can_be(words, path, tmp_path, monkeypatch, capsys):
+    """Said before data is loaded, or anything made."""
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("mine")
+    Path("lost").symlink_to("nothing")
+    assert cli.main([*words, path]) == cli.MISUSED
+    error = capsys.readouterr().err
+    reason = "lost is a link that leads nowhere" if path == "lost" else "taken is a file"
+    assert f"{reason}. Name another path" in error and len(error.splitlines()) == 1
+    assert sorted(os.listdir()) == ["lost", "taken"] and Path("taken").read_text() == "mine"

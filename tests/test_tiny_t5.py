@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,14 @@ def test_a_folder_that_is_not_whole_is_mended(folder, tmp_path, monkeypatch, dam
     weights.unlink() if damage == "missing" else weights.write_bytes(b"")
     assert embedded_t5_directory() == directory
     assert digests(directory) == digests(folder)
+
+
+def test_a_damaged_file_is_said_to_be_built_anew(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMAGEN_FAST_CACHE", str(tmp_path))
+    directory = shutil.copytree(folder, tmp_path / folder.name)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(OSError, match=f"{directory.name} does not hold .*\n.* built anew where the folder is deleted"):
+        t5_encode_text(["a red circle"], TINY_T5_NAME)
 
 
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path, monkeypatch):

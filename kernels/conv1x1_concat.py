@@ -1,10 +1,10 @@
-"""A 1x1 convolution of two images side by side, without putting them side by side."""
+"""A 1x1 convolution of two images side by side, without putting them side by side where that is faster."""
 
 import torch
 import torch.nn.functional as F
 
 from .arguments import check_floating_point, check_one_device, check_one_dtype
-from .cpu_products import linear
+from .cpu_products import linear, onednn_multiplies
 from .images import in_format_of, is_channels_last
 
 
@@ -19,7 +19,8 @@ def conv1x1_concat(
     """conv2d(cat(x, skip * skip_scale), weight, bias) as the sum of two products, one for each image.
 
     The weight's columns belong to one image or the other, and products are linear. In channels_last memory images are
-    matrices of pixels by channels, and the second product adds to the first in place. All of it is plain torch.
+    matrices of pixels by channels, and the second product adds to the first in place. All of it is plain torch. Where
+    :mod:`.cpu_products` leaves products to oneDNN, it is one, of both images.
 
     Args:
         x: Images, shape (b, c1, h, w), floating point. The others have its dtype, but under autocast, which casts all
@@ -46,6 +47,10 @@ def conv1x1_concat(
         to_x, to_skip = weight.split((c1, skip.shape[1]), dim=1)
         # torch's convolutions follow the weight, too.
         return in_format_of(x, torch.add(F.conv2d(x, to_x, bias), F.conv2d(skip, to_skip), alpha=skip_scale))
+    if onednn_multiplies(x, skip, weight):
+        # There a second product, or its sum with the first, takes longer than to put the rows side by side.
+        both = torch.cat((_rows(x), _rows(skip) * skip_scale), dim=1)
+        return linear(both, weight.flatten(1), bias).view(b, h, w, -1).permute(0, 3, 1, 2)
     to_x, to_skip = weight.flatten(1).split((c1, skip.shape[1]), dim=1)
     first = linear(_rows(x), to_x, bias)
     # Autocast does not reach what works in place: the first product has the dtype that it chose.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimagen_fast.kernels import (
+    conv1x1_concat,
     cpu_products,
     cross_attention,
     dispatch,
@@ -367,6 +368,20 @@ def test_where_oneDNN_is_not_asked(faster, monkeypatch):
     monkeypatch.setattr(cpu_products, "_onednn_is_faster", lambda: False)
     linear(x, x)
     assert not faster
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_two_images_is_one_product(faster, memory_format):
+    shapes = ((2, 16, 3, 5), (2, 8, 3, 5), (32, 24, 1, 1), (32,))
+    x, skip, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    compare(
+        lambda x, skip, *more: conv1x1_concat(x.contiguous(memory_format=memory_format), skip, *more, skip_scale=0.7),
+        lambda x, skip, weight, bias: F.conv2d(torch.cat((x, skip * 0.7), dim=1), weight, bias),
+        [x, skip, weight, bias],
+        torch.randn(2, 32, 3, 5).contiguous(memory_format=memory_format),
+    )
+    last = memory_format == torch.channels_last
+    assert faster.count("_product") == (3 if last else 0) and faster.count("summed_products") == int(last)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")

@@ -31,8 +31,10 @@ def _reference(
         by_pixel = F.layer_norm(h.permute(0, 2, 3, 1), h.shape[1:2], gain.flatten().to(h.dtype), eps=eps)
         out = by_pixel.permute(0, 3, 1, 2).to(x.dtype)
     else:
-        var, mean = torch.var_mean(h, dim=1, correction=0, keepdim=True)
-        out = ((h - mean) * torch.rsqrt(var + eps) * gain.reshape(1, -1, 1, 1)).to(x.dtype)
+        # Not torch.var_mean: over channels that lie apart a CPU computes it value by value, ten times as slowly.
+        centred = h - h.mean(dim=1, keepdim=True)
+        variance = centred.square().mean(dim=1, keepdim=True)
+        out = (centred * torch.rsqrt(variance + eps) * gain.reshape(1, -1, 1, 1)).to(x.dtype)
     return out if residual is None else out + residual
 
 

@@ -86,6 +86,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu if on_cuda else pytest.mark.skip(reason="needs a CUDA device"))
 
 
+# Of a device, in bytes, that a process keeps for its next tests.
+MOST_KEPT = 2**30
+
+
+def pytest_runtest_teardown():
+    """Where several processes test on one device, what is free in one of them is not to be missing in another."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > MOST_KEPT:
+        torch.cuda.empty_cache()
+
+
 def pytest_collection_finish():
     # What was imported stays until the end. To go through all of it time and again took a tenth of the tests' time.
     gc.collect()

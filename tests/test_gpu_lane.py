@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import kernel_parity
 import pytest
-from conftest import is_of_gpu_lane
+import torch
+from conftest import MOST_KEPT, is_of_gpu_lane, pytest_runtest_teardown
 
 
 def item(*marks, **names):
@@ -41,3 +42,14 @@ def test_a_marker_given_at_collection_is_selected(request):
     marks = [at for at, hook in enumerate(hooks) if hook.plugin_name == "mark"]
     # The last of the list is called first.
     assert len(ours) == len(marks) == 1 and ours[0] > marks[0]
+
+
+@pytest.mark.parametrize("is_used, reserved, freed", [(True, MOST_KEPT + 1, 1), (True, MOST_KEPT, 0), (False, 0, 0)])
+def test_a_process_keeps_little_of_the_device_s_memory(is_used, reserved, freed, monkeypatch):
+    """The largest tests take half of a card each, and workers of pytest-xdist come to them at the same time."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_used)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(None))
+    pytest_runtest_teardown()
+    assert len(calls) == freed

@@ -10,8 +10,9 @@ from minimagen_fast.kernels import group_norm_silu, launch, layer_norm, null_key
 
 pytestmark = pytest.mark.gpu
 
-# Microseconds of a forward call without gradients: what it costs that an operator is registered, and all that comes on
-# top of the bare launch, checks of arguments and the choice of an implementation included.
+# Microseconds of a forward call: what it costs that an operator is registered, and again, where gradients are wanted,
+# that autograd notes it down; and all that comes on top of the bare launch without gradients, checks of arguments and
+# the choice of an implementation included.
 REGISTRATION, EVERYTHING = 15, 40
 # Small inputs, so that the card is done before the host: so many launches are under way at once at most.
 CALLS, BLOCKS = 50, 200
@@ -60,6 +61,21 @@ def microseconds(call, calls=CALLS, blocks=BLOCKS):
     return best
 
 
+def with_gradients(function, inputs):
+    """A call that keeps what its backward pass needs, of all inputs but timesteps and noise schedules."""
+    wanted = {
+        name: value.clone().requires_grad_(value.is_floating_point() and not name.startswith("sqrt_"))
+        for name, value in inputs.items()
+    }
+
+    @torch.enable_grad()
+    def call():
+        out = function(**wanted, implementation="triton")
+        assert out.requires_grad
+
+    return call
+
+
 def calls_of(name):
     """The calls of the public function, of its operator, of the operator's unregistered function, of its kernel."""
     function, inputs = OPERATIONS[name]()
@@ -75,6 +91,7 @@ def calls_of(name):
     ((operator, operands),) = (each for each in seen.calls if each[0].namespace == launch.NAMESPACE)
     unregistered = launch.unregistered[operator.name().partition("::")[2]]
     return {
+        "function with gradients": with_gradients(function, inputs),
         "function": lambda: function(**inputs, implementation="triton"),
         "operator": lambda: operator(*operands),
         "unregistered": lambda: unregistered(*operands),
@@ -111,4 +128,5 @@ def test_an_operation_costs_little_more_than_a_bare_launch(name, times):
     print(table)
     spent = times[name]
     assert spent["operator"] - spent["unregistered"] < REGISTRATION, table
+    assert spent["function with gradients"] - spent["function"] < REGISTRATION, table
     assert spent["function"] - spent["bare launch"] < EVERYTHING, table

@@ -1,7 +1,8 @@
 """How a call is timed, and how its memory and its launches are counted.
 
 A *subject* is a function of one number, which of several equal sets of inputs it is to work on. Between two calls on
-the same set all others were used, so that what is larger than the cache is not found there.
+the same set all others were used, so that what is larger than the cache is not found there. On CUDA their results lie
+in as many places, and are written past the cache likewise.
 
 On a CPU a sample is the wall time of some calls in a row. On CUDA it is the time between two events on the device, over
 calls made one by one (then the host may be what is slow, as it would be for a user) or over replays of a CUDA graph of
@@ -86,6 +87,7 @@ class Timer:
         self._copies = copies
         self._next = 0
         self._calls_each = 1
+        self._results: dict[int, Any] = {}
         self._step: Callable[[], object] = self._call
         if graph:
             self._capture()
@@ -110,7 +112,11 @@ class Timer:
 
     def _call(self) -> object:
         index, self._next = self._next, (self._next + 1) % self._copies
-        return self._subject(index)
+        result = self._subject(index)
+        if self._device.type == "cuda" and self._copies > 1:
+            # Freed at once, its memory would be the next one's, which would then be written to the cache alone.
+            self._results[index] = result
+        return result
 
     def _run(self, repeats: int) -> float:
         step = self._step
@@ -158,6 +164,8 @@ class Timer:
             if "captur" not in str(error):
                 raise
             raise NotCapturable(str(error).strip().splitlines()[0]) from error
+        # Their memory stays with the graph.
+        self._results.clear()
         self._step = graph.replay
 
 

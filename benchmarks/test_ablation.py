@@ -16,9 +16,11 @@ from .results import Identity
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 _LATER = "freed_memory", "recorded_steps", "bfloat16", "compile", "cuda_graphs"
-SAMPLING = ablation("kernels", "channels_last", "condition_cache", *_LATER)
+SAMPLING = ("kernels", "channels_last", "condition_cache", *_LATER)
 # A step of training has no conditions to keep.
-TRAINING = ablation("kernels", "channels_last", *_LATER)
+TRAINING = ("kernels", "channels_last", *_LATER)
+# Those of other devices; what is switched on after them must not ask for them, either.
+ELSEWHERE = {"cpu": ("cuda_graphs",), "cuda": ("freed_memory", "recorded_steps")}
 
 Prepare = Callable[[Network, ImagenVariant, int, Context], Prepared]
 
@@ -35,8 +37,8 @@ def _calls(profile: str, device: str) -> list[tuple[str, str, int, tuple[ImagenV
         "cuda": (("Base@64", 8), ("Base@64", 16)),
     }["smoke" if profile == "smoke" else device]
     return [
-        (what, name, batch, variants, prepare)
-        for (what, variants, prepare), (name, batch) in zip((sampling, training), sizes, strict=True)
+        (what, name, batch, ablation(*(switch for switch in switches if switch not in ELSEWHERE[device])), prepare)
+        for (what, switches, prepare), (name, batch) in zip((sampling, training), sizes, strict=True)
     ]
 
 
@@ -45,8 +47,7 @@ def plans(profile: str, device: torch.device) -> Iterator[Plan]:
         network = NETWORKS[name]
         for number, variant in enumerate(variants):
             compiles = variant.compiles(device)
-            elsewhere = ("+freed_memory", "+recorded_steps") if device.type == "cuda" else ("+cuda_graphs",)
-            if (compiles and profile == "smoke") or variant.name in elsewhere:
+            if compiles and profile == "smoke":
                 continue
             identity = Identity("ablation", f"{what}-{name}", None, network.shape(batch), "float32", variant.name)
             yield Plan(

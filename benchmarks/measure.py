@@ -199,18 +199,19 @@ def peak_bytes(subject: Subject, device: torch.device) -> int:
 def saved_bytes(function: Callable[[], Any], module: torch.nn.Module) -> int:
     """What a function leaves behind for its backward, each storage once; that of the module's own tensors aside."""
     own = {value.untyped_storage().data_ptr() for value in (*module.parameters(), *module.buffers())}
-    # The tensors are held, so that no address is given out twice.
-    saved: dict[int, torch.Tensor] = {}
+    # They are held, so that no address is given out twice.
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = tensor
-        return tensor
+            saved[storage.data_ptr()] = storage
+        # Who keeps its own result would hold on to itself by it, for ever, and to all that was computed before.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()
-    size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    size = sum(storage.nbytes() for storage in saved.values())
     del result
     return size
 

@@ -32,13 +32,13 @@ def _calls(profile: str, device: str) -> list[tuple[str, int, tuple[ImagenVarian
     calls = [
         # So small that launching a step kernel by kernel may take longer than the step.
         ("quickstart-base@16", Recipe().batch_sizes[0], eager, 1),
-        ("laptop-base@64", 64, eager, 1),
+        ("laptop-base@64", 16, eager, 1),
         ("Base@64", 16, eager, 1),
         ("Super@256", 8, eager, 1),
         ("Base@64", 16, (ORIGINAL_COMPILED,), 4),
     ]
     if profile == "full":
-        calls += [("laptop-base@64", 64, (ORIGINAL_COMPILED,), 5), ("Super@256", 8, (ORIGINAL_COMPILED,), 5)]
+        calls += [("laptop-base@64", 16, (ORIGINAL_COMPILED,), 5), ("Super@256", 8, (ORIGINAL_COMPILED,), 5)]
     return calls
 
 

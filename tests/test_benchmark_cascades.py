@@ -1,6 +1,7 @@
 """What the benchmarks time of a cascade is what a user runs, and what is wrong in it would be found."""
 
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -86,6 +87,17 @@ def test_an_ablation_goes_from_the_reference_path_to_the_whole_of_the_fast_one()
     assert accelerations[6] == OURS_BF16.imagen([BASE], CPU, timesteps=20).acceleration
     for before, after in zip(accelerations, accelerations[1:], strict=False):
         assert before != after
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_ablation_asks_for_nothing_that_its_device_has_not(device):
+    """A variant that does is not measured, and with it those after that switch nothing off again."""
+    wrong = {"cpu": {("cuda_graphs", "on")}, "cuda": {("recorded_steps", "on"), ("freed_memory", "kept")}}[device]
+    plans = list(test_ablation.plans("full", torch.device(device)))
+    assert "+bfloat16" in {plan.identity.variant for plan in plans}
+    for plan in plans:
+        variant = next(each for each in plan.prepare.args if isinstance(each, ImagenVariant))
+        assert not wrong & variant.settings.items(), plan.identity.id
 
 
 def test_variants_of_ours_say_what_they_come_to():
@@ -226,6 +238,18 @@ def test_what_a_backward_needs_is_counted_by_storage_and_once():
         return y[:64].square().sum() + y[64:].square().sum()
 
     assert saved_bytes(forward, layer) == x.nbytes + x.nbytes
+
+
+def test_what_is_counted_for_a_backward_is_freed():
+    """A training's activations would lie beside the next case, which the memory of a card might not suffice for."""
+    layer, made = torch.nn.Linear(8, 8), []
+
+    def forward():
+        y = layer(torch.ones(4, 8)).exp()  # whose derivative is what it has made
+        made.append(weakref.ref(y))
+        return y.sum()
+
+    assert saved_bytes(forward, layer) and made[0]() is None
 
 
 def test_memory_is_told_for_each_image_and_a_case_is_closed(tmp_path):

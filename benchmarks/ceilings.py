@@ -25,7 +25,8 @@ def ceilings(device: torch.device, *, copy_mib: int, matrix_side: int) -> dict[s
     Returns:
         ``copy_bytes_per_second``, reads and writes both counted, and ``flops_per_second`` by dtype, a multiplication
         and an addition counted as two. ``tf32`` is that of float32 matrices with shortened products, which cuDNN's
-        convolutions are allowed on CUDA unless told otherwise.
+        convolutions are allowed on CUDA unless told otherwise; ``tf32x3`` that of products which are made of three such
+        ones, as attention's are in float32.
     """
     if device.type == "cuda":
         copy_mib = min(copy_mib, torch.cuda.mem_get_info(device)[0] // 2**20 // 4)
@@ -38,6 +39,7 @@ def ceilings(device: torch.device, *, copy_mib: int, matrix_side: int) -> dict[s
             flops["tf32"] = _matrix_rate(device, torch.float32, matrix_side)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
+        flops["tf32x3"] = flops["tf32"] / 3
     # Gigabytes, which the first case may need.
     settle(device)
     return {"copy_bytes_per_second": bandwidth, "flops_per_second": flops}

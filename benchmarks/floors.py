@@ -90,7 +90,7 @@ class _Walk(TorchDispatchMode):
         seconds = size / self._bandwidth
         if flops:
             dtype = next(t.dtype for t in read.values() if t.is_floating_point())
-            seconds = max(seconds, flops / self._rates[_rate_name(dtype, family, self._rates)])
+            seconds = max(seconds, flops / self._rates[rate_name(dtype, family, self._rates)])
         self.seconds[family] += seconds
         self.bytes += size
         self.flops += flops
@@ -106,8 +106,14 @@ def _bytes(tensor: torch.Tensor) -> int:
     return prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride) * tensor.element_size()
 
 
-def _rate_name(dtype: torch.dtype, family: str, rates: dict[str, float]) -> str:
-    return convolution_rate(dtype, "tf32" in rates) if family == "convolution" else RATE_NAMES[dtype]
+def rate_name(dtype: torch.dtype, family: str, rates: dict[str, float]) -> str:
+    """Which of the matrix rates an operation of a kind and dtype can reach at best."""
+    if family == "convolution":
+        return convolution_rate(dtype, "tf32" in rates)
+    # Kernels of attention, ours and the library's, multiply in either way.
+    if family == "attention" and dtype == torch.float32 and "tf32x3" in rates:
+        return max("float32", "tf32x3", key=rates.__getitem__)
+    return RATE_NAMES[dtype]
 
 
 def _flops(func, name: str, args, kwargs, out) -> int:
@@ -148,7 +154,7 @@ def floor_of(function: Callable[[], Any], ceilings: dict[str, Any]) -> Floor:
 
 def floor_of_operation(size: int, flops: int, dtype: torch.dtype, family: str, ceilings: dict[str, Any]) -> Floor:
     """The floor of one operation of which bytes and FLOPs are known."""
-    rate = ceilings["flops_per_second"][_rate_name(dtype, family, ceilings["flops_per_second"])]
+    rate = ceilings["flops_per_second"][rate_name(dtype, family, ceilings["flops_per_second"])]
     seconds = max(size / ceilings["copy_bytes_per_second"], flops / rate)
     return Floor(seconds, {family: seconds}, size, flops)
 

@@ -9,7 +9,7 @@ import torch
 
 from minimagen_fast.Unet import Base, Super
 
-from .floors import RATE_NAMES, convolution_rate, count_flops, family_of, floor_of_operation
+from .floors import count_flops, family_of, floor_of_operation, rate_name
 from .harness import CLOCK, Plan
 from .kernel_cases import CASES, Case, unet_cases
 from .library_cases import LIBRARY_CASES
@@ -127,7 +127,9 @@ def _preparer(
         size = (case.backward if backward else case.forward).bytes(on_meta, out)
         plain = count_flops(_gradients(case, on_meta, out) if backward else lambda: case.run(on_meta, "reference"))
         flops = round(case.share * plain)
-        tolerance = KERNEL_TOLERANCE[_rounded_to(case, dtype, context.device)]
+        rate = rate_name(dtype, family_of(case.operation), context.ceilings["flops_per_second"])
+        # TF32, in which convolutions may be, has the digits of float16.
+        tolerance = KERNEL_TOLERANCE[torch.float16 if rate == "tf32" else dtype]
 
         @reference_fits()
         def wrong(result: Any) -> str | None:
@@ -141,7 +143,7 @@ def _preparer(
             bytes=size,
             flops=flops or None,
             floor=floor_of_operation(size, flops, dtype, family_of(case.operation), context.ceilings),
-            extra={"copies_of_inputs": copies, "computes_in": _rate(case, dtype, context.device)},
+            extra={"copies_of_inputs": copies, "computes_in": rate},
         )
 
     return prepare
@@ -162,18 +164,6 @@ def _backward_subject(case: Case, run: Run, sets: list[dict[str, Any]]) -> Calla
         calls = [_gradients(case, inputs, run(inputs)) for inputs in sets]
         calls[0]()
     return lambda index: calls[index]()
-
-
-def _rate(case: Case, dtype: torch.dtype, device: torch.device) -> str:
-    """Which of the matrix rates it can reach, by its name."""
-    if family_of(case.operation) == "convolution":
-        return convolution_rate(dtype, device.type == "cuda")
-    return RATE_NAMES[dtype]
-
-
-def _rounded_to(case: Case, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to whose digits it is computed: TF32, in which convolutions may be, has those of float16."""
-    return torch.float16 if _rate(case, dtype, device) == "tf32" else dtype
 
 
 def _gradients(case: Case, inputs: dict[str, Any], out: torch.Tensor) -> Callable[[], Any]:

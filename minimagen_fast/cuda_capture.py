@@ -4,6 +4,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -11,6 +12,8 @@ import torch
 _capturing = threading.Lock()
 # The allocator may still ask a graph whose capture failed which stream was its own.
 _failed: list[torch.cuda.CUDAGraph] = []
+# Memory in which a capture could not be ended: torch takes it for captured in still, and lets no other begin there.
+_spoiled: set[Any] = set()
 
 
 @functools.cache
@@ -49,6 +52,24 @@ def _have_numbers_drawn_again(device: torch.device) -> None:
         _failed.append(graph)
 
 
+def _memory_for(beside: torch.cuda.CUDAGraph | None) -> Any:
+    pool = None if beside is None else beside.pool()
+    return torch.cuda.graph_pool_handle() if pool is None or pool in _spoiled else pool
+
+
+def _give_back(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+    """Give up the memory of a capture that failed, if it could not be ended; otherwise it goes with the graph."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        _spoiled.add(pool)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        # The first one refuses what was not begun, of which there is nothing to release.
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+
+
 @contextmanager
 def capturing(
     graph: torch.cuda.CUDAGraph,
@@ -65,8 +86,8 @@ def capturing(
     Args:
         graph: To capture it in.
         device: The device.
-        beside: A graph whose memory this one may use too. Then neither may run while the other does, nor leave
-            anything in that memory for later.
+        beside: A graph whose memory this one may use too, and does, unless a capture in it could not be ended. Then
+            neither may run while the other does, nor leave anything in that memory for later.
         stream: On which stream, and not the default one; on one for captures alone, if not given.
 
     Raises:
@@ -74,13 +95,14 @@ def capturing(
     """
     with _capturing, torch.cuda.device(device), _own_workspaces():
         before = torch.cuda.current_stream(device)
+        pool = _memory_for(beside)
         try:
-            pool = None if beside is None else beside.pool()
             # Other threads may do meanwhile what must not be captured: one that loads pictures pins memory.
             on = _stream(device) if stream is None else stream
             with torch.cuda.graph(graph, pool=pool, stream=on, capture_error_mode="thread_local"):
                 yield
         except BaseException:
+            _give_back(graph, device, pool)
             # It may have ended all the same, and hold what it allocated.
             with suppress(RuntimeError):
                 graph.reset()

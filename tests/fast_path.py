@@ -156,7 +156,8 @@ class FakeGraph:
         FakeGraph.made.append(self)
 
     def pool(self):
-        assert self.calls, "nothing was captured"
+        if not self.calls:
+            raise RuntimeError("nothing was captured")  # as torch does
         return self.memory
 
     def replay(self):
@@ -208,6 +209,9 @@ def stand_in_for_cuda_graphs(monkeypatch, kind, capture, *, reason):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", kind)
     monkeypatch.setattr(torch.cuda, "graph", checked)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_capture, "_spoiled", set())
     monkeypatch.setattr(cuda_capture, "_stream", lambda device: f"capture on {device}")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"before on {device}")
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)

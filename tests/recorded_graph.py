@@ -48,7 +48,8 @@ class RecordedGraph(TorchDispatchMode):
         self._calls = []
 
     def pool(self):
-        assert self._calls, "nothing was captured"
+        if not self._calls:
+            raise RuntimeError("nothing was captured")  # as torch does
         return self.memory
 
     def replay(self):

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,6 +328,32 @@ def test_after_a_capture_that_cannot_be_ended_another_one_is(graphs, monkeypatch
         step(imagen)
     assert ended == begun[1:] and len(ended) == 1
     assert cuda_capture._failed == begun[:1]
+
+
+def test_memory_of_a_capture_that_cannot_be_ended_is_given_back_and_not_captured_in_again(graphs, monkeypatch):
+    """torch keeps it for the graph, and takes it for being captured in: another capture in it cannot begin."""
+    calls, pools, ways = [], iter(["first", "second"]), ("_cuda_endAllocateToPool", "_cuda_releasePool")
+    for name in ways:
+        monkeypatch.setattr(torch._C, name, lambda *what, name=name: calls.append((name, *what)), raising=False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(cuda_capture, "_have_numbers_drawn_again", lambda device: None)
+    captured_in = []
+
+    @contextlib.contextmanager
+    def capture(graph, *, pool, **_):
+        captured_in.append(pool)
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    beside = SimpleNamespace(pool=lambda: "that of another")
+    for other in (beside, beside, None):
+        with pytest.raises(RuntimeError), cuda_capture.capturing(torch.cuda.CUDAGraph(), torch.device("cuda:1"), other):
+            pass
+    assert captured_in == ["that of another", "first", "second"]
+    assert calls == [
+        (name, 1, pool) for pool in captured_in for name in ("_cuda_endAllocateToPool", "_cuda_releasePool")
+    ]
 
 
 def test_what_is_captured_has_workspaces_of_its_own(graphs, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from fast_path import BANDS, T, apart, denoise_by, distance, make_imagen, make_unet, make_words, sample, trained
 
 from minimagen_fast import sampled_steps
+from minimagen_fast.cuda_capture import capturing
 from minimagen_fast.kept import kept_with
 from minimagen_fast.Unet import Unet
 
@@ -252,6 +253,31 @@ def test_random_numbers_are_drawn_after_a_capture_that_cannot_be_ended(monkeypat
     with pytest.warns(UserWarning, match="could not be captured"):
         images = imagen.sample(**words, progress=False, **FEW)
     assert images.isfinite().all() and torch.rand(1, device="cuda").isfinite()
+
+
+def test_a_capture_that_cannot_be_ended_costs_no_memory_and_none_of_the_later_ones():
+    device, keep = torch.device("cuda", torch.cuda.current_device()), torch.cuda.CUDAGraph()
+
+    def reserved():
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    def capture(graph, beside, waits=False):
+        with capturing(graph, device, beside):
+            torch.zeros(2**26, device=device)
+            if waits:
+                torch.cuda.synchronize()
+
+    capture(keep, None)
+    before = reserved()
+    for beside in (None, keep, None, keep):
+        with pytest.raises(RuntimeError):
+            capture(torch.cuda.CUDAGraph(), beside, waits=True)
+        assert reserved() < before + 2**26
+    # torch took the first one's memory for being captured in.
+    capture(torch.cuda.CUDAGraph(), keep)
+    keep.replay()
 
 
 def test_graphs_of_a_u_net_share_their_memory():

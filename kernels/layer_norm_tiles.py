@@ -34,7 +34,8 @@ def activated(x, GELU: tl.constexpr):
 def standardize(h, inside, COUNT: tl.constexpr, AXIS: tl.constexpr, EPS: tl.constexpr):
     """Values minus their mean along an axis of ``COUNT`` values and then zeros, and 1 / their standard deviation.
 
-    The mean is rounded, which shows where it is large against the spread: the mean of what is left corrects it.
+    The mean is rounded, which shows where it is large against the spread: the mean of what is left corrects it. Of a
+    spread that is nothing but this rounding a card, which rounds a product and a sum once, may find less than nothing.
     """
     mean = tl.sum(h, AXIS) / COUNT
     centered = h - tl.expand_dims(mean, AXIS)
@@ -42,6 +43,7 @@ def standardize(h, inside, COUNT: tl.constexpr, AXIS: tl.constexpr, EPS: tl.cons
         centered = tl.where(inside, centered, 0.0)
     rest = tl.sum(centered, AXIS) / COUNT
     variance = tl.sum(centered * centered, AXIS) / COUNT - rest * rest
+    variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return centered - tl.expand_dims(rest, AXIS), tl.expand_dims(tl.rsqrt(variance + EPS), AXIS)
 
 

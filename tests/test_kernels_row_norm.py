@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_parity import DEVICE, DTYPES, assert_near, check_parity, check_slopes, randn
 
-from minimagen_fast.kernels import launch, layer_norm_rows, layer_norm_tiles, programs
+from minimagen_fast.kernels import channel_layer_norm, launch, layer_norm_rows, layer_norm_tiles, programs
 from minimagen_fast.kernels.row_norm import layer_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -181,6 +181,30 @@ def test_constant_rows(value, c):
     assert inputs["gain"].grad.abs().max() <= slack
     g = grad.double() * inputs["gain"].detach().double()
     assert_near(inputs["x"].grad, (g - g.mean(1, keepdim=True)) * EPS**-0.5, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("memory_format", [None, torch.contiguous_format, torch.channels_last])
+def test_large_constants_under_a_division_that_is_a_little_off(memory_format, monkeypatch):
+    """A card's is good to two units in the last place: what should be no variance may be less than none."""
+    if launch.INTERPRETED:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        divide = InterpreterBuilder.create_fdiv
+
+        def roughly(self, dividend, divisor):
+            quotient = divide(self, dividend, divisor)
+            quotient.data = (quotient.data * (1 + 2.0**-22)).astype(quotient.data.dtype)
+            return quotient
+
+        monkeypatch.setattr(InterpreterBuilder, "create_fdiv", roughly)
+    x = torch.full((2, 768) if memory_format is None else (1, 768, 3, 5), 3e9, device=DEVICE, requires_grad=True)
+    gain = randn("gain", 768)
+    if memory_format is None:
+        out = ours(x=x, gain=gain)
+    else:
+        out = channel_layer_norm(x.contiguous(memory_format=memory_format), gain, implementation="triton")
+    (slope,) = torch.autograd.grad(out, x, randn("dy", *out.shape))
+    assert out.isfinite().all() and slope.isfinite().all()
 
 
 def test_values_near_the_largest_of_half_precision():

@@ -122,13 +122,16 @@ def test_ambiguous_and_empty(shape, memory_format):
 
 @FORMATS
 def test_one_channel(memory_format):
+    """Nothing is left of it, nor of its gradient but, on a card, how it rounds a product within a difference."""
+    slack = 0.0 if DEVICE.type == "cpu" else 1e-4
     inputs = {
         name: value.requires_grad_()
         for name, value in case(2, 1, 3, 3, memory_format=memory_format, residual=True).items()
     }
     out = ours(**inputs)
     out.backward(randn("dy", 2, 1, 3, 3))
-    assert torch.equal(out, inputs["residual"]) and not inputs["x"].grad.any() and not inputs["gain"].grad.any()
+    assert torch.equal(out, inputs["residual"]) and not inputs["gain"].grad.any()
+    assert inputs["x"].grad.abs().max() <= slack
 
 
 VIEWS = {

@@ -466,7 +466,8 @@ def test_a_first_pixel_unlike_the_others(tiled_plan):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_constant_groups(dtype, memory_format, plan):
-    """Nothing is left of them but the bias; float64 itself leaves rounding of some of these values."""
+    """Nothing is left of them but the bias; float64 itself leaves rounding of some, and a card's division does."""
+    slack = 0.0 if DEVICE.type == "cpu" else 1e-5
     values = torch.tensor([0.0, 3.14159, 65504.0, -1e-6], device=DEVICE).repeat_interleave(2)
     x = values[:, None, None].expand(2, 8, 5, 3)
     inputs = case(2, 8, 5, 3, x=x, dtype=dtype, scale=False, memory_format=memory_format)
@@ -477,7 +478,7 @@ def test_constant_groups(dtype, memory_format, plan):
     assert_near(out, expected.detach(), dtype=dtype)
     (through_silu,) = torch.autograd.grad(expected, bias, cotangent.double())
     assert_near(grads["bias"], through_silu, dtype=dtype)
-    assert not grads["weight"].any()
+    assert grads["weight"].abs().max() <= slack
     slope = torch.autograd.functional.jacobian(lambda bias: F.silu(bias).sum(), bias.detach())
     g = (cotangent.double() * (slope * inputs["weight"].double())[:, None, None]).reshape(2, 4, -1)
     # Their deviation is the root of eps.

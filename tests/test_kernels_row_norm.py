@@ -61,11 +61,13 @@ def test_the_narrowest_and_the_widest_rows(c):
 
 
 def test_rows_of_one_value():
+    """Nothing is left of them, nor of their gradients but, on a card, how it rounds a product within a difference."""
+    slack = 0.0 if DEVICE.type == "cpu" else 1e-4
     inputs = {name: value.requires_grad_() for name, value in case(3, 1, residual=True).items()}
     out = ours(**inputs)
     out.backward(randn("dy", 3, 1))
     assert torch.equal(out, inputs["residual"])
-    assert not inputs["x"].grad.any() and not inputs["gain"].grad.any()
+    assert inputs["x"].grad.abs().max() <= slack and not inputs["gain"].grad.any()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 63, 65])

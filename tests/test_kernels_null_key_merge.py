@@ -88,16 +88,25 @@ def test_finite_differences(shared, merged_by):
     check_slopes(implementation("sdpa_merge", 2), case(1, 2, 6, 9, 32, shared=shared))
 
 
+def _exact_with(m):
+    """Inputs whose gradients can be compared for so many keys.
+
+    Of two keys or one, the null key, those of the scores nearly cancel or are zero: what is left of them in half
+    precision is the rounding of the output that delta is made of.
+    """
+    return NAMES if m > 1 or DTYPES[-1] == torch.float32 else ("v", "null_value")
+
+
 @settings(derandomize=True, deadline=None, max_examples=8)
 @given(b=st.integers(1, 2), heads=st.integers(1, 3), n=st.integers(1, 70), m=st.integers(1, 40), shared=st.booleans())
 def test_any_shape(b, heads, n, m, shared):
-    check(case(b, heads, n, m, 32, shared=shared), heads)
+    check(case(b, heads, n, m, 32, shared=shared), heads, gradients_of=_exact_with(m))
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("b, n, m", [(0, 3, 3), (2, 0, 3), (2, 3, 0), (0, 0, 0)])
 def test_empty(b, n, m, shared, merged_by):
-    out = check(case(b, 2, n, m, 32, shared=shared), 2)
+    out = check(case(b, 2, n, m, 32, shared=shared), 2, gradients_of=_exact_with(m))
     assert out.shape == (b, n, 64)
 
 

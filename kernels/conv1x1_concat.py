@@ -1,4 +1,4 @@
-"""A 1x1 convolution of two images side by side, without putting them side by side where that is faster."""
+"""A 1x1 convolution of two images side by side, without putting them side by side but where that is faster."""
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +40,19 @@ def conv1x1_concat(
     """
     _check(x, skip, weight, bias)
     b, c1, h, w = x.shape
-    if 0 in (c1, skip.shape[1]):
-        # torch takes no product of nothing for zeros.
-        return in_format_of(x, F.conv2d(torch.cat((x, skip * skip_scale), dim=1), weight, bias))
-    if not is_channels_last(x):
+    rows = is_channels_last(x)
+    # torch takes no product of nothing for zeros.
+    empty = 0 in (c1, skip.shape[1])
+    if empty or onednn_multiplies(x, skip, weight):
+        # A second product, or its sum with the first, takes longer than to put the images side by side.
+        both = torch.cat((x, skip * skip_scale), dim=1)
+        if empty or not rows:
+            return in_format_of(x, F.conv2d(both, weight, bias))
+        return linear(_rows(both), weight.flatten(1), bias).view(b, h, w, -1).permute(0, 3, 1, 2)
+    if not rows:
         to_x, to_skip = weight.split((c1, skip.shape[1]), dim=1)
         # torch's convolutions follow the weight, too.
         return in_format_of(x, torch.add(F.conv2d(x, to_x, bias), F.conv2d(skip, to_skip), alpha=skip_scale))
-    if onednn_multiplies(x, skip, weight):
-        # There a second product, or its sum with the first, takes longer than to put the rows side by side.
-        both = torch.cat((_rows(x), _rows(skip) * skip_scale), dim=1)
-        return linear(both, weight.flatten(1), bias).view(b, h, w, -1).permute(0, 3, 1, 2)
     to_x, to_skip = weight.flatten(1).split((c1, skip.shape[1]), dim=1)
     first = linear(_rows(x), to_x, bias)
     # Autocast does not reach what works in place: the first product has the dtype that it chose.
